@@ -1,0 +1,69 @@
+"""What a job may read: tables at the snapshots the runner pinned, models by their MLflow address.
+
+Jobs never open a table themselves, so a stage reads one state of the lake from its first row to its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import context, lakehouse, tracking
+from pipeline.errors import UpstreamMissing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyspark.sql import DataFrame, SparkSession
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The stage's view of the lake.
+
+    Args:
+        home: state folder and addresses.
+        snapshots: table -> pinned snapshot id, None for a table without rows.
+        spark: the session; None in python and torch stages.
+    """
+
+    home: context.Home
+    lake: Any
+    snapshots: Mapping[str, int | None]
+    spark: SparkSession | None = None
+
+    def frame(self, table: str) -> DataFrame:
+        """A table at its pinned snapshot as a Spark DataFrame."""
+        assert self.spark is not None, "only Spark stages read DataFrames"
+        return lakehouse.read_frame(self.spark, table, self._pinned(table))
+
+    def query(self, table: str, views: Mapping[str, DataFrame], **params: Any) -> DataFrame:
+        """The SELECT of sql/<namespace>/<table>/query.sql over `views`, with named parameters (`:logical_date`)."""
+        assert self.spark is not None, "only Spark stages run SQL"
+        for name, frame in views.items():
+            frame.createOrReplaceTempView(name)
+        namespace, name = table.split(".")
+        return self.spark.sql((context.SQL / namespace / name / "query.sql").read_text(encoding="utf-8"), args=params)
+
+    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "") -> pa.Table:
+        """Rows of a table at its pinned snapshot through PyIceberg, no JVM.
+
+        Args:
+            columns: columns to read.
+            where: PyIceberg row filter, e.g. "logical_date == '2026-11-20'".
+        """
+        return lakehouse.read_arrow(self.home, self.lake, table, snapshot_id=self._pinned(table), columns=columns, where=where)
+
+    def release(self, tag: str) -> pa.Table:
+        """Rows of one release (tag and its logical date), through PyIceberg."""
+        return lakehouse.read_release(self.home, self.lake, tag)
+
+    def model(self, uri: str) -> Path:
+        """Local folder of a logged model: model.safetensors + config.json."""
+        return tracking.download(self.home, uri)
+
+    def _pinned(self, table: str) -> int | None:
+        if table not in self.snapshots:
+            raise UpstreamMissing(f"the stage did not declare {table} as an input", expected=", ".join(self.snapshots), found=table, where="pipeline/stages.py")
+        return self.snapshots[table]

@@ -1,0 +1,199 @@
+"""Where a run lives and what it knows: the home folder, the night's manifest, the outcomes of earlier stages.
+
+Light on purpose (standard library and pydantic). Nothing here reads a table, a model or the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config import Config
+from pipeline.errors import ContractError, UpstreamMissing
+
+ROOT = Path(__file__).resolve().parent.parent
+SQL = ROOT / "sql"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The state folder (`SID_HOME`, default `.sid/`); deleting it resets everything."""
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls) -> Home:
+        """The home that `SID_HOME` names."""
+        return cls(Path(os.environ.get("SID_HOME", ".sid")).resolve())
+
+    def folder(self, name: str) -> Path:
+        """A folder of the home, made on first use: lake, mlartifacts, airflow, data, staging, locks, reports."""
+        path = self.root / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def warehouse(self) -> str:
+        """Warehouse of the Iceberg catalog: `SID_WAREHOUSE`, else the local folder lake/."""
+        return os.environ.get("SID_WAREHOUSE") or str(self.folder("lake"))
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow tracking address: `MLFLOW_TRACKING_URI`, else a SQLite file."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+
+class Frozen(BaseModel):
+    """A JSON document that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlannedFile(Frozen):
+    """One source file the night may read, fixed by digest before anything is loaded.
+
+    status: present | declared_empty | missing. kind: events | items.
+    """
+
+    file_date: date
+    kind: str
+    path: str
+    sha256: str = ""
+    bytes: int = 0
+    status: str = "present"
+
+
+class Release(Frozen):
+    """A row of sid.release as the plan needs it."""
+
+    tag: str
+    logical_date: date
+    revision: int
+    generation: int
+    snapshot_id: int
+
+
+class Plan(Frozen):
+    """The night's manifest: what every stage of the night reads, fixed once.
+
+    new_generation: fit encoder and tokenizer anew; else copy from `parent`.
+    reuse: tag of a published release with the same fingerprint; every stage then ends as `reused`.
+    """
+
+    logical_date: date
+    tag: str
+    revision: int
+    generation: int
+    new_generation: bool
+    reason: str
+    parent: Release | None
+    files: tuple[PlannedFile, ...]
+    input_fingerprint: str
+    config_hash: str
+    seed: int
+    reuse: str = ""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage knows about its run.
+
+    Args:
+        stage: name of the running stage.
+        logical_date: D; `cutoff` is the first instant after it, UTC.
+        run_id: Airflow run id or CLI run id; stable over retries.
+        attempt: 1, 2, ... of this stage in this run.
+        reason: why this run exists, lands in the snapshots.
+        params: run parameters, e.g. {"release": "d20261120"}.
+    """
+
+    config: Config
+    home: Home
+    stage: str
+    logical_date: date
+    run_id: str
+    attempt: int = 1
+    reason: str = "nightly"
+    params: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def cutoff(self) -> datetime:
+        """First instant after the logical date; everything read is strictly earlier."""
+        return datetime.combine(self.logical_date + timedelta(days=1), time(), tzinfo=UTC)
+
+    @property
+    def key(self) -> str:
+        """8 hex digits of (stage, date, run), stable over retries; names the audit branch."""
+        text = f"{self.stage}|{self.logical_date}|{self.run_id}"
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def branch(self) -> str:
+        """Name of the stage's audit branch."""
+        return f"audit_{self.stage}_{self.logical_date:%Y%m%d}_{self.key}"
+
+    @property
+    def staging(self) -> Path:
+        """Folder of the run's JSON documents, shared by all its stages."""
+        safe = re.sub(r"[^A-Za-z0-9_.-]", "_", self.run_id)
+        path = self.home.folder("staging") / safe
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def param(self, name: str) -> str:
+        """A run parameter, empty when not given."""
+        return dict(self.params).get(name, "")
+
+    def outcome(self, stage: str) -> dict[str, Any]:
+        """The outcome document of an earlier stage of this run.
+
+        Raises: UpstreamMissing if that stage has not ended in this run.
+        """
+        path = self.staging / f"{stage}.json"
+        if not path.is_file():
+            raise UpstreamMissing(
+                f"stage {stage} has not ended in this run",
+                expected=str(path),
+                found="no such file",
+                where=f"run {self.run_id}",
+                next_command=f"sid run {stage} --date {self.logical_date}",
+            )
+        return read_json(path)
+
+    def plan(self) -> Plan:
+        """The manifest that plan_night wrote for this run."""
+        return Plan.model_validate(self.outcome("plan_night")["outputs"])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises: ContractError if the file is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ContractError("a document of the run is damaged", expected="JSON", found=str(error), where=str(path), next_command=f"rm {path}") from error
+    if not isinstance(content, dict):
+        raise ContractError("a document of the run is damaged", expected="a JSON object", found=type(content).__name__, where=str(path))
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old or the new document, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True, default=str), encoding="utf-8")
+    temporary.replace(path)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 31-bit seed from its parts, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:4], "big") & 0x7FFFFFFF
