@@ -43,6 +43,7 @@ class Write:
         dates: partitions to replace, every row must carry one of them; empty means append (rows with absent keys only).
         slice: further equality on the replaced rows, e.g. {"stage": "ingest"} where two stages share a partition.
         metrics: numbers the job already knows about these rows; they join the audit's metrics frame.
+        whole: replace every row of the table in one commit (small tables only).
         hold: leave the audited branch unpublished (a later stage publishes it).
     """
 
@@ -52,6 +53,7 @@ class Write:
     slice: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     hold: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ CREATE TABLE IF NOT EXISTS sid.generation (
   richness_reference STRING COMMENT 'JSON: kind, knots, alpha, beta, max_norm',
   text_encoder_id    STRING COMMENT 'null = none',
   image_encoder_id   STRING COMMENT 'null = none',
-  config_hash        STRING COMMENT 'configuration that fitted it'
+  config_hash        STRING COMMENT 'configuration that fitted it',
+  input_fingerprint  STRING COMMENT 'digest of everything it is a function of'
 )
 USING iceberg
 COMMENT 'one row per fitted vocabulary; immutable, written after its codebook'

@@ -1,0 +1,606 @@
+"""Codes, router weights and disambiguators of the night, left on an audit branch for publish_release.
+
+New generation: every item is encoded. Frozen: only items that are not in the parent, or whose behaviour row was trained tonight, are encoded; all others
+keep codes, weights and disambiguator of the parent bit by bit. A change of text or image alone moves no code under `frozen`: the new content counts from
+the item's next behaviour row, or from the next generation. Retired items stay as tombstones, so that their numbers are never given away.
+Not here: fitting the tokenizer (train_tokenizer) and publishing (publish_release).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import lakehouse
+from pipeline.config import AssignSid
+from pipeline.context import Context, Plan
+from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.stages import FigureData, StageResult, Write
+
+if TYPE_CHECKING:
+    from datetime import date
+    from pathlib import Path
+
+    from pyspark.sql import Column, DataFrame
+
+    from jobs.inputs import Inputs
+
+ENCODE_ROWS = 256  # rows per forward pass, always: a shape that varies with the batch could move a code
+STRATA = ("head", "torso", "tail")
+CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>"
+CODEBOOK_SCHEMA = "position int, slot string, code int, vector array<float>"
+_TOKENIZERS: dict[str, Any] = {}  # per worker process: model digest -> tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """A generation as the assignment needs it: sizes and names of the positions, digest, where the model lies."""
+
+    generation: int
+    tokenizer: str
+    codebook_sizes: tuple[int, ...]
+    slots: tuple[str, ...]
+    codebook_digest: str
+    tokenizer_uri: str
+    recorded: bool  # sid.generation has its row already
+
+
+def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
+    """The night's `sid.item_sid` on its audit branch and, for a new generation, its codebook and generation row."""
+    from pyspark.sql import functions as F
+
+    plan = ctx.plan()
+    vocabulary = read_vocabulary(inputs, ctx, plan)
+    features = inputs.frame("feature.item_feature").where(F.col("logical_date") == F.lit(plan.logical_date))
+    parent = parent_rows(inputs, plan)
+    chosen = items_to_encode(features, parent, plan)
+    vectors = item_vectors(chosen, inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector"), plan.generation)
+    check_references(vectors)
+    model = broadcast_model(inputs, vocabulary)
+    encoded = encode(vectors, partial(encode_batches, model=model), vocabulary.codebook_sizes)
+    rows = release_rows(features, encoded, parent, plan).persist()
+    metrics, usage = measure(rows, vocabulary.codebook_sizes)
+    metrics = {**metrics, **agreement_with_sources(metrics, features, parent, plan)}
+    release = rows.select(*inputs.frame("sid.item_sid").columns)
+    return StageResult(
+        writes=(
+            *generation_writes(inputs, ctx, plan, vocabulary, model),
+            Write(table="sid.item_sid", frame=release, dates=(plan.logical_date,), metrics=metrics, hold=True),
+        ),
+        metrics=metrics,
+        outputs=outputs(vocabulary, release, metrics),
+        figures=figures(rows, vocabulary, metrics, usage),
+    )
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def read_vocabulary(inputs: Inputs, ctx: Context, plan: Plan) -> Vocabulary:
+    """The generation of the night: its row in sid.generation, or what train_tokenizer has just fitted.
+
+    Raises: UpstreamMissing when a frozen night's generation has no row, ContractError when the number is taken by another codebook.
+    """
+    from pyspark.sql import functions as F
+
+    found = inputs.frame("sid.generation").where(F.col("generation") == plan.generation).collect()
+    known = _vocabulary(found[0].asDict(), plan.generation, recorded=True) if found else None
+    if not plan.new_generation:
+        if known is None:
+            raise UpstreamMissing(
+                f"generation {plan.generation} has no row", expected="one row", found="none", where="sid.generation", next_command="sid releases"
+            )
+        return known
+    outcome = ctx.outcome("train_tokenizer")["outputs"]
+    fitted = _vocabulary({**outcome, "tokenizer_uri": outcome["model_uri"]}, plan.generation, recorded=known is not None)
+    if known is not None and known.codebook_digest != fitted.codebook_digest:
+        raise ContractError(
+            f"generation {plan.generation} exists with another codebook and is never rewritten",
+            expected=f"codebook_digest {known.codebook_digest}",
+            found=fitted.codebook_digest,
+            where="sid.generation",
+            next_command=f"sid run refresh --date {plan.logical_date}",
+        )
+    return known or fitted
+
+
+def _vocabulary(row: Mapping[str, Any], generation: int, *, recorded: bool) -> Vocabulary:
+    return Vocabulary(
+        generation=generation,
+        tokenizer=row["tokenizer"],
+        codebook_sizes=tuple(int(size) for size in row["codebook_sizes"]),
+        slots=tuple(row["slots"]),
+        codebook_digest=row["codebook_digest"],
+        tokenizer_uri=row["tokenizer_uri"],
+        recorded=recorded,
+    )
+
+
+def parent_rows(inputs: Inputs, plan: Plan) -> DataFrame:
+    """Rows of the parent release at its own snapshot and date; no rows on the first night."""
+    from pyspark.sql import functions as F
+
+    if plan.parent is None:
+        return inputs.frame("sid.item_sid").limit(0)
+    assert inputs.spark is not None, "a Spark stage"
+    at_snapshot = lakehouse.read_frame(inputs.spark, "sid.item_sid", plan.parent.snapshot_id)
+    return at_snapshot.where(F.col("logical_date") == F.lit(plan.parent.logical_date))
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def items_to_encode(features: DataFrame, parent: DataFrame, plan: Plan) -> DataFrame:
+    """Feature rows to encode: all of a new generation; else those not in the parent or with a behaviour row trained tonight."""
+    from pyspark.sql import functions as F
+
+    if plan.new_generation:
+        return features
+    known = parent.select("item_id", F.lit(True).alias("known"))
+    trained_tonight = F.col("behavior_date").eqNullSafe(F.lit(plan.logical_date))
+    return features.join(known, "item_id", "left").where(F.col("known").isNull() | trained_tonight).drop("known")
+
+
+def item_vectors(items: DataFrame, content: DataFrame, behavior: DataFrame, generation: int) -> DataFrame:
+    """Per item: text, image, behavior (null = masked), richness, strength, and `dangling` = a reference without its vector."""
+    from pyspark.sql import functions as F
+
+    def of(modality: str) -> DataFrame:
+        rows = content.where(F.col("modality") == modality)
+        return rows.select(
+            F.col("encoder_id").alias(f"{modality}_encoder_id"), F.col("content_hash").alias(f"{modality}_hash"), F.col("vector").alias(modality)
+        )
+
+    trained = behavior.where(F.col("generation") == generation).select(
+        "item_id", F.col("logical_date").alias("behavior_date"), F.col("vector").alias("behavior")
+    )
+    joined = (
+        items.join(of("text"), ["text_encoder_id", "text_hash"], "left")
+        .join(of("image"), ["image_encoder_id", "image_hash"], "left")
+        .join(trained, ["item_id", "behavior_date"], "left")
+    )
+    dangling = [
+        F.col(reference).isNotNull() & F.col(vector).isNull()
+        for reference, vector in (("text_hash", "text"), ("image_hash", "image"), ("behavior_date", "behavior"))
+    ]
+    return joined.select("item_id", "text", "image", "behavior", "richness", "strength", (dangling[0] | dangling[1] | dangling[2]).alias("dangling"))
+
+
+def check_references(vectors: DataFrame) -> None:
+    """Nothing, when every reference of item_feature has its vector.
+
+    Raises: ContractError with the number of items whose vector is missing: they would be masked without a word.
+    """
+    missing = [row.item_id for row in vectors.where("dangling").select("item_id").orderBy("item_id").limit(5).collect()]
+    if missing:
+        raise ContractError(
+            "item_feature refers to vectors that do not exist",
+            expected="a row of item_content_vector or item_behavior_vector per reference",
+            found="none for " + ", ".join(missing),
+            where="feature.item_feature",
+            next_command="sid run item_feature --date D",
+        )
+
+
+def broadcast_model(inputs: Inputs, vocabulary: Vocabulary) -> Any:
+    """The tokenizer's two files, broadcast: (config JSON, safetensors bytes). Executors need no shared folder; the driver loads no torch."""
+    assert inputs.spark is not None, "a Spark stage"
+    folder = inputs.model(vocabulary.tokenizer_uri)
+    return inputs.spark.sparkContext.broadcast(model_files(folder))
+
+
+def model_files(folder: Path) -> tuple[str, bytes]:
+    """(config JSON, safetensors bytes) of a model folder."""
+    return (folder / "config.json").read_text(encoding="utf-8"), (folder / "model.safetensors").read_bytes()
+
+
+def encode(vectors: DataFrame, mapper: Any, codebook_sizes: tuple[int, ...]) -> DataFrame:
+    """item_id, codes, weights per row of `vectors`; an item without any modality gets the reserved code K and weight 0 everywhere."""
+    from pyspark.sql import functions as F
+
+    empty = F.col("text").isNull() & F.col("image").isNull() & F.col("behavior").isNull()
+    masked = vectors.where(empty).select(
+        "item_id",
+        F.array(*[F.lit(size) for size in codebook_sizes]).alias("codes"),
+        F.array(*[F.lit(0.0).cast("float") for _ in codebook_sizes]).alias("weights"),
+    )
+    return vectors.where(~empty).drop("dangling").mapInArrow(mapper, CODES_SCHEMA).unionByName(masked)
+
+
+def encode_batches(batches: Iterator[pa.RecordBatch], model: Any) -> Iterator[pa.RecordBatch]:
+    """Record batches of CODES_SCHEMA; runs in a Spark worker, which builds the tokenizer once."""
+    tokenizer = _tokenizer(*model.value)
+    for batch in batches:
+        for start in range(0, batch.num_rows, ENCODE_ROWS):
+            yield encode_piece(tokenizer, batch.slice(start, ENCODE_ROWS))
+
+
+def encode_piece(tokenizer: Any, piece: pa.RecordBatch) -> pa.RecordBatch:
+    """item_id, codes, weights of at most ENCODE_ROWS items; the batch is filled up by repeating its rows."""
+    from pipeline.tokenizers import items_from_arrow
+
+    rows = piece.num_rows
+    padded = pa.Table.from_batches([piece]).take(pa.array(np.arange(ENCODE_ROWS) % rows))
+    output = tokenizer.encode(items_from_arrow(padded))
+    codes_NL = output.codes_NL.numpy()[:rows].astype(np.int32)
+    weights_NL = output.weights_NL.numpy()[:rows].astype(np.float32)
+    return pa.RecordBatch.from_arrays([piece.column("item_id"), list_array(codes_NL), list_array(weights_NL)], names=["item_id", "codes", "weights"])
+
+
+def list_array(values_NL: np.ndarray) -> pa.ListArray:
+    """One list per row of a matrix."""
+    rows, width = values_NL.shape
+    return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * width), pa.array(values_NL.reshape(-1)))
+
+
+def codebook_batches(batches: Iterator[pa.RecordBatch], model: Any, slots: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    """Record batches of CODEBOOK_SCHEMA, one per position; the incoming rows only start the worker."""
+    for _ in batches:
+        for position, codes_KD in enumerate(_tokenizer(*model.value).codebooks()):
+            matrix_KD = codes_KD.detach().numpy().astype(np.float32)
+            size = len(matrix_KD)
+            yield pa.RecordBatch.from_arrays(
+                [pa.array([position] * size, pa.int32()), pa.array([slots[position]] * size), pa.array(np.arange(size, dtype=np.int32)), list_array(matrix_KD)],
+                names=["position", "slot", "code", "vector"],
+            )
+
+
+def _tokenizer(config: str, tensors: bytes) -> Any:
+    """The tokenizer of a model, built once per worker process and model."""
+    import json
+
+    key = hashlib.sha256(config.encode() + tensors).hexdigest()
+    if key not in _TOKENIZERS:
+        import torch
+        from safetensors.torch import load
+
+        from pipeline.tokenizers import from_state
+
+        torch.set_num_threads(1)  # one worker per core; also one order of summation
+        _TOKENIZERS[key] = from_state(json.loads(config), load(tensors))
+    return _TOKENIZERS[key]
+
+
+# ---------------------------------------------------------------- the release's rows
+
+
+def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, plan: Plan) -> DataFrame:
+    """One row per item of `features`: the columns of sid.item_sid, and parent_codes, parent_stratum, encoded for the measurements."""
+    from pyspark.sql import functions as F
+
+    before = parent.select(
+        "item_id",
+        F.col("codes").alias("parent_codes"),
+        F.col("weights").alias("parent_weights"),
+        F.col("disambiguator").alias("parent_number"),
+        F.col("popularity_stratum").alias("parent_stratum"),
+    )
+    fresh = encoded.select("item_id", F.col("codes").alias("new_codes"), F.col("weights").alias("new_weights"))
+    carry = F.lit(not plan.new_generation)
+    joined = (
+        features.drop("generation")
+        .join(fresh, "item_id", "left")
+        .join(before, "item_id", "left")
+        .withColumn("encoded", F.col("new_codes").isNotNull())
+        .withColumn("codes", F.coalesce("new_codes", F.when(carry, F.col("parent_codes"))))
+        .withColumn("weights", F.coalesce("new_weights", F.when(carry, F.col("parent_weights"))))
+        .withColumn("existing", F.when(carry & (F.col("codes") == F.col("parent_codes")), F.col("parent_number")))
+        .withColumn("is_new", F.col("parent_codes").isNull())
+        .withColumn("changed_from_parent", F.coalesce(F.col("codes") != F.col("parent_codes"), F.lit(False)))
+        .withColumn("generation", F.lit(plan.generation).cast("int"))
+    )
+    return disambiguate_frame(joined).drop("existing", "new_codes", "new_weights", "parent_weights", "parent_number")
+
+
+def disambiguate_frame(rows: DataFrame) -> DataFrame:
+    """`rows` with `disambiguator`: `existing` where it is set, else the next number of the code tuple by (first_seen, item_id).
+
+    The same rule as tokenizers.collisions.disambiguate; only code tuples that hold an item without a number are grouped.
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    carried, fresh = rows.where("existing IS NOT NULL"), rows.where("existing IS NULL")
+    touched = fresh.select("codes").distinct()
+    taken = carried.join(touched, "codes", "left_semi").groupBy("codes").agg(F.max("existing").alias("largest"))
+    order = Window.partitionBy("codes").orderBy("first_seen", "item_id")
+    number = (F.coalesce(F.col("largest"), F.lit(-1)) + F.row_number().over(order)).cast("int")
+    numbered = fresh.join(taken, "codes", "left").withColumn("disambiguator", number).drop("largest")
+    return carried.withColumn("disambiguator", F.col("existing").cast("int")).unionByName(numbered)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[dict[str, float], list[np.ndarray]]:
+    """(metrics of the gate, code counts per position over live items)."""
+    judged = with_groups(rows, codebook_sizes)
+    columns = {**collision_columns(), **churn_columns(len(codebook_sizes)), **contract_columns(codebook_sizes)}
+    counts = {name: float(value or 0) for name, value in judged.agg(*[column.alias(name) for name, column in columns.items()]).collect()[0].asDict().items()}
+    usage = code_usage(rows, codebook_sizes)
+    return {**ratios(counts, len(codebook_sizes)), **usage_metrics(usage)}, usage
+
+
+def with_groups(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> DataFrame:
+    """`rows` with live, described (at least one slot not masked), group_size (live described items of the same codes), moved and unmasked.
+
+    An item without any modality has no codes worth the name: it counts in `masked_share`, not among the collisions.
+    """
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    sizes = F.array(*[F.lit(size) for size in codebook_sizes])
+    present = F.zip_with("codes", sizes, lambda code, size: code < size)
+    appeared = F.exists(
+        F.zip_with(
+            F.zip_with("codes", sizes, lambda code, size: code < size), F.zip_with("parent_codes", sizes, lambda code, size: code == size), lambda a, b: a & b
+        ),
+        lambda slot: slot,
+    )
+    counted = (F.col("live") & F.col("described")).cast("int")
+    return (
+        rows.withColumn("live", F.col("status") == "live")
+        .withColumn("described", F.coalesce(F.exists(present, lambda slot: slot), F.lit(False)))
+        .withColumn("group_size", F.sum(counted).over(Window.partitionBy("codes")))
+        .withColumn("unmasked", F.col("changed_from_parent") & F.coalesce(appeared, F.lit(False)))
+        .withColumn("moved", F.col("changed_from_parent") & ~F.col("unmasked"))
+    )
+
+
+def _count(condition: Column) -> Column:
+    from pyspark.sql import functions as F
+
+    return F.sum(F.coalesce(condition, F.lit(False)).cast("long"))
+
+
+def _mass(condition: Column) -> Column:
+    from pyspark.sql import functions as F
+
+    return F.sum(F.when(condition, F.col("popularity")).otherwise(0.0))
+
+
+def collision_columns() -> dict[str, Column]:
+    """Aggregates behind collision_rate, shared_mass and disambiguators."""
+    from pyspark.sql import functions as F
+
+    counted = F.col("live") & F.col("described")
+    shared = counted & (F.col("group_size") > 1)
+    return {
+        "rows": F.count(F.lit(1)),
+        "live": _count(F.col("live")),
+        "masked": _count(F.col("live") & ~F.col("described")),
+        "counted": _count(counted),
+        "collided": _count(shared),
+        "live_mass": _mass(F.col("live")),
+        "collided_mass": _mass(shared),
+        "disambiguators": F.max(F.when(F.col("described"), F.col("disambiguator") + 1)),
+    }
+
+
+def churn_columns(positions: int) -> dict[str, Column]:
+    """Aggregates behind churn against the parent: overall, by the parent's stratum, by position, by mass, and over re-encoded items."""
+    from pyspark.sql import functions as F
+
+    known = F.col("parent_codes").isNotNull()
+    again = known & F.col("encoded")
+    columns = {
+        "known": _count(known),
+        "moved": _count(F.col("moved")),
+        "unmasked": _count(F.col("unmasked")),
+        "known_mass": _mass(known),
+        "moved_mass": _mass(F.col("moved")),
+        "reencoded": _count(again),
+        "reencoded_kept": _count(again & ~F.col("changed_from_parent")),
+        "new_items": _count(F.col("is_new")),
+    }
+    for stratum in STRATA:
+        inside = F.col("parent_stratum") == stratum
+        columns |= {f"known_{stratum}": _count(known & inside), f"moved_{stratum}": _count(F.col("moved") & inside)}
+    for position in range(positions):
+        columns[f"changed_{position}"] = _count(known & (F.col("codes")[position] != F.col("parent_codes")[position]))
+    return columns
+
+
+def contract_columns(codebook_sizes: tuple[int, ...]) -> dict[str, Column]:
+    """Counts of rows that break the shape of a SID: codes out of range, or a masked slot that carries weight."""
+    from pyspark.sql import functions as F
+
+    sizes, length = F.array(*[F.lit(size) for size in codebook_sizes]), len(codebook_sizes)
+    in_range = F.forall(F.zip_with("codes", sizes, lambda code, size: code.between(0, size)), lambda good: F.coalesce(good, F.lit(False)))
+    silent = F.forall(
+        F.zip_with(F.zip_with("codes", sizes, lambda code, size: code == size), "weights", lambda masked, weight: ~masked | (weight == 0)),
+        lambda good: F.coalesce(good, F.lit(False)),
+    )
+    complete = (F.size("codes") == length) & (F.size("weights") == length)
+    return {"codes_out_of_range": _count(~(F.coalesce(in_range & complete, F.lit(False)))), "masked_with_weight": _count(~F.coalesce(silent, F.lit(False)))}
+
+
+def ratios(counts: Mapping[str, float], positions: int) -> dict[str, float]:
+    """Counts of `measure` as the named metrics of the gate; a share of nothing is 0."""
+
+    def share(part: str, whole: str) -> float:
+        return counts[part] / counts[whole] if counts[whole] else 0.0
+
+    metrics = {name: counts[name] for name in ("rows", "live", "new_items", "reencoded", "disambiguators", "codes_out_of_range", "masked_with_weight")}
+    metrics |= {
+        "collision_rate": share("collided", "counted"),
+        "shared_mass": share("collided_mass", "live_mass"),
+        "masked_share": share("masked", "live"),
+        "churn": share("moved", "known"),
+        "churn_mass": share("moved_mass", "known_mass"),
+        "unmasked_share": share("unmasked", "known"),
+        "reencoded_kept_share": share("reencoded_kept", "reencoded"),
+    }
+    metrics |= {f"churn_{stratum}": share(f"moved_{stratum}", f"known_{stratum}") for stratum in STRATA}
+    return metrics | {f"churn_position_{position}": share(f"changed_{position}", "known") for position in range(positions)}
+
+
+def code_usage(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Live items per code, one array of length K per position; masked slots are left out."""
+    from pyspark.sql import functions as F
+
+    used = rows.where(F.col("status") == "live").select(F.posexplode("codes").alias("position", "code")).groupBy("position", "code").count().collect()
+    counts = [np.zeros(size, dtype=np.int64) for size in codebook_sizes]
+    for row in used:  # at most L * (K + 1) rows
+        if row.code is not None and row.position < len(counts) and 0 <= row.code < len(counts[row.position]):
+            counts[row.position][row.code] = row["count"]
+    return counts
+
+
+def usage_metrics(usage: list[np.ndarray]) -> dict[str, float]:
+    """Perplexity and dead codes per position as shares of min(K, items with the slot), and the worst position.
+
+    A position that is masked for every item is left out of the worst (nothing can be said of it) and counted in `masked_positions`.
+    """
+    metrics: dict[str, float] = {}
+    shares: list[float] = []
+    dead: list[float] = []
+    for position, counts_K in enumerate(usage):
+        items = int(counts_K.sum())
+        if items == 0:
+            continue
+        reachable = min(len(counts_K), items)
+        p_K = counts_K[counts_K > 0] / items
+        perplexity = float(np.exp(-(p_K * np.log(p_K)).sum()))
+        shares.append(perplexity / reachable)
+        dead.append(1.0 - np.count_nonzero(counts_K) / reachable)
+        metrics |= {f"perplexity_{position}": perplexity, f"dead_share_{position}": dead[-1]}
+    worst = {"min_perplexity_share": min(shares, default=1.0), "max_dead_share": max(dead, default=0.0)}
+    return {**metrics, **worst, "masked_positions": float(len(usage) - len(shares))}
+
+
+def agreement_with_sources(metrics: Mapping[str, float], features: DataFrame, parent: DataFrame, plan: Plan) -> dict[str, float]:
+    """Rows missing against the catalogue, items lost against the parent, and the churn that the budget judges.
+
+    The budget holds within a generation; a new vocabulary changes every code by design, and its churn is only reported.
+    """
+    lost = parent.join(features.select("item_id"), "item_id", "left_anti").count() if plan.parent is not None else 0
+    judged = 0.0 if plan.new_generation else 1.0
+    return {
+        "rows_missing": features.count() - metrics["rows"],
+        "items_lost": float(lost),
+        "budget_churn": judged * metrics["churn"],
+        "budget_churn_head": judged * metrics["churn_head"],
+    }
+
+
+# ---------------------------------------------------------------- what goes out
+
+
+def generation_writes(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary, model: Any) -> tuple[Write, ...]:
+    """Codebook and generation row of a new generation, codebook first; nothing when the generation is on record.
+
+    A codebook without its generation row is what a kill left between the two commits: it is not appended a second time.
+    """
+    from pyspark.sql import functions as F
+
+    if not plan.new_generation or vocabulary.recorded:
+        return ()
+    generation = Write(table="sid.generation", frame=generation_row(inputs, ctx, plan, vocabulary))
+    book = inputs.frame("sid.codebook")
+    if book.where(F.col("generation") == plan.generation).limit(1).count():
+        return (generation,)
+    assert inputs.spark is not None, "a Spark stage"
+    seed_row = inputs.spark.range(1, numPartitions=1)
+    rows = seed_row.mapInArrow(partial(codebook_batches, model=model, slots=vocabulary.slots), CODEBOOK_SCHEMA)
+    codebook = rows.withColumn("generation", F.lit(plan.generation).cast("int")).select(*book.columns)
+    return (Write(table="sid.codebook", frame=codebook), generation)
+
+
+def generation_row(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary) -> DataFrame:
+    """The one row of sid.generation for a vocabulary fitted tonight.
+
+    Raises: ContractError when the night's items come from more than one encoder of a modality.
+    """
+    from pyspark.sql import functions as F
+
+    assert inputs.spark is not None, "a Spark stage"
+    encoder = ctx.outcome("train_behavior_encoder")["outputs"]
+    features = inputs.frame("feature.item_feature").where(F.col("logical_date") == F.lit(plan.logical_date))
+    row = {
+        "generation": plan.generation,
+        "logical_date": plan.logical_date,
+        "tokenizer": vocabulary.tokenizer,
+        "codebook_sizes": list(vocabulary.codebook_sizes),
+        "slots": list(vocabulary.slots),
+        "codebook_digest": vocabulary.codebook_digest,
+        "encoder_uri": encoder["model_uri"],
+        "tokenizer_uri": vocabulary.tokenizer_uri,
+        "richness_reference": reference_json(encoder["richness_reference"]),
+        **one_encoder(features, plan.logical_date),
+        "config_hash": plan.config_hash,
+        "input_fingerprint": plan.input_fingerprint,
+    }
+    target = inputs.frame("sid.generation").schema
+    return inputs.spark.createDataFrame([tuple(row[name] for name in target.names)], target)
+
+
+def reference_json(reference: Any) -> str:
+    """The richness reference as canonical JSON text."""
+    import json
+
+    return reference if isinstance(reference, str) else json.dumps(reference, sort_keys=True)
+
+
+def one_encoder(features: DataFrame, logical_date: date) -> dict[str, str | None]:
+    """text_encoder_id and image_encoder_id of the night, None for a modality that nobody has."""
+    from pyspark.sql import functions as F
+
+    names = ("text_encoder_id", "image_encoder_id")
+    found = features.agg(*[F.sort_array(F.collect_set(name)).alias(name) for name in names]).collect()[0]
+    for name in names:
+        if len(found[name]) > 1:
+            raise ContractError(
+                f"more than one {name} in one night", expected="one", found=", ".join(found[name]), where=f"feature.item_feature {logical_date}"
+            )
+    return {name: found[name][0] if found[name] else None for name in names}
+
+
+def outputs(vocabulary: Vocabulary, release: DataFrame, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What later stages read about the held branch."""
+    return {
+        "generation": vocabulary.generation,
+        "codebook_digest": vocabulary.codebook_digest,
+        "slots": list(vocabulary.slots),
+        "codebook_sizes": list(vocabulary.codebook_sizes),
+        "rows_digest": lakehouse.rows_digest(release),
+        "items": int(metrics["rows"]),
+        "metrics": dict(metrics),
+    }
+
+
+def figures(rows: DataFrame, vocabulary: Vocabulary, metrics: Mapping[str, float], usage: list[np.ndarray]) -> dict[str, FigureData]:
+    """Code usage per position, churn, and collisions by popularity decile."""
+    positions = range(len(vocabulary.slots))
+    churn = {
+        "overall": metrics["churn"],
+        "by_stratum": {stratum: metrics[f"churn_{stratum}"] for stratum in STRATA},
+        "by_position": {vocabulary.slots[position]: metrics[f"churn_position_{position}"] for position in positions},
+    }
+    return {
+        "code_usage": FigureData(kind="code_usage", data={"slots": list(vocabulary.slots), "counts": [counts_K.tolist() for counts_K in usage]}),
+        "churn": FigureData(kind="churn", data=churn),
+        "collisions_by_decile": FigureData(kind="collisions_by_decile", data={"collision_rate": collisions_by_decile(rows, vocabulary.codebook_sizes)}),
+    }
+
+
+def collisions_by_decile(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> list[float]:
+    """Share of live described items that share their codes, per popularity decile, least popular first; ties may leave a decile empty (0)."""
+    from pyspark.sql import functions as F
+
+    judged = with_groups(rows, codebook_sizes).where(F.col("live") & F.col("described"))
+    cuts = judged.approxQuantile("popularity", [share / 10 for share in range(1, 10)], 0.001)
+    decile = sum((F.col("popularity") > cut).cast("int") for cut in cuts) if cuts else F.lit(0)
+    found = (
+        judged.groupBy(F.lit(decile).alias("decile") if isinstance(decile, int) else decile.alias("decile"))
+        .agg(F.avg((F.col("group_size") > 1).cast("int")).alias("rate"))
+        .collect()
+    )
+    rates = {int(row.decile): float(row.rate) for row in found}
+    return [rates.get(index, 0.0) for index in range(10)]

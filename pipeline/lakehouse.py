@@ -1,0 +1,343 @@
+"""The lake: creating tables, audit branches, the one publish commit, reading at a snapshot or a release.
+
+Writing and publishing go through Spark, reading without a JVM through PyIceberg. Nothing else in sidmill touches references.
+Correctness rests on `publish` being ONE metadata commit; the file lock only spares a local folder needless conflicts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Lake
+from pipeline.context import SQL, Home
+from pipeline.errors import ConfigError, ContractError, PublishConflict, UpstreamMissing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyiceberg.table import Table as IcebergTable
+    from pyspark.sql import DataFrame, SparkSession
+
+logger = logging.getLogger(__name__)
+CATALOG = "lake"
+NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+REFERENCE = re.compile(r"^[A-Za-z0-9_]+$")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table_names() -> list[str]:
+    """Every table of the house, `namespace.name`, from the folders under sql/."""
+    return sorted(f"{path.parent.parent.name}.{path.parent.name}" for path in SQL.glob("*/*/table.sql"))
+
+
+def create_tables(spark: SparkSession) -> None:
+    """Make every table that is not there yet, each with an empty first snapshot (a table without one cannot be branched)."""
+    namespaces = sorted({name.split(".")[0] for name in table_names()})
+    for namespace in namespaces:
+        spark.sql(f"CREATE NAMESPACE IF NOT EXISTS {CATALOG}.{_checked(namespace)}")
+    known = {f"{namespace}.{row.tableName}" for namespace in namespaces for row in spark.sql(f"SHOW TABLES IN {CATALOG}.{namespace}").collect()}
+    for name in table_names():
+        if name not in known:
+            namespace, table = name.split(".")
+            spark.sql((SQL / namespace / table / "table.sql").read_text(encoding="utf-8"))
+        if snapshot(spark, name) is None:  # a kill between the two statements leaves a table without a snapshot
+            spark.table(_full(name)).limit(0).writeTo(_full(name)).append()
+
+
+def snapshot(spark: SparkSession, table: str, reference: str = "main") -> int | None:
+    """Snapshot id that a branch or tag of the table points at; None when there is no such reference."""
+    return references(spark, table).get(reference)
+
+
+def references(spark: SparkSession, table: str) -> dict[str, int]:
+    """Name -> snapshot id of every branch and tag of the table."""
+    return {row.name: int(row.snapshot_id) for row in spark.table(f"{_full(table)}.refs").select("name", "snapshot_id").collect()}
+
+
+def read_frame(spark: SparkSession, table: str, snapshot_id: int | None) -> DataFrame:
+    """The table's rows at a snapshot; None reads main as it is now."""
+    if snapshot_id is None:
+        return spark.table(_full(table))
+    return spark.read.option("snapshot-id", snapshot_id).format("iceberg").load(_full(table))
+
+
+def read_branch(spark: SparkSession, table: str, branch: str) -> DataFrame:
+    """The table's rows on a branch or at a tag."""
+    found = snapshot(spark, table, branch)
+    if found is None:
+        raise UpstreamMissing(f"no branch or tag {branch!r} on {table}", expected=branch, found=", ".join(references(spark, table)), where=table)
+    return read_frame(spark, table, found)
+
+
+def partition_columns(table: str) -> tuple[str, ...]:
+    """Partition columns that sql/<namespace>/<table>/table.sql declares, empty for an unpartitioned table."""
+    namespace, name = table.split(".")
+    found = re.search(r"PARTITIONED BY \(([^)]*)\)", (SQL / namespace / name / "table.sql").read_text(encoding="utf-8"))
+    return tuple(column.strip() for column in found.group(1).split(",")) if found else ()
+
+
+def rows_digest(frame: DataFrame) -> str:
+    """sha256 over the frame's rows, whatever their order, files or partitioning; columns count by name.
+
+    Rows are hashed one by one, sorted inside 4,096 hash buckets by Spark, and the bucket digests are joined in order,
+    so no process ever holds all rows.
+    """
+    from pyspark.sql import functions as F
+
+    row = F.sha2(F.to_json(F.struct(*sorted(frame.columns)), {"ignoreNullFields": "false"}), 256)
+    buckets = (
+        frame.select(row.alias("h"))
+        .groupBy(F.substring("h", 1, 3).alias("b"))
+        .agg(F.sha2(F.concat_ws("", F.sort_array(F.collect_list("h"))), 256).alias("d"))
+        .orderBy("b")
+        .collect()
+    )
+    return hashlib.sha256("".join(bucket.d for bucket in buckets).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- writing: branch, replace, publish
+
+
+@contextmanager
+def table_locks(home: Home, lake: Lake, tables: Iterable[str]) -> Iterator[None]:
+    """Hold a file lock per table (embedded catalog only), taken in name order so that two stages never wait for each other."""
+    if lake.catalog != "hadoop":
+        yield
+        return
+    from contextlib import ExitStack
+
+    from filelock import FileLock
+
+    with ExitStack() as stack:
+        for table in sorted(set(tables)):
+            stack.enter_context(FileLock(home.folder("locks") / f"{table}.lock"))
+        yield
+
+
+def cut_branch(spark: SparkSession, table: str, branch: str) -> int | None:
+    """Cut an audit branch from main, dropping what an earlier try left; returns main's snapshot id."""
+    name = _checked_reference(branch)
+    if snapshot(spark, table, name) is not None:
+        spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH {name}")
+    spark.sql(f"ALTER TABLE {_full(table)} CREATE BRANCH {name}")
+    return snapshot(spark, table)
+
+
+def drop_branch(spark: SparkSession, table: str, branch: str) -> None:
+    """Drop a branch if it is there."""
+    spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH IF EXISTS {_checked_reference(branch)}")
+
+
+def check_columns(frame: DataFrame, spark: SparkSession, table: str) -> DataFrame:
+    """The frame with its columns in the table's order.
+
+    Raises: ContractError when a column is missing, unknown or of another type.
+    """
+    declared = {field.name: field.dataType.simpleString() for field in spark.table(_full(table)).schema.fields}
+    found = {field.name: field.dataType.simpleString() for field in frame.schema.fields}
+    if declared != found:
+        wrong = sorted(
+            {f"{name}: {found.get(name, 'missing')}" for name in declared if found.get(name) != declared[name]}
+            | {f"{name}: unknown" for name in found if name not in declared}
+        )
+        expected = ", ".join(f"{name} {kind}" for name, kind in declared.items())
+        raise ContractError(
+            f"the frame does not have the columns of {table}", expected=expected, found="; ".join(wrong), where=f"sql/{table.replace('.', '/')}/table.sql"
+        )
+    return frame.select(*declared)
+
+
+def replace(
+    spark: SparkSession, frame: DataFrame, table: str, branch: str, *, dates: Sequence[date], equal: Mapping[str, str], properties: Mapping[str, str]
+) -> None:
+    """Replace the partitions `dates` (and `equal`) of a branch by the frame's rows; an empty frame empties them.
+
+    Raises: ContractError when a row carries another date: it would be written beside the partitions that were replaced.
+    """
+    from pyspark.sql import functions as F
+
+    column = partition_columns(table)[0]
+    wanted = [F.lit(day).cast("date") for day in dates]
+    stray = F.raise_error(F.concat(F.lit(f"stray row: {column}="), F.coalesce(F.col(column).cast("string"), F.lit("null")))).cast("date")
+    frame = frame.withColumn(column, F.when(F.col(column).isin(wanted), F.col(column)).otherwise(stray))
+    condition = F.col(column).isin(wanted)
+    for name, value in equal.items():
+        condition = condition & (F.col(name) == F.lit(value))
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    writer = _writer(frame, table, branch, properties)
+    try:
+        writer.overwrite(condition)
+    except (PySparkException, Py4JJavaError) as error:
+        if "stray row:" not in str(error):
+            raise
+        found = re.search(r"stray row: \S+", str(error))
+        raise ContractError(
+            f"a row for {table} carries another date", expected=f"{column} in {sorted(map(str, dates))}", found=found.group(0) if found else "", where=branch
+        ) from error
+
+
+def replace_all(spark: SparkSession, frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> None:
+    """Replace every row of a branch in one commit."""
+    from pyspark.sql import functions as F
+
+    _writer(frame, table, branch, properties).overwrite(F.lit(True))
+
+
+def append(spark: SparkSession, frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> None:
+    """Append the frame's rows to a branch."""
+    _writer(frame, table, branch, properties).append()
+
+
+def publish(spark: SparkSession, table: str, branch: str, tag: str = "") -> int:
+    """Make a branch the new main, tag it and remove the branch, in ONE metadata commit; returns the snapshot id.
+
+    Raises: PublishConflict when main moved since the branch was cut; every reference is then as it was.
+    """
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    name = _checked_reference(branch)
+    loader = spark._jvm.org.apache.iceberg.spark.Spark3Util  # type: ignore[union-attr]
+    iceberg = loader.loadIcebergTable(spark._jsparkSession, _full(table))
+    target = iceberg.snapshot(name)
+    if target is None:
+        raise UpstreamMissing(f"no branch {name} on {table}", expected=name, found=", ".join(references(spark, table)), where=table)
+    if tag and iceberg.refs().containsKey(_checked_reference(tag)):
+        raise ContractError(
+            f"tag {tag} of {table} exists and is never moved", expected="a tag that is not there yet", found=tag, where=table, next_command="sid releases"
+        )
+    try:
+        change = iceberg.manageSnapshots().fastForwardBranch("main", name)
+        if tag:
+            change = change.createTag(tag, target.snapshotId())
+        change.removeBranch(name).commit()
+    except (Py4JJavaError, PySparkException) as error:
+        found = str(getattr(error, "java_exception", None) or error).splitlines()[0]
+        raise PublishConflict(
+            f"main of {table} moved while {name} was audited",
+            expected="main as it was when the branch was cut",
+            found=found,
+            where=f"{table} {name}",
+            next_command="run the stage again",
+        ) from error
+    logger.info("published table=%s branch=%s tag=%s snapshot=%d", table, name, tag or "-", target.snapshotId())
+    return int(target.snapshotId())
+
+
+def _writer(frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> Any:
+    writer = frame.writeTo(f"{_full(table)}.branch_{_checked_reference(branch)}")
+    for name, value in properties.items():
+        writer = writer.option(f"snapshot-property.{name}", value)
+    return writer
+
+
+# ---------------------------------------------------------------- reading without a JVM
+
+
+def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
+    """The table through PyIceberg.
+
+    The embedded catalog opens the highest complete metadata file, never the version hint, which can be one behind after a kill.
+    Raises: UpstreamMissing when the table does not exist yet.
+    """
+    from pyiceberg.table import StaticTable
+
+    if lake.catalog == "hadoop":
+        return StaticTable.from_metadata(str(_newest_metadata(home, table)))
+    from pyiceberg.catalog import load_catalog
+
+    uri = os.environ.get("SID_CATALOG_URI", "")
+    kind = "sql" if lake.catalog == "jdbc" else lake.catalog
+    address = re.sub(r"^jdbc:sqlite:([^?]*).*", r"sqlite:///\1", uri)
+    address = re.sub(r"^jdbc:postgresql://", "postgresql+psycopg2://", address)
+    return load_catalog(CATALOG, type=kind, uri=address, warehouse=home.warehouse, **lake.properties).load_table(table)
+
+
+def read_arrow(home: Home, lake: Lake, table: str, *, snapshot_id: int | None = None, columns: Sequence[str] = ("*",), where: str = "") -> pa.Table:
+    """Rows of a table at a snapshot (None = main now) as Arrow.
+
+    Args:
+        where: PyIceberg row filter; empty reads all rows.
+    """
+    from pyiceberg.expressions import AlwaysTrue
+
+    scan = open_table(home, lake, table).scan(row_filter=where or AlwaysTrue(), selected_fields=tuple(columns), snapshot_id=snapshot_id)
+    return scan.to_arrow()
+
+
+def current_snapshot(home: Home, lake: Lake, table: str) -> int | None:
+    """Snapshot id of main through PyIceberg."""
+    found = open_table(home, lake, table).current_snapshot()
+    return found.snapshot_id if found else None
+
+
+def read_releases(home: Home, lake: Lake) -> pa.Table:
+    """All rows of sid.release, ordered by date and revision; an empty table when the lake is empty."""
+    import pyarrow as pa
+
+    try:
+        rows = read_arrow(home, lake, "sid.release")
+    except UpstreamMissing:
+        return pa.table({name: [] for name in ("tag", "logical_date", "revision", "generation", "status")})
+    return rows.sort_by([("logical_date", "ascending"), ("revision", "ascending")])
+
+
+def read_release(home: Home, lake: Lake, tag: str, columns: Sequence[str] = ("*",)) -> pa.Table:
+    """Rows of one release, sorted by item_id: its tag AND its date, never one without the other.
+
+    Raises: UpstreamMissing for a tag that sid.release does not know.
+    """
+    import pyarrow.compute as pc
+
+    releases = read_releases(home, lake)
+    row = releases.filter(pc.equal(releases["tag"], tag)).to_pylist() if releases.num_rows else []
+    if not row:
+        known = ", ".join(releases["tag"].to_pylist()[-5:]) if releases.num_rows else "none"
+        raise UpstreamMissing(
+            f"no release {tag!r}", expected=f"a tag of sid.release, e.g. {known}", found=tag, where="sid.release", next_command="sid releases"
+        )
+    rows = read_arrow(home, lake, "sid.item_sid", snapshot_id=row[0]["snapshot_id"], columns=columns, where=f"logical_date == '{row[0]['logical_date']}'")
+    return rows.sort_by("item_id") if "item_id" in rows.column_names else rows
+
+
+def _newest_metadata(home: Home, table: str) -> Path:
+    namespace, name = table.split(".")
+    folder = Path(home.warehouse.removeprefix("file://")) / _checked(namespace) / _checked(name) / "metadata"
+    versions = {int(found.group(1)): path for path in folder.glob("v*.metadata.json") if (found := re.fullmatch(r"v(\d+)\.metadata\.json", path.name))}
+    if not versions:
+        raise UpstreamMissing(
+            f"table {table} does not exist yet",
+            expected=str(folder / "v1.metadata.json"),
+            found="nothing",
+            where=str(folder),
+            next_command="sid run refresh --date D",
+        )
+    return versions[max(versions)]
+
+
+def _full(table: str) -> str:
+    namespace, name = table.split(".")
+    return f"{CATALOG}.{_checked(namespace)}.{_checked(name)}"
+
+
+def _checked(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is not a table or namespace name", expected="lower case letters, digits and _", found=name, where="lakehouse")
+    return name
+
+
+def _checked_reference(name: str) -> str:
+    if not REFERENCE.fullmatch(name):
+        raise ConfigError(f"{name!r} is not a branch or tag name", expected="letters, digits and _", found=name, where="lakehouse")
+    return name

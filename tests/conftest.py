@@ -1,0 +1,51 @@
+"""Fixtures: one Spark session per test process on a throw-away warehouse; tables are emptied between modules, not rebuilt."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Lake, Launch
+from pipeline.context import Home
+
+os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+
+@pytest.fixture(scope="session")
+def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("sid"))
+
+
+@pytest.fixture(scope="session")
+def spark(_session_home: Home):
+    """The process's session; its warehouse is the throw-away home of `lake_home`."""
+    from pipeline import lakehouse
+    from pipeline import spark as gate
+
+    os.environ.pop("SID_WAREHOUSE", None)
+    session = gate.session(_session_home, Lake(), Launch(driver_memory="1g"))
+    lakehouse.create_tables(session)
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def lake_home(spark, _session_home: Home) -> Home:
+    """A home whose tables are all empty."""
+    import shutil
+
+    from pipeline import lakehouse
+
+    for folder in ("staging", "mlartifacts"):
+        shutil.rmtree(_session_home.root / folder, ignore_errors=True)
+    Path(_session_home.root / "mlflow.db").unlink(missing_ok=True)
+    for table in lakehouse.table_names():
+        full = f"lake.{table}"
+        if spark.table(full).limit(1).count() or len(lakehouse.references(spark, table)) > 1:
+            spark.sql(f"DROP TABLE {full} PURGE")
+    lakehouse.create_tables(spark)
+    return _session_home
