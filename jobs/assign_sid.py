@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from jobs.inputs import Inputs
 
-ENCODE_ROWS = 256  # rows per forward pass, always: a shape that varies with the batch could move a code
 STRATA = ("head", "torso", "tail")
 CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>"
 CODEBOOK_SCHEMA = "position int, slot string, code int, vector array<float>"
@@ -65,7 +64,7 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     model = broadcast_model(inputs, vocabulary)
     encoded = encode(vectors, partial(encode_batches, model=model), vocabulary.codebook_sizes)
     rows = release_rows(features, encoded, parent, plan).persist()
-    metrics, usage = measure(rows, vocabulary.codebook_sizes)
+    metrics, usage = measured(rows, vocabulary.codebook_sizes)
     metrics = {**metrics, **agreement_with_sources(metrics, features, parent, plan)}
     release = rows.select(*inputs.frame("sid.item_sid").columns)
     return StageResult(
@@ -215,22 +214,14 @@ def encode(vectors: DataFrame, mapper: Any, codebook_sizes: tuple[int, ...]) -> 
 
 def encode_batches(batches: Iterator[pa.RecordBatch], model: Any) -> Iterator[pa.RecordBatch]:
     """Record batches of CODES_SCHEMA; runs in a Spark worker, which builds the tokenizer once."""
+    from pipeline.tokenizers.base import items_from_arrow
+
     tokenizer = _tokenizer(*model.value)
     for batch in batches:
-        for start in range(0, batch.num_rows, ENCODE_ROWS):
-            yield encode_piece(tokenizer, batch.slice(start, ENCODE_ROWS))
-
-
-def encode_piece(tokenizer: Any, piece: pa.RecordBatch) -> pa.RecordBatch:
-    """item_id, codes, weights of at most ENCODE_ROWS items; the batch is filled up by repeating its rows."""
-    from pipeline.tokenizers import items_from_arrow
-
-    rows = piece.num_rows
-    padded = pa.Table.from_batches([piece]).take(pa.array(np.arange(ENCODE_ROWS) % rows))
-    output = tokenizer.encode(items_from_arrow(padded))
-    codes_NL = output.codes_NL.numpy()[:rows].astype(np.int32)
-    weights_NL = output.weights_NL.numpy()[:rows].astype(np.float32)
-    return pa.RecordBatch.from_arrays([piece.column("item_id"), list_array(codes_NL), list_array(weights_NL)], names=["item_id", "codes", "weights"])
+        if batch.num_rows:
+            output = tokenizer.encode(items_from_arrow(batch))  # in blocks of a fixed height: the company an item keeps moves no code
+            codes, weights = list_array(output.codes_NL.numpy().astype(np.int32)), list_array(output.weights_NL.numpy().astype(np.float32))
+            yield pa.RecordBatch.from_arrays([batch.column("item_id"), codes, weights], names=["item_id", "codes", "weights"])
 
 
 def list_array(values_NL: np.ndarray) -> pa.ListArray:
@@ -316,6 +307,23 @@ def disambiguate_frame(rows: DataFrame) -> DataFrame:
 
 
 # ---------------------------------------------------------------- measuring
+
+
+def measured(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[dict[str, float], list[np.ndarray]]:
+    """`measure`, where the workers run for the first time.
+
+    Raises: ContractError with the worker's last line when the tokenizer refuses its input (e.g. a vector that is not finite).
+    """
+    from pyspark.errors import PythonException
+
+    try:
+        return measure(rows, codebook_sizes)
+    except PythonException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        refusal = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
+        raise ContractError(
+            "the tokenizer refused its input", expected="finite vectors of the fitted widths", found=refusal, where="feature.item_feature"
+        ) from error
 
 
 def measure(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[dict[str, float], list[np.ndarray]]:

@@ -59,11 +59,17 @@ def served_release(releases: Sequence[Published], tag: str) -> Published:
     if not wanted:
         known = ", ".join(release.tag for release in releases) or "no release"
         raise UpstreamMissing(
-            f"no release {tag!r}" if tag else "no current release", expected=tag or "a current release", found=known, where="sid.release", next_command="sid releases"
+            f"no release {tag!r}" if tag else "no current release",
+            expected=tag or "a current release",
+            found=known,
+            where="sid.release",
+            next_command="sid releases",
         )
     newest = max(wanted, key=_order)
     if newest.status == "withdrawn":
-        raise ContractError(f"release {newest.tag} was withdrawn", expected="a release in use", found="withdrawn", where="sid.release", next_command="sid releases")
+        raise ContractError(
+            f"release {newest.tag} was withdrawn", expected="a release in use", found="withdrawn", where="sid.release", next_command="sid releases"
+        )
     return newest
 
 

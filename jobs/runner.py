@@ -12,16 +12,16 @@ import importlib
 import logging
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jobs import derived
 from jobs.inputs import Inputs
 from pipeline import lakehouse, quality, tracking
 from pipeline import spark as spark_gate
-from pipeline.context import ROOT, Context, write_json
+from pipeline.context import Context, write_json
 from pipeline.errors import ContractError, PublishConflict, SidError, UpstreamMissing
 from pipeline.stages import BY_NAME, Stage, StageResult, Write
 
@@ -62,6 +62,9 @@ def run_stage(ctx: Context) -> dict[str, Any]:
         write_json(path, outcome)
         _track(stage, ctx, None, "failed", outcome, snapshots, error)
         raise
+    if stage.name == "publish_release":
+        step(ctx, "before_alias")
+        derived.align(ctx.home, ctx.config)
     outcome = _outcome(stage, result.status, started, result, ledger)
     write_json(path, outcome)
     _track(stage, ctx, result, result.status, outcome, snapshots, None)
@@ -137,9 +140,9 @@ def _write_and_audit(spark: SparkSession, ctx: Context, write: Write, snapshots:
     else:
         lakehouse.append(spark, frame, write.table, ctx.branch, properties)
     step(ctx, "after_write")
-    branch = lakehouse.read_branch(spark, write.table, ctx.branch)
+    added = lakehouse.read_branch(spark, write.table, ctx.branch) if write.dates or write.whole else lakehouse.read_added(spark, write.table, ctx.branch, base)
     audit = quality.audit(
-        branch, write.table, dates=write.dates, equal=write.slice, known=write.metrics, config=ctx.config, branch=ctx.branch, reason=ctx.reason
+        added, write.table, dates=write.dates, equal=write.slice, known=write.metrics, config=ctx.config, branch=ctx.branch, reason=ctx.reason
     )
     ledger.metrics.update({f"{write.table}/{name}": value for name, value in audit.metrics.items()})
 
@@ -187,22 +190,11 @@ def _properties(ctx: Context) -> dict[str, str]:
     return {
         "sid.stage": ctx.stage,
         "sid.run_id": ctx.run_id,
-        "sid.attempt_key": f"{ctx.run_id}/{ctx.stage}",
-        "sid.git_sha": git_sha(),
+        "sid.record_key": tracking.record_key(ctx),
+        "sid.git_sha": tracking.git_sha(),
         "sid.config_hash": ctx.config.digest(),
         "sid.reason": ctx.reason,
     }
-
-
-def git_sha() -> str:
-    """Commit of the checkout, `SID_GIT_SHA` of an image, or `unknown`."""
-    if "SID_GIT_SHA" in os.environ:
-        return os.environ["SID_GIT_SHA"]
-    try:
-        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S607
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
 
 
 def _outcome(stage: Stage, status: str, started: float, result: StageResult, ledger: Ledger) -> dict[str, Any]:

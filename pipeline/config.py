@@ -172,13 +172,15 @@ class AdaSid(Section):
     latent_scale: float = Field(4.0, gt=0, description="norm of latents and code rows")
     temperature: float = Field(0.07, gt=0, description="tau of the contrastive terms")
     align_weight: float = Field(0.1, ge=0, description="mu of the alignment terms")
+    codebook_weight: float = Field(1.0, ge=0, description="weight of the codebook term")
     commitment: float = Field(0.05, ge=0, description="weight of the commitment term")
     strength: Literal["adaptive", "mean", "shuffled", "one", "zero", "inverted"] = Field(
         "adaptive", description="alignment strength w: adaptive is the method, the others are controls"
     )
     router: Literal["adaptive", "one"] = Field("adaptive", description="behaviour gate: adaptive is the method, one is the control")
     sparsity: Literal["bucket", "scalar", "off"] = Field("bucket", description="lambda per richness bucket, one scalar (paper), or none")
-    active_share: float = Field(0.6, gt=0, le=1, description="share of behaviour gates on for the richest items; theta = 1 - active share")
+    sparsity_buckets: int = Field(8, ge=1, description="richness buckets (quantiles, frozen with the generation) that have a lambda each")
+    active_share: float = Field(0.6, gt=0, le=1, description="share of behaviour gates on for the poorest items (N = 0); theta = 1 - active share")
     lambda_init: float = Field(1e-4, gt=0, description="first lambda of the sparsity controller")
     lambda_step: float = Field(1.02, gt=1, description="factor by which lambda moves per step")
     lambda_max: float = Field(10.0, gt=0, description="largest lambda")
@@ -210,6 +212,7 @@ class TrainTokenizer(Section):
     batch_size: int = Field(512, ge=2, description="items per step, over all processes")
     max_epochs: int = Field(60, ge=1, description="epochs at most, warm-up included")
     patience: int = Field(10, ge=1, description="epochs without a better validation loss, after warm-up")
+    valid_share: float = Field(0.05, ge=0, lt=1, description="share of items held out for early stopping; catalogues under 2,000 items hold out none")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type")
     revive_until: float = Field(0.8, ge=0, le=1, description="share of the epochs in which dead codes are revived")
@@ -272,6 +275,13 @@ class TrainRanker(Section):
     bootstrap: int = Field(500, ge=1, description="paired bootstrap resamples over users")
 
 
+class Maintain(Section):
+    """Weekly housekeeping."""
+
+    keep_branches_days: int = Field(14, ge=1, description="days an audit branch stays for inspection")
+    keep_snapshots_days: int = Field(14, ge=1, description="days an untagged snapshot stays readable")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -294,6 +304,7 @@ class Config(Section):
     gate_drift: GateDrift = GateDrift()
     rank_example: RankExample = RankExample()
     train_ranker: TrainRanker = TrainRanker()
+    maintain: Maintain = Maintain()
 
     def digest(self) -> str:
         """12 hex digits that name this configuration; where it runs (`launch`) does not count."""

@@ -78,6 +78,14 @@ def read_branch(spark: SparkSession, table: str, branch: str) -> DataFrame:
     return read_frame(spark, table, found)
 
 
+def read_added(spark: SparkSession, table: str, branch: str, base: int | None) -> DataFrame:
+    """The rows that appends put on a branch since it was cut at `base`, without reading the rest."""
+    head = snapshot(spark, table, branch)
+    if head is None or base is None or head == base:
+        return read_frame(spark, table, head).limit(0)
+    return spark.read.option("start-snapshot-id", base).option("end-snapshot-id", head).format("iceberg").load(_full(table))
+
+
 def partition_columns(table: str) -> tuple[str, ...]:
     """Partition columns that sql/<namespace>/<table>/table.sql declares, empty for an unpartitioned table."""
     namespace, name = table.split(".")

@@ -88,6 +88,13 @@ def audit(
     return result
 
 
+def observe(frame: DataFrame, table: str, *, dates: Sequence[date], config: Config) -> tuple[Judgement, ...]:
+    """Each expectation that the rows alone can answer, judged without raising; for people who look at a branch."""
+    contract = read_expectations(table)
+    metrics = _aggregate(_slice(frame, table, dates, {}), contract["metrics"])
+    return judge(metrics, [rule for rule in contract["expect"] if rule["metric"] in metrics], config, table)
+
+
 def judge(metrics: Mapping[str, float], expectations: Sequence[Mapping[str, Any]], config: Config, table: str) -> tuple[Judgement, ...]:
     """Each expectation judged by Great Expectations on the one-row frame of metrics.
 

@@ -1,4 +1,4 @@
-"""The DIN-style ranker that reads semantic IDs: examples as arrays, the network, its training, the checkpoint.
+"""The DIN-style ranker that reads semantic IDs: examples as arrays, the network, its training, its evaluation, the checkpoint.
 
 Not here: reading tables (jobs/train_ranker.py), drawing examples (jobs/rank_example.py), metrics (pipeline/evaluation.py).
 Tensor suffixes: B batch, N item rows (row 0 = padding), T history, L positions, K codes, D width, U distinct items of a batch, R rows.
@@ -6,6 +6,7 @@ Tensor suffixes: B batch, N item rows (row 0 = padding), T history, L positions,
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,25 +78,32 @@ def arm_of(name: str) -> Arm:
 
 @dataclass(frozen=True)
 class RankRows:
-    """Labelled rows as arrays: user_R and target_R are dense indices, history_RT is padded with 0 on the right."""
+    """Labelled rows as arrays.
 
-    user_R: Ints
-    target_R: Ints
-    history_RT: Ints
-    label_R: Floats
-    stratum_R: npt.NDArray[np.str_]
-    evidence_R: Ints
+    Args:
+        user_R: row of the user table, 0 for a user that training has not seen.
+        person_R: number of the user among all of the rows, seen or not: who is resampled and grouped.
+        target_R / history_RT: item rows; histories are padded with 0 on the right.
+    """
+
+    user: Ints
+    person: Ints
+    target: Ints
+    history: Ints
+    label: Floats
+    stratum: npt.NDArray[np.str_]
+    evidence: Ints
 
     def __len__(self) -> int:
-        return len(self.label_R)
+        return len(self.label)
 
 
 @dataclass(frozen=True)
 class ItemCodes:
     """Codes and router weights per item row; a row of masked codes (K, weight 0) is an item without a SID."""
 
-    codes_NL: Ints
-    weights_NL: Floats
+    codes: Ints
+    weights: Floats
     codebook_sizes: tuple[int, ...]
 
 
@@ -115,7 +123,7 @@ class RankData:
     items: tuple[str, ...]
     users: tuple[str, ...]
     codes: ItemCodes
-    popularity_N: Floats
+    popularity: Floats
     alternative: ItemCodes | None = None
 
 
@@ -141,7 +149,7 @@ def rank_data(examples: pa.Table, release: pa.Table, codebook_sizes: Sequence[in
         items=tuple(items.to_pylist()),
         users=tuple(users.to_pylist()),
         codes=item_codes(known, items, codebook_sizes),
-        popularity_N=popularity,
+        popularity=popularity,
         alternative=None if alternative is None else item_codes(alternative, items, codebook_sizes),
     )
 
@@ -169,13 +177,13 @@ def permute_within_deciles(codes: ItemCodes, popularity_N: Floats, seed: int) ->
 
     Deciles are by rank of popularity, ties in item order. Source: a control against code capacity and popularity leaking through codes.
     """
-    has_sid = np.flatnonzero((codes.codes_NL != np.asarray(codes.codebook_sizes)).any(axis=1))
+    has_sid = np.flatnonzero((codes.codes != np.asarray(codes.codebook_sizes)).any(axis=1))
     ranked = has_sid[np.argsort(popularity_N[has_sid], kind="stable")]
     decile = np.arange(len(ranked)) * 10 // max(len(ranked), 1)
     draw = np.random.default_rng(seed).random(len(ranked))
-    source = np.arange(len(codes.codes_NL))
+    source = np.arange(len(codes.codes))
     source[ranked] = ranked[np.lexsort((draw, decile))]
-    return replace(codes, codes_NL=codes.codes_NL[source], weights_NL=codes.weights_NL[source])
+    return replace(codes, codes_NL=codes.codes[source], weights_NL=codes.weights[source])
 
 
 def _vocabulary(rows: pa.Table, known: pa.ChunkedArray) -> pa.Array:
@@ -186,12 +194,13 @@ def _vocabulary(rows: pa.Table, known: pa.ChunkedArray) -> pa.Array:
 
 def _rows(rows: pa.Table, items: pa.Array, users: pa.Array) -> RankRows:
     return RankRows(
-        user_R=_index(rows["user_id"], users),
-        target_R=_index(rows["item_id"], items),
-        history_RT=_histories(rows["history"], items),
-        label_R=rows["label"].to_numpy().astype(np.float32),
-        stratum_R=np.asarray(rows["popularity_stratum"].to_pylist(), dtype=np.str_),
-        evidence_R=rows["evidence_count"].to_numpy().astype(np.int64),
+        user=_index(rows["user_id"], users),
+        person=np.asarray(rows["user_id"].combine_chunks().dictionary_encode().indices, dtype=np.int64),
+        target=_index(rows["item_id"], items),
+        history=_histories(rows["history"], items),
+        label=rows["label"].to_numpy().astype(np.float32),
+        stratum=np.asarray(rows["popularity_stratum"].to_pylist(), dtype=np.str_),
+        evidence=rows["evidence_count"].to_numpy().astype(np.int64),
     )
 
 
@@ -227,7 +236,7 @@ def position_tokens(codes: ItemCodes) -> tuple[Ints, int]:
     """
     sizes = np.asarray(codes.codebook_sizes)
     start = 1 + np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return np.where(codes.codes_NL == sizes, 0, codes.codes_NL + start), int(1 + sizes.sum())
+    return np.where(codes.codes == sizes, 0, codes.codes + start), int(1 + sizes.sum())
 
 
 def prefix_tokens(codes: ItemCodes) -> tuple[Ints, int]:
@@ -239,12 +248,12 @@ def prefix_tokens(codes: ItemCodes) -> tuple[Ints, int]:
     sizes = np.asarray(codes.codebook_sizes)
     buckets = np.concatenate([sizes[:1], PREFIX_BUCKETS * sizes[1:]])
     start = 1 + np.concatenate([[0], np.cumsum(buckets)[:-1]])
-    tokens = np.empty_like(codes.codes_NL)
+    tokens = np.empty_like(codes.codes)
     state = np.zeros(len(tokens), dtype=np.uint64)
-    for position, code_N in enumerate(codes.codes_NL.T.astype(np.uint64)):  # over positions, never over items
+    for position, code_N in enumerate(codes.codes.T.astype(np.uint64)):  # over positions, never over items
         state = _mix(state * np.uint64(0x9E3779B97F4A7C15) + code_N + np.uint64(1))
         tokens[:, position] = code_N.astype(np.int64) if position == 0 else (state % np.uint64(buckets[position])).astype(np.int64)
-    masked = np.logical_or.accumulate(codes.codes_NL == sizes, axis=1)
+    masked = np.logical_or.accumulate(codes.codes == sizes, axis=1)
     return np.where(masked, 0, tokens + start), int(1 + buckets.sum())
 
 
@@ -265,10 +274,10 @@ class ItemTable:
         id_rows / token_rows: sizes of the two tables, row 0 included.
     """
 
-    id_N: Ints
-    token_NL: Ints
-    weight_NL: Floats
-    dense_NF: Floats
+    id_row: Ints
+    tokens: Ints
+    factors: Floats
+    dense: Floats
     id_rows: int
     token_rows: int
 
@@ -279,25 +288,27 @@ def item_table(data: RankData, arm: str, params: TrainRanker, seed: int) -> Item
     Raises: ConfigError for an unknown arm, or for id_kmeans without alternative codes.
     """
     kind = arm_of(arm)
-    num_rows = len(data.items) + 1
-    id_N, id_rows = _trained_rows(data.train, num_rows) if kind.uses_id else (np.zeros(num_rows, dtype=np.int64), 1)
-    codes = _codes_of(data, kind, seed)
-    dense = [np.log1p(data.popularity_N)[:, None]] if kind.popularity else []
-    if codes is None:
-        token_NL, token_rows, weight_NL = np.zeros((num_rows, 0), dtype=np.int64), 1, np.zeros((num_rows, 0), dtype=np.float32)
-    else:
-        token_NL, token_rows = (prefix_tokens if params.prefix_ngrams else position_tokens)(codes)
-        weight_NL = codes.weights_NL if params.weights else np.ones_like(codes.weights_NL)
-        dense += [codes.weights_NL] if params.weights else []
-    dense_NF = np.concatenate(dense, axis=1).astype(np.float32) if dense else np.zeros((num_rows, 0), dtype=np.float32)
-    return ItemTable(id_N, token_NL, weight_NL, dense_NF, id_rows, token_rows)
+    id_N, id_rows = _trained_rows(data.train, len(data.items) + 1)
+    return _table(kind, _codes_of(data, kind, seed), data.popularity, id_N, id_rows, weights=params.weights, prefix_ngrams=params.prefix_ngrams)
+
+
+def _table(kind: Arm, codes: ItemCodes | None, popularity_N: Floats, id_N: Ints, id_rows: int, *, weights: bool, prefix_ngrams: bool) -> ItemTable:
+    dense = [np.log1p(popularity_N)[:, None]] if kind.popularity else []
+    token_NL, token_rows = np.zeros((len(id_N), 0), dtype=np.int64), 1
+    factor_NL = np.zeros((len(id_N), 0), dtype=np.float32)
+    if codes is not None:
+        token_NL, token_rows = (prefix_tokens if prefix_ngrams else position_tokens)(codes)
+        factor_NL = codes.weights if weights else np.ones_like(codes.weights)
+        dense += [codes.weights] if weights else []
+    dense_NF = np.concatenate([np.zeros((len(id_N), 0)), *dense], axis=1).astype(np.float32)
+    return ItemTable(id_N if kind.uses_id else np.zeros_like(id_N), token_NL, factor_NL, dense_NF, id_rows if kind.uses_id else 1, token_rows)
 
 
 def _trained_rows(train: RankRows, num_rows: int) -> tuple[Ints, int]:
     """Dense id rows of the items that training sees; all others share the zero row, an untrained row would only be noise."""
     seen = np.zeros(num_rows, dtype=bool)
-    seen[train.target_R] = True
-    seen[train.history_RT.ravel()] = True
+    seen[train.target] = True
+    seen[train.history.ravel()] = True
     seen[0] = False
     return np.where(seen, np.cumsum(seen), 0), int(seen.sum()) + 1
 
@@ -305,10 +316,12 @@ def _trained_rows(train: RankRows, num_rows: int) -> tuple[Ints, int]:
 def _codes_of(data: RankData, kind: Arm, seed: int) -> ItemCodes | None:
     if kind.codes == "alternative":
         if data.alternative is None:
-            raise ConfigError("arm id_kmeans needs codes of another tokenizer", expected="an alternative codes table", found="none", where="[train_ranker] arms")
+            raise ConfigError(
+                "arm id_kmeans needs codes of another tokenizer", expected="an alternative codes table", found="none", where="section [train_ranker], key arms"
+            )
         return data.alternative
     if kind.codes == "permuted":
-        return permute_within_deciles(data.codes, data.popularity_N, derive_seed(seed, "permute"))
+        return permute_within_deciles(data.codes, data.popularity, derive_seed(seed, "permute"))
     return data.codes if kind.codes else None
 
 
@@ -328,7 +341,7 @@ def equal_budget(table: ItemTable, *, budget: int, dim: int) -> Widths:
 
     `budget` is what the id arm spends, rows x dim. Tokens take up to `dim` per row and at most half of it beside ids; ids take the rest.
     """
-    has_tokens, has_ids = table.token_NL.shape[1] > 0, table.id_rows > 1
+    has_tokens, has_ids = table.tokens.shape[1] > 0, table.id_rows > 1
     for_tokens = budget // 2 if has_ids else budget
     token = min(dim, max(1, for_tokens // table.token_rows)) if has_tokens else 0
     left = budget - token * table.token_rows if has_tokens else budget
@@ -342,17 +355,17 @@ class ItemEncoder(nn.Module):
         super().__init__()
         self.id_table = nn.Embedding(table.id_rows, widths.id, padding_idx=0) if widths.id else None
         self.token_table = nn.Embedding(table.token_rows, widths.token, padding_idx=0) if widths.token else None
-        self.projection = nn.Linear(widths.id + widths.token * table.token_NL.shape[1] + table.dense_NF.shape[1], dim)
-        for name, values in (("id_N", table.id_N), ("token_NL", table.token_NL), ("weight_NL", table.weight_NL), ("dense_NF", table.dense_NF)):
+        self.projection = nn.Linear(widths.id + widths.token * table.tokens.shape[1] + table.dense.shape[1], dim)
+        for name, values in (("id_N", table.id_row), ("token_NL", table.tokens), ("weight_NL", table.factors), ("dense_NF", table.dense)):
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(values)), persistent=False)  # the release's, not the checkpoint's
 
     def forward(self, item_U: Tensor) -> Tensor:
         """Vectors (U, D) of item rows."""
-        parts = [self.dense_NF[item_U]]
+        parts = [self.dense[item_U]]
         if self.id_table is not None:
-            parts.append(self.id_table(self.id_N[item_U]))
+            parts.append(self.id_table(self.id_row[item_U]))
         if self.token_table is not None:
-            parts.append((self.token_table(self.token_NL[item_U]) * self.weight_NL[item_U].unsqueeze(-1)).flatten(1))
+            parts.append((self.token_table(self.tokens[item_U]) * self.factors[item_U].unsqueeze(-1)).flatten(1))
         return self.projection(torch.cat(parts, dim=1))
 
 
@@ -370,7 +383,7 @@ class DinRanker(nn.Module):
         self.users = nn.Embedding(num_users + 1, dim, padding_idx=0)
         self.attention = nn.Sequential(nn.Linear(4 * dim, ATTENTION_WIDTH), nn.PReLU(), nn.Linear(ATTENTION_WIDTH, 1))
         sizes = [4 * dim, *hidden_dims]
-        layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.PReLU())]
+        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.PReLU())]
         self.head = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
         for table_ in self.modules():
             if isinstance(table_, nn.Embedding):
@@ -415,7 +428,7 @@ def fit(data: RankData, arm: str, params: TrainRanker, seed: int) -> RankerFit:
     Raises: ConfigError for an arm that cannot be built, ContractError without training rows.
     """
     if not len(data.train):
-        raise ContractError("no training rows", expected="rows with split = train", found="none", where="rank.rank_example", next_command="sid run rank_example")
+        raise ContractError("no training rows", expected="rows with split = train", found="none", where="rank.rank_example")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init"))
         table = item_table(data, arm, params, seed)
@@ -423,7 +436,7 @@ def fit(data: RankData, arm: str, params: TrainRanker, seed: int) -> RankerFit:
         model = DinRanker(table, widths, num_users=len(data.users), dim=params.dim, hidden_dims=params.hidden_dims).to(_device())
     losses = _train(model, data.train, params, seed)
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-    config = _checkpoint_config(data, arm, params, seed, table, widths)
+    config = _checkpoint_config(data, arm, params, table, widths)
     return RankerFit(scores(model, data.test, params.batch_size), {"train_loss": losses}, state, config)
 
 
@@ -446,7 +459,7 @@ def _train(model: DinRanker, rows: RankRows, params: TrainRanker, seed: int) -> 
         total = torch.zeros(())
         for start in range(0, len(order), params.batch_size):
             batch = order[start : start + params.batch_size]
-            label_B = torch.from_numpy(rows.label_R[batch]).to(_device())
+            label_B = torch.from_numpy(rows.label[batch]).to(_device())
             loss = F.binary_cross_entropy_with_logits(model(*_tensors(rows, batch)), label_B)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -457,7 +470,7 @@ def _train(model: DinRanker, rows: RankRows, params: TrainRanker, seed: int) -> 
 
 
 def _tensors(rows: RankRows, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    arrays = (rows.user_R[batch], rows.target_R[batch], rows.history_RT[batch])
+    arrays = (rows.user[batch], rows.target[batch], rows.history[batch])
     user_B, target_B, history_BT = (torch.from_numpy(array).to(_device()) for array in arrays)
     return user_B, target_B, history_BT
 
@@ -468,3 +481,174 @@ def _device() -> torch.device:
 
 def _id_budget(data: RankData, dim: int) -> int:
     return _trained_rows(data.train, len(data.items) + 1)[1] * dim
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def strata(rows: RankRows) -> dict[str, npt.NDArray[np.bool_]]:
+    """Stratum -> mask of its rows, empty ones left out: all, by popularity, and items with few events at the cutoff."""
+    masks = {"all": np.ones(len(rows), dtype=bool)}
+    masks |= {name: rows.stratum == name for name in ("head", "torso", "tail")}
+    masks |= {"evidence_0": rows.evidence == 0, "evidence_1_4": (rows.evidence >= 1) & (rows.evidence <= 4)}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def evaluate(test: RankRows, scores_by_arm: Mapping[str, Sequence[Floats]], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Tables of the report as JSON: `arms` (arm -> stratum -> auc, gauc, logloss, auc_sd, rows, thin), `differences`, `users_covered`.
+
+    Args:
+        scores_by_arm: arm -> one array of logits per training seed, rows as in `test`.
+        resamples: bootstrap resamples of the users per difference.
+    A metric is the mean over seeds; None where a class is missing. `thin` strata have fewer than 1,000 rows and carry no verdict.
+    """
+    masks = strata(test)
+    pairs = [(a, b) for a, b in DIFFERENCES if a in scores_by_arm and b in scores_by_arm]
+    return {
+        "arms": {arm: {name: _stratum_metrics(test, runs, mask) for name, mask in masks.items()} for arm, runs in scores_by_arm.items()},
+        "differences": [
+            {"a": a, "b": b, "stratum": name, **row}
+            for a, b in pairs
+            for name, mask in masks.items()
+            for row in _differences(test, scores_by_arm[a], scores_by_arm[b], mask, resamples, seed)
+        ],
+        "users_covered": evaluation.user_auc(test.label, np.zeros(len(test)), test.person).users_covered,
+    }
+
+
+def _stratum_metrics(test: RankRows, runs: Sequence[Floats], mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    label_S, person_S = test.label[mask], test.person[mask]
+    auc_per_seed = [evaluation.auc(label_S, run[mask]) for run in runs]
+    return {
+        "auc": _number(np.mean(auc_per_seed)),
+        "auc_sd": _number(np.std(auc_per_seed, ddof=1)) if len(runs) > 1 else None,
+        "gauc": _number(np.mean([evaluation.gauc(label_S, run[mask], person_S)[0] for run in runs])),
+        "logloss": _number(np.mean([evaluation.logloss(label_S, _probability(run[mask])) for run in runs])),
+        "rows": int(mask.sum()),
+        "thin": bool(mask.sum() < THIN_ROWS),
+    }
+
+
+def _differences(
+    test: RankRows, runs_a: Sequence[Floats], runs_b: Sequence[Floats], mask: npt.NDArray[np.bool_], resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """Difference a - b in AUC and GAUC with the interval over users; all seeds of a user are drawn together.
+
+    For AUC the scores of each seed enter as ranks, so that a shift between two seeds' logits does not count.
+    """
+    label = np.tile(test.label[mask], len(runs_a))
+    person = np.tile(test.person[mask], len(runs_a))
+    rank_a, rank_b = (np.concatenate([evaluation.midranks(run[mask]) for run in runs]) for runs in (runs_a, runs_b))
+    of_seed = list(zip(runs_a, runs_b, strict=True))
+    users = [tuple(evaluation.user_auc(test.label[mask], run[mask], test.person[mask]) for run in pair) for pair in of_seed]
+    gauc = evaluation.paired_bootstrap(
+        np.concatenate([a.auc - b.auc for a, b in users]),
+        np.concatenate([a.users for a, _ in users]),
+        weights=np.concatenate([a.impressions for a, _ in users]),
+        resamples=resamples,
+        seed=seed,
+    )
+    auc = evaluation.paired_auc_bootstrap(label, rank_a, rank_b, person, resamples=resamples, seed=seed)
+    by_seed = {
+        "auc": [evaluation.auc(test.label[mask], a[mask]) - evaluation.auc(test.label[mask], b[mask]) for a, b in of_seed],
+        "gauc": [a.gauc - b.gauc for a, b in users],
+    }
+    return [_difference(name, interval, by_seed[name], bool(mask.sum() < THIN_ROWS)) for name, interval in (("auc", auc), ("gauc", gauc))]
+
+
+def _difference(metric: str, interval: evaluation.Interval, by_seed: Sequence[float], thin: bool) -> dict[str, Any]:
+    spread = _number(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+    bounds = {"mean": _number(np.mean(by_seed)), "low": _number(interval.low), "high": _number(interval.high)}
+    return {"metric": metric, **bounds, "seed_sd": spread, "seeds": len(by_seed), "thin": thin}
+
+
+def _probability(logits: Floats) -> Floats:
+    return torch.sigmoid(torch.from_numpy(logits)).numpy()
+
+
+def _number(value: Any) -> float | None:
+    """The value as JSON: NaN and infinities become null."""
+    return float(value) if np.isfinite(value) else None
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedRanker:
+    """A checkpoint beside the codes of one release: what a consumer scores with."""
+
+    model: DinRanker
+    items: pa.Array
+    users: pa.Array
+
+    def score(self, examples: pa.Table, *, batch_size: int = 512) -> Floats:
+        """Logits (R,) of rows shaped like rank.rank_example, in their order."""
+        return scores(self.model, _rows(examples, self.items, self.users), batch_size)
+
+
+def check_codebook(config: Mapping[str, Any], digest: str, *, allow_foreign_codebook: bool = False) -> None:
+    """Nothing, when the checkpoint was trained on the codebook of that digest.
+
+    Args:
+        allow_foreign_codebook: for studies that measure what a changed vocabulary costs.
+    Raises: VersionMismatch otherwise.
+    """
+    if config["codebook_digest"] == digest or allow_foreign_codebook:
+        return
+    raise VersionMismatch(
+        "the ranker was trained on another codebook: its code rows would mean other items",
+        expected=f"codebook_digest {config['codebook_digest']} (release {config['sid_version']})",
+        found=f"codebook_digest {digest}",
+        where="checkpoint sid_ranker",
+        next_command="sid run consumers --date D, to train a ranker on the release that is read",
+    )
+
+
+def load_ranker(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], release: pa.Table, *, codebook_digest: str, allow_foreign_codebook: bool = False
+) -> LoadedRanker:
+    """The trained network reading the codes of `release`, which may be later than the one it was trained on.
+
+    Items without an id row of their own are scored by their codes alone.
+    Raises: VersionMismatch for another codebook, ConfigError for an arm whose codes no release holds.
+    """
+    check_codebook(config, codebook_digest, allow_foreign_codebook=allow_foreign_codebook)
+    kind = arm_of(config["arm"])
+    if kind.codes not in ("", "release"):
+        raise ConfigError(
+            "this arm is a control, it cannot be served", expected="id, id_sid, sid or popularity", found=config["arm"], where="checkpoint sid_ranker"
+        )
+    known = release.sort_by("item_id")
+    id_items = pa.array(config["id_items"], type=pa.string())
+    only_here = id_items.filter(pc.invert(pc.is_in(id_items, value_set=known["item_id"])))
+    items = pa.concat_arrays([known["item_id"].combine_chunks(), only_here])
+    id_N = np.concatenate([[0], _index(pa.chunked_array([items]), id_items)])
+    popularity_N = np.zeros(len(items) + 1, dtype=np.float32)
+    popularity_N[1 : 1 + known.num_rows] = known["popularity"].to_numpy()
+    codes = item_codes(known, items, config["codebook_sizes"]) if kind.codes else None
+    table = _table(kind, codes, popularity_N, id_N, len(id_items) + 1, weights=config["weights"], prefix_ngrams=config["prefix_ngrams"])
+    widths = Widths(id=config["id_width"], token=config["token_width"])
+    users = pa.array(config["users"], type=pa.string())
+    model = DinRanker(table, widths, num_users=len(users), dim=config["dim"], hidden_dims=config["hidden_dims"]).to(_device())
+    model.load_state_dict(dict(state))
+    return LoadedRanker(model, items, users)
+
+
+def _checkpoint_config(data: RankData, arm: str, params: TrainRanker, table: ItemTable, widths: Widths) -> dict[str, Any]:
+    """Everything but the tensors and the release that rebuilds the network, as JSON."""
+    id_rows, _ = _trained_rows(data.train, len(data.items) + 1)
+    return {
+        "kind": "sid_ranker",
+        "arm": arm,
+        "dim": params.dim,
+        "hidden_dims": list(params.hidden_dims),
+        "weights": params.weights,
+        "prefix_ngrams": params.prefix_ngrams,
+        "id_width": widths.id,
+        "token_width": widths.token,
+        "embedding_parameters": widths.id * table.id_rows + widths.token * table.token_rows * bool(table.tokens.shape[1]),
+        "codebook_sizes": list(data.codes.codebook_sizes),
+        "id_items": [item for item, row in zip(data.items, id_rows[1:], strict=True) if row],
+        "users": list(data.users),
+    }

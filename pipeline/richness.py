@@ -111,7 +111,7 @@ def evidence_bucket(count: ArrayLike) -> NDArray[np.int64]:
 
 
 def beta_for(richness: float, alpha: float) -> float:
-    """beta at which an item of this richness gets w = 0.05, in closed form from eq. (17).
+    """Beta at which an item of this richness gets w = 0.05, in closed form from eq. (17).
 
     Above richness 1 - ln(20) / alpha no beta reaches 0.05 (w there is at least exp(alpha (N - 1))): the answer is then MAX_BETA
     and the share of weakly aligned items falls short, which the caller's gate shows.

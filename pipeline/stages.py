@@ -195,7 +195,7 @@ STAGES: tuple[Stage, ...] = (
         summary="measure drift without the frozen encoder and decide whether a refit is due",
         engine="spark",
         group="refresh",
-        inputs=("sid.release", "sid.item_sid", "feature.item_feature", "raw.interaction"),
+        inputs=("sid.release", "sid.item_sid", "sid.generation", "feature.item_feature", "feature.item_popularity", "raw.interaction"),
         outputs=("sid.release",),
         after=("publish_release",),
     ),
@@ -214,6 +214,12 @@ STAGES: tuple[Stage, ...] = (
         group="consumers",
         inputs=("rank.rank_example", "sid.release", "sid.item_sid"),
         gpu=True,
+    ),
+    Stage(
+        name="maintain",
+        summary="drop old audit branches, expire snapshots no tag holds, compact small files",
+        engine="spark",
+        group="maintenance",
     ),
 )
 

@@ -48,15 +48,16 @@ DEPARTMENTS = {
     "pets": "dog-lead cat-bed food-bowl scratching-post fish-tank bird-cage chew-toy grooming-brush",
     "crafts": "knitting-yarn paint-set sewing-kit embroidery-hoop glue-gun canvas ribbon bead-box",
 }
-BRANDS = "Alder Birch Cedar Dunlin Elm Fenwick Gorse Hazel Iris Juniper Kestrel Larch Maple Nettle Osprey Poplar Quill Rowan Sorrel Thistle".split()
-STYLES = "modern rustic vintage minimal playful elegant striped floral".split()
+BRANDS = ["Alder", "Birch", "Cedar", "Dunlin", "Elm", "Fenwick", "Gorse", "Hazel", "Iris", "Juniper",
+          "Kestrel", "Larch", "Maple", "Nettle", "Osprey", "Poplar", "Quill", "Rowan", "Sorrel", "Thistle"]  # fmt: skip
+STYLES = ["modern", "rustic", "vintage", "minimal", "playful", "elegant", "striped", "floral"]
 COLOURS = {
     "red": (200, 40, 45), "blue": (45, 80, 190), "green": (50, 140, 70), "yellow": (235, 200, 60), "black": (35, 35, 40), "white": (245, 245, 240),
     "orange": (235, 130, 40), "purple": (125, 60, 150), "pink": (235, 140, 170), "brown": (120, 80, 50), "grey": (130, 130, 135), "teal": (40, 140, 145),
 }  # fmt: skip
-QUALIFIERS = "classic travel junior deluxe outdoor compact heavy-duty handmade".split()
+QUALIFIERS = ["classic", "travel", "junior", "deluxe", "outdoor", "compact", "heavy-duty", "handmade"]
 MOST = {"clusters": len(DEPARTMENTS) * (len(QUALIFIERS) + 1), "subclusters": 8, "styles": 24}  # what words and pictures can tell apart
-EXTRAS = "A lovely gift|Limited edition|Customer favourite|Free returns|New this season|Made to last|Easy to clean|Ships in two days".split("|")
+EXTRAS = ["A lovely gift", "Limited edition", "Customer favourite", "Free returns", "New this season", "Made to last", "Easy to clean", "Ships in two days"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,13 @@ class World:
         clusters, subclusters, styles: the truth's sizes; a taste is for a cluster and a sub-cluster in it, never for a style.
         arrivals_per_day: new items each later day, as a share of `items`; edits_per_day: items with a new text each later day, likewise.
         zipf: exponent of popularity by rank; loyalty: share of a user's sessions in the main cluster, the second gets half the rest.
-        noise: largest share of an item's events that go to random users; the mean is half of it, however it is tied.
+        noise: largest share of an item's events that go to random users; its mean over items is half of it, however it is tied
+            (over events it is less than that for rarity and more for reversed, because popular items have most events).
         noise_tie: what the noise grows with: rarity | independent (neither) | reversed (popularity).
         text_quality, image_quality: share of items whose noun, or picture, shows their own cluster; the rest shows a random one.
         images: pictures at all; image_share: share of items with one; distinct_images: how many are drawn at most; image_size: pixels a side.
-        dirty_share: bad, doubled and late rows added to each events file, as a share of the clean ones; above 0 also two bad pictures and two bad catalogue rows.
+        dirty_share: bad, doubled and late rows added to each events file, as a share of the clean ones; above 0 also two bad pictures and
+            two bad catalogue rows.
         seed: names the world. start: first day, ISO.
     Raises: ValueError for sizes that cannot be.
     """
@@ -149,6 +152,7 @@ class Catalogue:
     photo: np.ndarray
 
     def __len__(self) -> int:
+        """Number of items that have arrived."""
         return len(self.arrival)
 
     @property

@@ -386,7 +386,7 @@ def _draw(folder: Path, document: dict[str, Any]) -> str:
         return ""
     from pipeline import report
 
-    footer = f"{document['logical_date']}  {document['run_id']}"
+    footer = f"{document['logical_date']}, {document['run_id']}"
     undrawn = []
     for name, figure in document["figures"].items():
         try:

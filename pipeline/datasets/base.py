@@ -264,7 +264,7 @@ def prepared_folder(root: Path, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    """Fill a neighbour of `folder`, seal it with its digests, and rename it; another process that was faster wins."""
+    """Fill a neighbour of `folder`, seal it with its digests, and rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(half, ignore_errors=True)
@@ -272,8 +272,10 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
     try:
         make(half)
         write_json(half / MANIFEST, digests(half))
-        if not folder.exists():
-            half.rename(folder)
+        half.rename(folder)
+    except OSError:
+        if not (folder / MANIFEST).is_file():  # another process was faster: its folder is the same
+            raise
     finally:
         shutil.rmtree(half, ignore_errors=True)
 

@@ -183,7 +183,10 @@ def _string(column: str | None) -> str:
 
 def _vector(column: str, fmt: FileFormat) -> str:
     """An array of floats; text files hold it as a JSON list."""
-    return f"CAST({quoted(column)} AS ARRAY<FLOAT>)" if fmt == "parquet" else f"from_json({quoted(column)}, 'ARRAY<FLOAT>')"
+    if fmt == "parquet":
+        return f"CAST({quoted(column)} AS ARRAY<FLOAT>)"
+    # Not from_json(.., 'ARRAY<FLOAT>'): Spark 3.5 ends the whole job on an element that is no number instead of giving null.
+    return f"transform(from_json({quoted(column)}, 'ARRAY<STRING>'), x -> try_cast(x AS FLOAT))"
 
 
 def image_root(root: Path, given: str) -> str:

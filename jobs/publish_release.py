@@ -1,0 +1,204 @@
+"""The night's release: the audited branch becomes main with its tag, and sid.release gets its row.
+
+Order of effects: (1) sid.item_sid main + tag, ONE metadata commit; (2) the row of sid.release, one commit by the runner. A kill between them leaves a tag
+without a row, which is no release; the next try finds the tag, compares its rows with the night's and either writes the missing row or takes the next
+revision. Before the job starts the runner has flushed the run's records to MLflow: a release whose runs nobody can find is not published.
+This is the only job that moves a reference itself, because the tag is its result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.plan_night import tag_name
+from jobs.releases import newest_current
+from pipeline import lakehouse
+from pipeline.config import PublishRelease
+from pipeline.context import Context, Plan
+from pipeline.errors import ContractError, PublishConflict
+from pipeline.stages import StageResult, Write
+
+if TYPE_CHECKING:
+    from datetime import date
+
+    from pyspark.sql import DataFrame, SparkSession
+
+    from jobs.inputs import Inputs
+
+logger = logging.getLogger(__name__)
+TABLE = "sid.item_sid"
+OWN_PROPERTY = "sid."
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is done with the held branch: `reused` (the rows are published), `roll_forward` (tag without a row), `publish`."""
+
+    action: str
+    tag: str
+    revision: int
+    snapshot_id: int | None = None
+
+
+def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
+    """The release's tag and row; status `reused` when the date's current release has the same rows.
+
+    Raises: ContractError when the run holds no audited branch; PublishConflict when main moved twice while it was published.
+    """
+    assert inputs.spark is not None, "a Spark stage"
+    plan, assigned = ctx.plan(), ctx.outcome("assign_sid")["outputs"]
+    branch = held_branch(assigned)
+    releases = [row.asDict() for row in inputs.frame("sid.release").collect()]
+    decision = decide(plan, releases, assigned["rows_digest"], tags_of_date(inputs.spark, plan))
+    with lakehouse.table_locks(ctx.home, ctx.config.lake, [TABLE]):
+        snapshot_id = apply(inputs.spark, decision, branch, plan)
+    if decision.action == "reused":
+        return StageResult(status="reused", outputs=outputs(decision, plan, assigned, releases))
+    rows = with_release(releases, release_row(decision, plan, assigned, snapshot_id))
+    schema = inputs.frame("sid.release").schema
+    frame = inputs.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in rows], schema).coalesce(1)
+    return StageResult(
+        writes=(Write(table="sid.release", frame=frame, whole=True),),
+        metrics={"items": float(assigned["items"]), "revision": float(decision.revision)},
+        outputs=outputs(decision, plan, assigned, rows),
+    )
+
+
+def held_branch(assigned: Mapping[str, Any]) -> dict[str, Any]:
+    """The branch and snapshot_id of the audited rows that assign_sid left.
+
+    Raises: ContractError when there are none.
+    """
+    held = assigned.get("held", {}).get(TABLE)
+    if not held:
+        raise ContractError(
+            "the run holds no audited branch",
+            expected=f"outputs.held of assign_sid with {TABLE}",
+            found=", ".join(assigned) or "nothing",
+            where="assign_sid.json",
+            next_command="sid run assign_sid --date D",
+        )
+    return dict(held)
+
+
+# ---------------------------------------------------------------- deciding (pure)
+
+
+def decide(plan: Plan, releases: Sequence[Row], rows_digest: str, tags: Mapping[str, tuple[int, str]]) -> Decision:
+    """What to do with the night's rows.
+
+    Args:
+        tags: tags of the date on sid.item_sid -> (snapshot id, digest of the tag's rows).
+    """
+    of_date = [row for row in releases if row["logical_date"] == plan.logical_date]
+    current = next((row for row in of_date if row["status"] == "current"), None)
+    if current is not None and current["rows_digest"] == rows_digest:
+        return Decision(action="reused", tag=current["tag"], revision=current["revision"], snapshot_id=current["snapshot_id"])
+    released = {row["tag"] for row in of_date}
+    revision = max((row["revision"] for row in of_date), default=0) + 1
+    while (tag := tag_name(plan.logical_date, revision)) in tags and tag not in released:
+        snapshot_id, digest = tags[tag]
+        if digest == rows_digest:
+            return Decision(action="roll_forward", tag=tag, revision=revision, snapshot_id=snapshot_id)
+        revision += 1  # a tag is never moved: other rows take the next one
+    return Decision(action="publish", tag=tag, revision=revision)
+
+
+def release_row(decision: Decision, plan: Plan, assigned: Mapping[str, Any], snapshot_id: int) -> dict[str, Any]:
+    """The new row of sid.release, current and not yet measured by gate_drift."""
+    return {
+        "tag": decision.tag,
+        "logical_date": plan.logical_date,
+        "revision": decision.revision,
+        "generation": plan.generation,
+        "codebook_digest": assigned["codebook_digest"],
+        "parent_tag": plan.parent.tag if plan.parent else None,
+        "snapshot_id": snapshot_id,
+        "rows_digest": assigned["rows_digest"],
+        "input_fingerprint": plan.input_fingerprint,
+        "status": "current",
+        "refit_due": False,
+        "drift": None,
+        "items": assigned["items"],
+        "reason": plan.reason,
+    }
+
+
+def with_release(releases: Sequence[Row], new: Row) -> list[dict[str, Any]]:
+    """All rows with the new one; what was current on its date is superseded. Other dates keep their status."""
+    older = [
+        {**row, "status": "superseded"} if row["logical_date"] == new["logical_date"] and row["status"] == "current" else dict(row)
+        for row in releases
+        if row["tag"] != new["tag"]
+    ]
+    return sorted([*older, dict(new)], key=lambda row: (row["logical_date"], row["revision"]))
+
+
+def outputs(decision: Decision, plan: Plan, assigned: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """tag, date and digest of the release, and whether consumers shall read it: only the newest current date makes the asset event."""
+    newest = newest_current(rows)
+    return {
+        "tag": decision.tag,
+        "logical_date": str(plan.logical_date),
+        "revision": decision.revision,
+        "generation": plan.generation,
+        "codebook_digest": assigned["codebook_digest"],
+        "rows_digest": assigned["rows_digest"],
+        "action": decision.action,
+        "current": any(row["tag"] == decision.tag and row["status"] == "current" for row in rows),
+        "is_current_newest": newest is not None and newest["tag"] == decision.tag,
+    }
+
+
+# ---------------------------------------------------------------- effects
+
+
+def tags_of_date(spark: SparkSession, plan: Plan) -> dict[str, tuple[int, str]]:
+    """Tags of the date on sid.item_sid -> (snapshot id, digest of their rows of that date)."""
+    first = tag_name(plan.logical_date, 1)
+    found = {name: at for name, at in lakehouse.references(spark, TABLE).items() if name == first or name.startswith(f"{first}_r")}
+    return {name: (at, lakehouse.rows_digest(rows_at(spark, at, plan.logical_date))) for name, at in found.items()}
+
+
+def rows_at(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:
+    """Rows of sid.item_sid of one date at a snapshot."""
+    from pyspark.sql import functions as F
+
+    return lakehouse.read_frame(spark, TABLE, snapshot_id).where(F.col("logical_date") == F.lit(day))
+
+
+def apply(spark: SparkSession, decision: Decision, branch: Mapping[str, Any], plan: Plan) -> int:
+    """Snapshot id of the release after the decision was carried out; the held branch is gone afterwards."""
+    if decision.snapshot_id is not None:
+        lakehouse.drop_branch(spark, TABLE, branch["branch"])
+        logger.info("kept tag=%s action=%s", decision.tag, decision.action)
+        return decision.snapshot_id
+    try:
+        return lakehouse.publish(spark, TABLE, branch["branch"], tag=decision.tag)
+    except PublishConflict:
+        logger.warning("main of %s moved, writing the audited rows again on a new branch", TABLE)
+        recut(spark, branch, plan)
+        return lakehouse.publish(spark, TABLE, branch["branch"], tag=decision.tag)
+
+
+def recut(spark: SparkSession, branch: Mapping[str, Any], plan: Plan) -> None:
+    """Cut the held branch anew from main and write the audited rows onto it, with the properties of the snapshot they came from.
+
+    The rows are those that passed the audit, so they are not judged a second time; the partition of another date that moved main is untouched.
+    """
+    rows = rows_at(spark, branch["snapshot_id"], plan.logical_date).localCheckpoint()
+    properties = snapshot_properties(spark, branch["snapshot_id"])
+    lakehouse.cut_branch(spark, TABLE, branch["branch"])
+    lakehouse.replace(spark, rows, TABLE, branch["branch"], dates=(plan.logical_date,), equal={}, properties=properties)
+
+
+def snapshot_properties(spark: SparkSession, snapshot_id: int) -> dict[str, str]:
+    """The house's own properties of a snapshot (`sid.*`)."""
+    from pyspark.sql import functions as F
+
+    found = spark.table(f"{lakehouse.CATALOG}.{TABLE}.snapshots").where(F.col("snapshot_id") == snapshot_id).select("summary").collect()
+    return {name: value for row in found for name, value in row.summary.items() if name.startswith(OWN_PROPERTY)}

@@ -1,0 +1,168 @@
+"""What the reading commands say about releases: the list, the difference of two, one item with its neighbours.
+
+Arrow tables in, plain dicts out; nothing is printed, opened or written here (jobs/cli.py does that).
+Suffixes: N items, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import ContractError, UpstreamMissing
+
+STRATA = ("head", "torso", "tail")
+Row = dict[str, Any]
+
+
+def release_rows(releases: pa.Table) -> list[Row]:
+    """Rows of sid.release by date and revision, each with `newest` (what consumers read) and `parent_superseded` (its parent is no longer current)."""
+    rows = sorted(releases.to_pylist(), key=lambda row: (row["logical_date"], row["revision"]))
+    status = {row["tag"]: row["status"] for row in rows}
+    newest = newest_current(rows)
+    for row in rows:
+        row["newest"] = newest is not None and row["tag"] == newest["tag"]
+        row["parent_superseded"] = status.get(row["parent_tag"], "current") != "current"
+    return rows
+
+
+def newest_current(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The current row with the latest date: the release consumers read; None when nothing is current."""
+    current = [row for row in rows if row["status"] == "current"]
+    return max(current, key=lambda row: (row["logical_date"], row["revision"]), default=None)
+
+
+def resolve(releases: pa.Table, tag: str = "") -> Row:
+    """The row of a tag, or of the newest current release when the tag is empty.
+
+    Raises: UpstreamMissing when there is no such release, with the tags that exist.
+    """
+    rows = release_rows(releases)
+    found = next((row for row in rows if (row["tag"] == tag if tag else row["newest"])), None)
+    if found is None:
+        known = ", ".join(row["tag"] for row in rows[-5:]) or "none"
+        raise UpstreamMissing(
+            f"no release {tag!r}" if tag else "no current release",
+            expected=f"one of the last tags: {known}",
+            found=tag or "nothing current",
+            where="sid.release",
+            next_command="sid releases",
+        )
+    return found
+
+
+def diff_rows(old: pa.Table, new: pa.Table, codebook_sizes: Sequence[int]) -> list[Row]:
+    """Churn from release `old` to `new`: overall, by the old stratum, by position; then items that came and went.
+
+    Args:
+        old, new: rows of sid.item_sid of one release each.
+        codebook_sizes: K per position; code K is a masked slot.
+    Returns: rows with scope, name, items, changed, unmasked, churn, mass_churn. `changed` leaves out `unmasked`: items whose masked slot got its first code.
+    Raises: ContractError when the two releases have another number of positions.
+    """
+    pairs, before_NL, after_NL = _paired(old, new, len(codebook_sizes))
+    mass_N = pairs["popularity"].to_numpy()
+    stratum_N = pairs["popularity_stratum"].to_numpy(zero_copy_only=False)
+    differs_NL = before_NL != after_NL
+    sizes_L = np.asarray(codebook_sizes)
+    unmasked_N = ((before_NL == sizes_L) & (after_NL != sizes_L)).any(axis=1)
+    everything_N = np.ones(len(pairs), dtype=bool)
+    changed_N = differs_NL.any(axis=1)
+    rows = [_churn("overall", "all items", everything_N, changed_N, unmasked_N, mass_N)]
+    rows += [_churn("stratum", stratum, stratum_N == stratum, changed_N, unmasked_N, mass_N) for stratum in STRATA]
+    rows += [_churn("position", str(place), everything_N, differs_NL[:, place], unmasked_N, mass_N) for place in range(len(sizes_L))]
+    came, gone = len(new) - len(pairs), len(old) - len(pairs)
+    return [*rows, _count_row("new items", came), _count_row("gone items", gone)]
+
+
+def show_item(release: pa.Table, item_id: str, codebook_sizes: Sequence[int], *, titles: pa.Table | None = None, top: int = 10) -> Row:
+    """One item of a release: item_id, title, codes (None = masked), weights, disambiguator, stratum, and `neighbours` by shared codes.
+
+    Args:
+        release: rows of sid.item_sid of one release.
+        titles: columns item_id, title; an item without a row has title None.
+        top: neighbours at most.
+    Raises: UpstreamMissing when the release does not hold the item.
+    """
+    position = pc.index(release["item_id"], pa.scalar(item_id, release["item_id"].type)).as_py()
+    if position < 0:
+        raise UpstreamMissing(f"no item {item_id!r} in the release", expected="an item_id of the catalogue", found=item_id, where="sid.item_sid")
+    row = release.slice(position, 1).to_pylist()[0]
+    near = neighbours(release, position, codebook_sizes, top=top)
+    title_of = _titles([item_id, *(other["item_id"] for other in near)], titles)
+    shown = {
+        name: row[name] for name in ("item_id", "weights", "disambiguator", "popularity", "popularity_stratum", "status", "first_seen", "changed_from_parent")
+    }
+    codes = [None if code == size else code for code, size in zip(row["codes"], codebook_sizes, strict=True)]
+    return {**shown, "title": title_of.get(item_id), "codes": codes, "neighbours": [{**other, "title": title_of.get(other["item_id"])} for other in near]}
+
+
+def neighbours(release: pa.Table, position: int, codebook_sizes: Sequence[int], *, top: int = 10) -> list[Row]:
+    """Items that share most codes with the row at `position`: item_id, shared, positions; masked slots never count.
+
+    Equal counts are ordered by the router weights of the shared slots, then popularity, then item_id; retired items are left out.
+    """
+    codes_NL, weights_NL = matrix(release["codes"], len(codebook_sizes)), matrix(release["weights"], len(codebook_sizes))
+    same_NL = (codes_NL == codes_NL[position]) & (codes_NL != np.asarray(codebook_sizes))
+    shared_N = same_NL.sum(axis=1)
+    alive_N = pc.equal(release["status"], "live").to_numpy(zero_copy_only=False)
+    candidates = np.flatnonzero((shared_N > 0) & alive_N & (np.arange(len(shared_N)) != position))
+    order = pa.table(
+        {
+            "row": candidates,
+            "shared": shared_N[candidates],
+            "weight": np.round((same_NL * np.minimum(weights_NL, weights_NL[position])).sum(axis=1)[candidates], 6),
+            "popularity": release["popularity"].to_numpy()[candidates],
+            "item_id": release["item_id"].take(pa.array(candidates)),
+        }
+    ).sort_by([("shared", "descending"), ("weight", "descending"), ("popularity", "descending"), ("item_id", "ascending")])
+    chosen = order.slice(0, top).to_pylist()
+    return [{"item_id": row["item_id"], "shared": row["shared"], "positions": np.flatnonzero(same_NL[row["row"]]).tolist()} for row in chosen]
+
+
+def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """A list column as a matrix, shape (N, width).
+
+    Raises: ContractError when a row has another length.
+    """
+    flat = pc.list_flatten(column)
+    if len(flat) != len(column) * width or (len(column) and pc.any(pc.not_equal(pc.list_value_length(column), width)).as_py()):
+        lengths = sorted(set(pc.list_value_length(column).unique().to_pylist()), key=str)
+        raise ContractError("codes of another length", expected=f"{width} positions", found=str(lengths), where="sid.item_sid", next_command="sid releases")
+    return flat.to_numpy(zero_copy_only=False).reshape(len(column), width)
+
+
+def _paired(old: pa.Table, new: pa.Table, width: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """(old rows of the items of both releases, their old codes, their new codes), in the order of item_id."""
+    shared = old.filter(pc.is_in(old["item_id"], value_set=new["item_id"].combine_chunks())).sort_by("item_id")
+    later = new.filter(pc.is_in(new["item_id"], value_set=old["item_id"].combine_chunks())).sort_by("item_id")
+    return shared, matrix(shared["codes"], width), matrix(later["codes"], width)
+
+
+def _churn(scope: str, name: str, inside_N: np.ndarray, changed_N: np.ndarray, unmasked_N: np.ndarray, mass_N: np.ndarray) -> Row:
+    moved_N = inside_N & changed_N & ~unmasked_N
+    items, mass = int(inside_N.sum()), float(mass_N[inside_N].sum())
+    return {
+        "scope": scope,
+        "name": name,
+        "items": items,
+        "changed": int(moved_N.sum()),
+        "unmasked": int((inside_N & changed_N & unmasked_N).sum()),
+        "churn": moved_N.sum() / items if items else 0.0,
+        "mass_churn": float(mass_N[moved_N].sum()) / mass if mass else 0.0,
+    }
+
+
+def _count_row(name: str, items: int) -> Row:
+    return {"scope": "items", "name": name, "items": items, "changed": 0, "unmasked": 0, "churn": 0.0, "mass_churn": 0.0}
+
+
+def _titles(item_ids: list[str], titles: pa.Table | None) -> dict[str, str | None]:
+    if titles is None:
+        return {}
+    wanted = titles.filter(pc.is_in(titles["item_id"], value_set=pa.array(item_ids, titles["item_id"].type)))
+    return dict(zip(wanted["item_id"].to_pylist(), wanted["title"].to_pylist(), strict=True))

@@ -1,0 +1,135 @@
+"""What the reading commands show: plain rows from the lake and MLflow, through PyIceberg (only `branch` needs Spark)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs import derived
+from jobs.releases import diff_rows, resolve, show_item
+from pipeline import lakehouse, tracking
+from pipeline.config import Config
+from pipeline.context import ROOT, Home
+from pipeline.errors import UpstreamMissing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Lake = tuple[Home, Config]
+Row = dict[str, Any]
+
+
+def item(lake: Lake, item_id: str, tag: str = "") -> Row:
+    """One item of a release with title, its positions (slot, code, weight) and its neighbours by shared codes."""
+    home, config = lake
+    release = resolve(lakehouse.read_releases(home, config.lake), tag)
+    vocabulary = generation(lake, release["generation"])
+    rows = lakehouse.read_release(home, config.lake, release["tag"])
+    found = show_item(rows, item_id, vocabulary["codebook_sizes"], titles=titles(lake, release["logical_date"]))
+    codes = zip(vocabulary["slots"], found["codes"], found["weights"], strict=True)
+    return {**found, "release": release["tag"], "positions": [{"position": slot, "code": code, "weight": weight} for slot, code, weight in codes]}
+
+
+def diff(lake: Lake, old: str, new: str) -> list[Row]:
+    """Churn between two releases, by scope: all, stratum, position."""
+    home, config = lake
+    releases = lakehouse.read_releases(home, config.lake)
+    resolve(releases, old)  # an unknown tag fails here, with the known ones
+    after = resolve(releases, new)
+    sizes = generation(lake, after["generation"])["codebook_sizes"]
+    return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), sizes)
+
+
+def branch(lake: Lake, name: str) -> list[Row]:
+    """One row per table that has the branch: rows on it and on main, and each expectation with what was observed.
+
+    Raises: UpstreamMissing when no table has such a branch.
+    """
+    from pipeline import quality
+    from pipeline import spark as gate
+
+    home, config = lake
+    spark = gate.session(home, config.lake, config.launch)
+    found = [table for table in lakehouse.table_names() if name in lakehouse.references(spark, table)]
+    if not found:
+        raise UpstreamMissing(f"no branch {name!r}", expected="an audit branch that was not published", found=name, where="lake", next_command="sid releases")
+    days = re.search(r"_(\d{4})(\d{2})(\d{2})_", name)
+    dates = [date(*map(int, days.groups()))] if days else []
+    rows: list[Row] = []
+    for table in found:
+        frame = lakehouse.read_branch(spark, table, name)
+        rows.append({"table": table, "check": "rows on the branch", "observed": frame.count(), "holds": True})
+        rows.append({"table": table, "check": "rows on main", "observed": lakehouse.read_frame(spark, table, None).count(), "holds": True})
+        for judgement in quality.observe(frame, table, dates=dates, config=config):
+            rows.append({"table": table, "check": str(judgement).split(" (observed")[0], "observed": judgement.observed, "holds": judgement.passed})
+    return rows
+
+
+def repair(lake: Lake, *, dry_run: bool) -> list[Row]:
+    """What was derived from sid.release and where it was brought in line; buffered records are flushed too."""
+    home, config = lake
+    flushed = 0 if dry_run else sum(tracking.flush(home, folder) for folder in sorted(home.folder("staging").iterdir()) if folder.is_dir())
+    return [{"model": "(buffered runs)", "alias": "", "points_at": "", "should_be": "", "moved": flushed}, *derived.align(home, config, dry_run=dry_run)]
+
+
+def generation(lake: Lake, number: int) -> Row:
+    """The row of sid.generation.
+
+    Raises: UpstreamMissing when there is none.
+    """
+    home, config = lake
+    rows = lakehouse.read_arrow(home, config.lake, "sid.generation", where=f"generation == {int(number)}").to_pylist()
+    if not rows:
+        raise UpstreamMissing(f"generation {number} is not in the lake", expected="a row of sid.generation", found=str(number), where="sid.generation")
+    return rows[0]
+
+
+def titles(lake: Lake, day: date) -> pa.Table:
+    """item_id, title, image_uri: the newest catalogue observation of each item up to a day."""
+    home, config = lake
+    rows = lakehouse.read_arrow(home, config.lake, "raw.item", columns=("item_id", "title", "image_uri", "file_date"), where=f"file_date <= '{day}'")
+    newest = rows.sort_by("file_date").group_by("item_id", use_threads=False).aggregate([("title", "last"), ("image_uri", "last")])
+    return newest.rename_columns({"title_last": "title", "image_uri_last": "image_uri"})
+
+
+def lineage(lake: Lake, tag: str) -> list[Row]:
+    """The release's snapshot, the run that wrote it, and the tables and snapshots that run and its siblings read and wrote."""
+    home, config = lake
+    release = resolve(lakehouse.read_releases(home, config.lake), tag)
+    run = tracking.run_of_snapshot(home, "sid.item_sid", release["snapshot_id"])
+    rows: list[Row] = []
+    for sibling in tracking.runs_of(home, run.run_id) if run else []:
+        sides = tracking.tables_of_run(home, sibling.mlflow_run_id)
+        for side, tables in sides.items():
+            rows += [
+                {"stage": sibling.stage, "side": side, "table": table, "snapshot": snapshot, "mlflow_run": sibling.mlflow_run_id}
+                for table, snapshot in tables.items()
+            ]
+    return rows
+
+
+# ---------------------------------------------------------------- equations
+
+
+def equations() -> list[Row]:
+    """Every function or class whose docstring names a source: source, where, differs."""
+    rows: list[Row] = []
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        rows += [_equation(path, name, text) for name, text in _docstrings(path) if "Source:" in text]
+    return rows
+
+
+def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
+            yield node.name, text
+
+
+def _equation(path: Path, name: str, text: str) -> Row:
+    said = re.sub(r"\s+", " ", text.split("Source:", 1)[1]).strip()
+    source, _, differs = said.partition("differs:")
+    return {"source": source.strip(" ;"), "function": f"{path.relative_to(ROOT)}:{name}", "differs": differs.strip()}

@@ -1,0 +1,521 @@
+"""SASRec: each user's events in order in, one behaviour vector per item out, NOT normalised (its length may carry information).
+
+Source: Kang and McAuley 2018. differs: cross-entropy over the whole catalogue (sampled above a size) instead of one negative per positive; item tables for
+input and output are separate by default, because the norm of a shared table falls with an item's count; windows are padded at the end, so causal attention
+needs no mask. The behaviour vector is the item's INPUT row.
+
+Order inside a basket: events of one basket have none; they arrive in a shuffled order and any of them may be the next target, so no id order is learnt.
+Bit-deterministic for a seed on one machine and one number of threads.
+Tensor suffixes: B windows, T events end to end, L positions, D width, N items, P predicted positions, S sampled negatives, M moved items, U users, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline import evaluation
+from pipeline.config import SasRec as Params
+from pipeline.log import progress
+
+INIT_STD = 0.02  # small, so that rare rows stay short
+CELLS = 16_000_000  # logits held at once while rows are trained
+ROW_WINDOWS = 2  # windows per moved item and step
+NEIGHBOURS = 5  # events on either side that a new row starts from
+ROW_RATE = 3.0  # first step size of a row, in units of learning_rate; it falls to nothing over row_steps
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Users' events end to end, oldest first: user u has items[offsets[u] : offsets[u + 1]].
+
+    Args:
+        offsets: int64 [U + 1].
+        items: int64 item_index [T].
+        baskets: int64 [T], equal = no order between the events; None = every event stands alone.
+    """
+
+    offsets: Tensor
+    items: Tensor
+    baskets: Tensor | None = None
+
+    def users(self, rows: Tensor) -> Sequences:
+        """The sequences of some users, in the order of `rows`."""
+        length = self.offsets.diff()[rows]
+        offsets = F.pad(length.cumsum(0), (1, 0))
+        take = torch.arange(int(offsets[-1])) + torch.repeat_interleave(self.offsets[rows] - offsets[:-1], length)
+        return Sequences(offsets, self.items[take], None if self.baskets is None else self.baskets[take])
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """What training leaves.
+
+    Args:
+        item_vectors: behaviour vectors [N, D], the input rows.
+        state: the network's tensors, by name.
+        curves: per epoch: loss (nats), valid_ndcg@10.
+        metrics: epochs, best_epoch, valid_* of the best epoch, valid_users.
+    """
+
+    item_vectors: Tensor
+    state: dict[str, Tensor]
+    curves: dict[str, list[float]]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Next-item questions: what came before (a window of events) and the item that followed."""
+
+    users: Tensor
+    start: Tensor
+    stop: Tensor
+    targets: Tensor
+
+
+# ---------------------------------------------------------------- network
+
+
+class Block(nn.Module):
+    """Causal self-attention and a point-wise feed-forward, both pre-norm and residual, [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = params.num_heads, params.dropout
+        self.norm_attention, self.norm_feed = nn.LayerNorm(params.dim), nn.LayerNorm(params.dim)
+        self.qkv, self.mix = nn.Linear(params.dim, 3 * params.dim), nn.Linear(params.dim, params.dim)
+        self.feed = nn.Sequential(nn.Linear(params.dim, params.dim), nn.ReLU(), nn.Dropout(params.dropout), nn.Linear(params.dim, params.dim))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """The block's output [B, L, D]."""
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm_attention(x_BLD)).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        x_BLD = x_BLD + F.dropout(self.mix(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return x_BLD + F.dropout(self.feed(self.norm_feed(x_BLD)), self.dropout, self.training)
+
+
+class SasRec(nn.Module):
+    """Item rows, positions and attention blocks; the row after the last item is padding and stays zero."""
+
+    def __init__(self, num_items: int, params: Params) -> None:
+        super().__init__()
+        self.num_items, self.dropout, self.scale = num_items, params.dropout, params.dim**0.5
+        self.input_rows = nn.Embedding(num_items + 1, params.dim, padding_idx=num_items)
+        self.output_rows = None if params.tied else nn.Embedding(num_items, params.dim)
+        self.positions = nn.Embedding(params.max_length, params.dim)
+        self.blocks = nn.ModuleList(Block(params) for _ in range(params.num_blocks))
+        self.norm = nn.LayerNorm(params.dim)
+        self.apply(_initialise)
+        with torch.no_grad():
+            self.input_rows.weight[num_items].zero_()
+
+    def forward(self, inputs_BL: Tensor) -> Tensor:
+        """Hidden state after each event [B, L, D]; its product with an output row is that item's logit of coming next."""
+        return self.encode(self.input_rows(inputs_BL))
+
+    def encode(self, rows_BLD: Tensor) -> Tensor:
+        """Hidden states [B, L, D] from item rows [B, L, D] instead of item indices."""
+        x_BLD = rows_BLD * self.scale + self.positions.weight[: rows_BLD.shape[1]]
+        x_BLD = F.dropout(x_BLD, self.dropout, self.training)
+        for block in self.blocks:
+            x_BLD = block(x_BLD)
+        return self.norm(x_BLD)
+
+    def output_table(self) -> Tensor:
+        """Output rows [N, D]; with tied tables the input rows without padding."""
+        return self.input_rows.weight[: self.num_items] if self.output_rows is None else self.output_rows.weight
+
+    def input_table(self) -> Tensor:
+        """Input rows [N, D] without padding: the behaviour vectors."""
+        return self.input_rows.weight[: self.num_items]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def restore(state: Mapping[str, Tensor], params: Params) -> SasRec:
+    """The network of a state, strict, ready to be read: no dropout, no gradient."""
+    model = SasRec(state["input_rows.weight"].shape[0] - 1, params)
+    model.load_state_dict(dict(state), strict=True)
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- losses
+
+
+def full_softmax(hidden_PD: Tensor, targets_P: Tensor, table_ND: Tensor) -> Tensor:
+    """Mean cross-entropy of the target among all items, nats, scalar."""
+    return F.cross_entropy(hidden_PD @ table_ND.T, targets_P)
+
+
+def sampled_softmax(hidden_PD: Tensor, targets_P: Tensor, table_ND: Tensor, negatives_S: Tensor) -> Tensor:
+    """Mean cross-entropy of the target among itself and shared uniform negatives, each standing for (N - 1) / S items; nats, scalar.
+
+    A negative that is the target itself is left out. With every item drawn once and the target left out this is the full softmax.
+    """
+    positive_P1 = (hidden_PD * table_ND[targets_P]).sum(1, keepdim=True)
+    negative_PS = hidden_PD @ table_ND[negatives_S].T
+    hit_PS = negatives_S[None, :] == targets_P[:, None]
+    stands_for_P1 = ((table_ND.shape[0] - 1) / (~hit_PS).sum(1, keepdim=True).clamp(min=1)).log()
+    logits = torch.cat([positive_P1, (negative_PS + stands_for_P1).masked_fill(hit_PS, -torch.inf)], dim=1)
+    return F.cross_entropy(logits, torch.zeros_like(targets_P))
+
+
+# ---------------------------------------------------------------- windows
+
+
+def window_bounds(offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """(start, stop) of the training windows over (event, next event) pairs, int64 [B] each, cut from each user's latest pair backwards.
+
+    Every pair lies in exactly one window; a user with fewer than two events has none.
+    """
+    pairs_U = (offsets.diff() - 1).clamp(min=0)
+    windows_U = (pairs_U + length - 1) // length
+    user_B = torch.repeat_interleave(torch.arange(windows_U.numel()), windows_U)
+    back_B = torch.arange(user_B.numel()) - (windows_U.cumsum(0) - windows_U)[user_B]
+    stop_B = pairs_U[user_B] - back_B * length
+    return offsets[:-1][user_B] + (stop_B - length).clamp(min=0), offsets[:-1][user_B] + stop_B
+
+
+def gather(items_T: Tensor, start_B: Tensor, stop_B: Tensor, length: int, pad: int) -> Tensor:
+    """Events start .. stop - 1 of each window [B, length], padded at the end."""
+    at_BL = start_B[:, None] + torch.arange(length)
+    return torch.where(at_BL < stop_B[:, None], items_T[at_BL.clamp(max=max(items_T.numel() - 1, 0))], pad)
+
+
+def holdout(sequences: Sequences, max_users: int, length: int, seed: int) -> tuple[Sequences, Holdout]:
+    """(sequences without the last basket of some users, the questions that these baskets answer).
+
+    A question's context is every earlier event (the latest `length`), its target the first event of the last basket: baskets are shuffled, so this is any of
+    them. Only users with at least two earlier events are asked; at most `max_users`, drawn by the seed.
+    """
+    last_U = _last_basket_start(sequences)
+    able = torch.nonzero(last_U - sequences.offsets[:-1] >= 2).flatten()
+    asked = able[torch.randperm(able.numel(), generator=_generator(seed))[:max_users]].sort().values
+    stop_U = sequences.offsets[1:].clone()
+    stop_U[asked] = last_U[asked]
+    user_T = torch.repeat_interleave(torch.arange(stop_U.numel()), sequences.offsets.diff())
+    kept_T = torch.arange(sequences.items.numel()) < stop_U[user_T]
+    offsets = F.pad((stop_U - sequences.offsets[:-1]).cumsum(0), (1, 0))
+    rest = Sequences(offsets, sequences.items[kept_T], None if sequences.baskets is None else sequences.baskets[kept_T])
+    stop = offsets[1:][asked]
+    return rest, Holdout(asked, torch.maximum(stop - length, offsets[:-1][asked]), stop, sequences.items[last_U[asked]])
+
+
+def _last_basket_start(sequences: Sequences) -> Tensor:
+    """Where each user's last basket begins, int64 [U]; the end of the user for one without events."""
+    stop_U = sequences.offsets[1:]
+    if sequences.baskets is None:
+        return torch.maximum(stop_U - 1, sequences.offsets[:-1])
+    user_T = torch.repeat_interleave(torch.arange(stop_U.numel()), sequences.offsets.diff())
+    in_last_T = sequences.baskets == sequences.baskets[stop_U - 1][user_T]
+    return stop_U - torch.bincount(user_T[in_last_T], minlength=stop_U.numel())
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(sequences: Sequences, num_items: int, params: Params, *, seed: int, device: str = "cpu", what: str = "sasrec") -> TrainedEncoder:
+    """The trained encoder at its best epoch by validation NDCG@10 (full ranking, history not masked).
+
+    The last basket of up to `valid_users` users is held out for that; without such users all epochs are run and the last one stays.
+    Raises: ValueError when no user has two events.
+    """
+    rest, questions = holdout(sequences, params.valid_users, params.max_length, seed)
+    start_B, stop_B = window_bounds(rest.offsets, params.max_length)
+    if not start_B.numel():
+        raise ValueError("no user has two events: there is no order to learn from")
+    with deterministic(seed):
+        model = SasRec(num_items, params).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0)
+        best = _Best(model, params.patience)
+        curves: dict[str, list[float]] = {"loss": [], "valid_ndcg@10": []}
+        for _ in progress(range(params.max_epochs), what, params.max_epochs):
+            curves["loss"].append(_epoch(model, optimizer, rest.items, start_B, stop_B, params))
+            metrics = evaluation.ranking_metrics(answer(model, rest, questions), (10, 50)) if questions.users.numel() else {}
+            curves["valid_ndcg@10"].append(metrics.get("ndcg@10", float("nan")))
+            if best.stop(metrics):
+                break
+    model.load_state_dict(best.state)
+    found = {"epochs": float(len(curves["loss"])), "best_epoch": float(best.epoch), "valid_users": float(questions.users.numel())}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    vectors = state["input_rows.weight"][:num_items].clone()
+    return TrainedEncoder(vectors, state, curves, found | {f"valid_{name}": value for name, value in best.metrics.items()})
+
+
+def answer(model: SasRec, sequences: Sequences, questions: Holdout, *, mask_history: bool = False) -> NDArray[np.float64]:
+    """Rank of every question's target over the full catalogue, float64 [B].
+
+    Args:
+        mask_history: the user's earlier events leave the ranking.
+    """
+    device = model.positions.weight.device
+    length = model.positions.num_embeddings
+
+    def score(rows: slice) -> Tensor:
+        start, stop = questions.start[rows], questions.stop[rows]
+        hidden_BLD = model(gather(sequences.items, start, stop, length, model.num_items).to(device))
+        last_BD = hidden_BLD[torch.arange(start.numel(), device=device), (stop - start - 1).to(device)]
+        return (last_BD @ model.output_table().T).cpu()
+
+    asked = sequences.users(questions.users)
+    history = evaluation.Packed(asked.offsets.numpy(), asked.items.numpy())
+    model.eval()
+    with torch.no_grad():
+        return evaluation.ranks_in_chunks(score, questions.targets.numpy(), model.num_items, history if mask_history else None)
+
+
+class _Best:
+    """Remembers the best epoch and says when to stop."""
+
+    def __init__(self, model: SasRec, patience: int) -> None:
+        self.model, self.patience = model, patience
+        self.epoch, self.seen, self.score = 0, 0, -1.0
+        self.metrics: dict[str, float] = {}
+        self.state: dict[str, Tensor] = {}
+
+    def stop(self, metrics: dict[str, float]) -> bool:
+        """Whether `patience` epochs brought nothing better; without metrics every epoch is the best so far."""
+        self.seen += 1
+        score = metrics.get("ndcg@10", float(self.seen))
+        if score > self.score:
+            self.epoch, self.score, self.metrics = self.seen, score, metrics
+            self.state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        return self.seen - self.epoch >= self.patience
+
+
+def _epoch(model: SasRec, optimizer: torch.optim.Optimizer, items_T: Tensor, start_B: Tensor, stop_B: Tensor, params: Params) -> float:
+    """Mean loss of one pass over all windows, in a new random order."""
+    model.train()
+    device = model.positions.weight.device
+    losses = []
+    for rows in torch.randperm(start_B.numel()).split(params.batch_size):
+        inputs_BL = gather(items_T, start_B[rows], stop_B[rows], params.max_length, model.num_items)
+        targets_BL = gather(items_T, start_B[rows] + 1, stop_B[rows] + 1, params.max_length, model.num_items).to(device)
+        real_BL = targets_BL != model.num_items
+        hidden_PD = model(inputs_BL.to(device))[real_BL]
+        loss = _loss(hidden_PD, targets_BL[real_BL], model.output_table(), params)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+def _loss(hidden_PD: Tensor, targets_P: Tensor, table_ND: Tensor, params: Params) -> Tensor:
+    if table_ND.shape[0] <= params.sampled_above:
+        return full_softmax(hidden_PD, targets_P, table_ND)
+    negatives_S = torch.randint(table_ND.shape[0], (params.num_negatives,)).to(table_ND.device)
+    return sampled_softmax(hidden_PD, targets_P, table_ND, negatives_S)
+
+
+@contextmanager
+def deterministic(seed: int) -> Iterator[None]:
+    """Random numbers from the seed and deterministic kernels inside; the process's own state is put back after."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------- rows of a frozen generation
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Input and output rows of moved items, [M, D] each; with tied tables both are the same."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def initial_rows(model: SasRec, sequences: Sequences, moved_M: Tensor) -> tuple[Rows, Tensor]:
+    """(where moved items' rows start, whether any base item stands near them, bool [M]).
+
+    An item of the base starts from its base row. A new one starts from the mean of the base rows within NEIGHBOURS events of its own.
+
+    Args:
+        sequences: item_index >= N marks items that the base does not have.
+        moved_M: item_index of the moved items, distinct.
+    """
+    near_O, slot_O = _neighbours(sequences, moved_M, model.num_items)
+    count_M = torch.bincount(slot_O, minlength=moved_M.numel())
+    is_base_M1 = (moved_M < model.num_items)[:, None]
+    own_M = moved_M.clamp(max=model.num_items - 1)
+
+    def start(table_ND: Tensor) -> Tensor:
+        total_MD = torch.zeros(moved_M.numel(), table_ND.shape[1]).index_add_(0, slot_O, table_ND[near_O])
+        return torch.where(is_base_M1, table_ND[own_M], total_MD / count_M.clamp(min=1)[:, None])
+
+    return Rows(start(model.input_table().cpu()), start(model.output_table().cpu())), count_M > 0
+
+
+def _neighbours(sequences: Sequences, moved_M: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """(base item, slot of the moved item it stands near) for every pair of events at most NEIGHBOURS apart in one sequence."""
+    user_T = torch.repeat_interleave(torch.arange(sequences.offsets.numel() - 1), sequences.offsets.diff())
+    slot_T = _slots(sequences.items, moved_M)
+    at_O1 = torch.nonzero(slot_T >= 0)
+    near_OK = at_O1 + torch.tensor([step for step in range(-NEIGHBOURS, NEIGHBOURS + 1) if step])
+    inside_OK = (near_OK >= 0) & (near_OK < sequences.items.numel())
+    near_OK = near_OK.clamp(0, max(sequences.items.numel() - 1, 0))
+    good_OK = inside_OK & (user_T[near_OK] == user_T[at_O1]) & (sequences.items[near_OK] < num_items)
+    return sequences.items[near_OK[good_OK]], slot_T[at_O1].expand_as(near_OK)[good_OK]
+
+
+def _slots(items_T: Tensor, moved_M: Tensor) -> Tensor:
+    """Position of every event's item among the moved items, -1 for the others, int64 [T]."""
+    lookup = torch.full((int(max(items_T.max(), moved_M.max())) + 1,), -1)
+    lookup[moved_M] = torch.arange(moved_M.numel())
+    return lookup[items_T]
+
+
+def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows, seeds_M: Tensor, params: Params) -> tuple[Rows, list[float]]:
+    """(trained rows of the moved items, mean loss per step): everything but these rows is held at the base.
+
+    What is exact: an item's row is a function of the base, of the windows around its own events and of its own seed. Other moved items stand at their BASE row
+    in its windows, items without a base row drop out of them, negatives are the base items (above `sampled_above` a sample that depends on the step
+    alone), and Adam works on each element by itself. So the row does not depend on which other items moved, up to the rounding of batched products.
+    differs from training everything: an output row meets negatives only in windows that hold its item.
+
+    Args:
+        model: the base network, as from `restore`.
+        sequences: item_index >= N marks items that the base does not have.
+        seeds_M: int64, one per moved item; decides which of its windows each step sees.
+    """
+    sampled = model.num_items > params.sampled_above
+    size = max(1, CELLS // (ROW_WINDOWS * params.max_length * (params.num_negatives if sampled else model.num_items)))
+    chunks = torch.arange(moved_M.numel()).split(size)
+    rows, losses = [], []
+    with deterministic(0):
+        for chunk in progress(chunks, "behaviour rows", len(chunks)):
+            task = _RowTask(model, sequences, moved_M[chunk], seeds_M[chunk], params)
+            trained, loss = task.fit(Rows(start.inputs[chunk], start.outputs[chunk]))
+            rows.append(trained)
+            losses.append(torch.tensor(loss) * chunk.numel())
+    curve = (torch.stack(losses).sum(0) / moved_M.numel()).tolist()
+    return Rows(torch.cat([part.inputs for part in rows]), torch.cat([part.outputs for part in rows])), curve
+
+
+class _RowTask:
+    """Moved items that are trained side by side; `M` counts this chunk only."""
+
+    def __init__(self, model: SasRec, sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, params: Params) -> None:
+        self.model, self.sequences, self.moved_M, self.params = model, sequences, moved_M, params
+        self.device = model.positions.weight.device
+        self.pad, self.own = model.num_items, model.num_items + 1
+        self.picks = _window_choices(sequences, moved_M, seeds_M, params.row_steps * ROW_WINDOWS)
+
+    def fit(self, start: Rows) -> tuple[Rows, list[float]]:
+        """(trained rows, mean loss per step); the step size falls linearly to nothing."""
+        inputs_MD = start.inputs.to(self.device).clone().requires_grad_()
+        outputs_MD = inputs_MD if self.params.tied else start.outputs.to(self.device).clone().requires_grad_()
+        optimizer = torch.optim.Adam([inputs_MD] if self.params.tied else [inputs_MD, outputs_MD], lr=self.params.learning_rate)
+        curve = []
+        for step in range(self.params.row_steps):
+            optimizer.param_groups[0]["lr"] = self.params.learning_rate * ROW_RATE * (1 - step / self.params.row_steps)
+            loss_M = self.loss(step, inputs_MD, outputs_MD)
+            optimizer.zero_grad()
+            loss_M.sum().backward()
+            optimizer.step()
+            curve.append(float(loss_M.detach().mean()))
+        return Rows(inputs_MD.detach().cpu(), outputs_MD.detach().cpu()), curve
+
+    def loss(self, step: int, inputs_MD: Tensor, outputs_MD: Tensor) -> Tensor:
+        """Mean cross-entropy over the positions of each item's windows of this step, nats [M]; 0 for an item without positions."""
+        slot_B = torch.arange(self.moved_M.numel()).repeat_interleave(ROW_WINDOWS)
+        at_B = self.picks[:, step * ROW_WINDOWS : (step + 1) * ROW_WINDOWS].flatten()
+        tokens_BL = self.tokens(at_B, self.moved_M[slot_B]).to(self.device)
+        slot_B, before_BL, after_BL = slot_B.to(self.device), tokens_BL[:, :-1], tokens_BL[:, 1:]
+        own_BL1 = (before_BL == self.own)[:, :, None]
+        base_BLD = self.model.input_rows(before_BL.clamp(max=self.pad))
+        hidden_BLD = self.model.encode(torch.where(own_BL1, inputs_MD[slot_B][:, None, :], base_BLD))
+        real_BL = after_BL != self.pad
+        slot_P = slot_B[:, None].expand_as(real_BL)[real_BL]
+        loss_P = self.cross_entropy(hidden_BLD[real_BL], after_BL[real_BL], slot_P, outputs_MD, step)
+        zeros_M = torch.zeros(self.moved_M.numel(), device=self.device)
+        return zeros_M.index_add(0, slot_P, loss_P) / torch.bincount(slot_P, minlength=zeros_M.numel()).clamp(min=1)
+
+    def tokens(self, at_B: Tensor, item_B: Tensor) -> Tensor:
+        """The window around each event [B, L + 1]: base items, `own` for the moved item itself, others dropped, padding at the end."""
+        offsets, length = self.sequences.offsets, self.params.max_length
+        user_B = torch.searchsorted(offsets, at_B, right=True) - 1
+        last_start_B = torch.maximum(offsets[user_B], offsets[user_B + 1] - length - 1)
+        start_B = torch.minimum(torch.maximum(at_B - length // 2, offsets[user_B]), last_start_B)
+        stop_B = torch.minimum(start_B + length + 1, offsets[user_B + 1])
+        items_BL = gather(self.sequences.items, start_B, stop_B, length + 1, -1)
+        own_BL = items_BL == item_B[:, None]
+        tokens_BL = torch.where(own_BL, self.own, torch.where((items_BL >= 0) & (items_BL < self.pad), items_BL, self.pad))
+        order_BL = (tokens_BL == self.pad).to(torch.uint8).sort(dim=1, stable=True).indices
+        return tokens_BL.gather(1, order_BL)
+
+    def cross_entropy(self, hidden_PD: Tensor, after_P: Tensor, slot_P: Tensor, outputs_MD: Tensor, step: int) -> Tensor:
+        """Negative log-likelihood of each next item, nats [P]; the moved item competes with its own row, the base items with theirs."""
+        table_ND, moved_P = self.model.output_table(), self.moved_M.to(self.device)[slot_P]
+        own_P1 = (hidden_PD * outputs_MD[slot_P]).sum(1, keepdim=True)
+        is_own_P = after_P == self.own
+        if table_ND.shape[0] <= self.params.sampled_above:
+            base_PN = hidden_PD @ table_ND.T
+            shadowed = torch.nonzero(moved_P < self.pad).flatten()
+            base_PN[shadowed, moved_P[shadowed]] = -torch.inf  # the base row of the moved item itself
+            return F.cross_entropy(torch.cat([base_PN, own_P1], 1), torch.where(is_own_P, self.pad, after_P), reduction="none")
+        negatives_S = torch.randint(table_ND.shape[0], (self.params.num_negatives,), generator=_generator(step)).to(self.device)
+        target_P1 = (hidden_PD * table_ND[after_P.clamp(max=self.pad - 1)]).sum(1, keepdim=True).masked_fill(is_own_P[:, None], -torch.inf)
+        hit_PS = (negatives_S == after_P[:, None]) | (negatives_S == moved_P[:, None])
+        negative_PS = hidden_PD @ table_ND[negatives_S].T + np.log(table_ND.shape[0] / negatives_S.numel())
+        logits = torch.cat([target_P1, negative_PS.masked_fill(hit_PS, -torch.inf), own_P1], 1)
+        return F.cross_entropy(logits, torch.where(is_own_P, logits.shape[1] - 1, 0), reduction="none")
+
+
+def _window_choices(sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, count: int) -> Tensor:
+    """Event numbers [M, count], drawn with replacement from each item's own events by its own seed.
+
+    Raises: ValueError when a moved item has no event.
+    """
+    slot_T = _slots(sequences.items, moved_M)
+    at_O = torch.nonzero(slot_T >= 0).flatten()
+    order = slot_T[at_O].sort(stable=True).indices
+    events_M = torch.bincount(slot_T[at_O], minlength=moved_M.numel())
+    if not bool((events_M > 0).all()):
+        raise ValueError(f"{int((events_M == 0).sum())} moved items have no event")
+    pick_MC = (torch.from_numpy(_uniform(seeds_M.numpy(), count)) * events_M[:, None]).long()
+    return at_O[order][(events_M.cumsum(0) - events_M)[:, None] + pick_MC]
+
+
+def _uniform(seeds_M: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) as [M, count], row m from seed m alone (a counter hashed by splitmix64)."""
+    state = seeds_M.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+# ---------------------------------------------------------------- bringing a new space back
+
+
+def procrustes(source_ND: Tensor, target_ND: Tensor) -> Tensor:
+    """The orthogonal map [D, D] that brings source nearest to target, source @ map ~ target; norms and angles within source stay.
+
+    Source: Schoenemann 1966, orthogonal Procrustes.
+    """
+    u, _, vt = torch.linalg.svd(source_ND.double().T @ target_ND.double())
+    return (u @ vt).to(source_ND.dtype)

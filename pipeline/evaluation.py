@@ -1,0 +1,403 @@
+"""Every metric of sidmill in its one definition, paired intervals, and floors that need no training.
+
+Ranking is over the full catalogue, one relevant item per row. Ties: a target stands at the middle of the items that share its score (mid-rank), so a model
+that scores everything alike gets no credit. History masked or not is the caller's switch and must be the same for all arms.
+Tensor suffixes: B rows (one target each), N items, U users, R resamples, G tie groups, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+from torch import Tensor
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Score = Callable[[slice], Tensor]
+CELLS = 4_000_000  # cells of a temporary matrix, so that memory does not grow with the catalogue
+PROBABILITY_FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Lists of items end to end: list u is items[offsets[u] : offsets[u + 1]]; shapes [U + 1] and [T]."""
+
+    offsets: Ints
+    items: Ints
+
+    def __len__(self) -> int:
+        """Number of lists U."""
+        return self.offsets.size - 1
+
+    def lengths(self) -> Ints:
+        """Items per list [U]."""
+        return np.diff(self.offsets)
+
+    def rows(self) -> Ints:
+        """List number of every item [T]."""
+        return np.repeat(np.arange(len(self)), self.lengths())
+
+    def part(self, start: int, stop: int) -> Packed:
+        """Lists start .. stop - 1."""
+        low, high = self.offsets[start], self.offsets[stop]
+        return Packed(self.offsets[start : stop + 1] - low, self.items[low:high])
+
+
+# ---------------------------------------------------------------- ranking
+
+
+def target_ranks(scores_BN: Tensor, targets_B: Tensor, history: Packed | None = None) -> Tensor:
+    """Rank of each target, 1 = best, as float64 [B]: 1 + items above + half of the other items at the same score.
+
+    Args:
+        scores_BN: finite scores of all items.
+        targets_B: item_index of the relevant item.
+        history: items that leave the ranking of their row (the target itself never does); None ranks against everything.
+    Raises: ValueError when a score is not finite, which would otherwise count as a perfect rank.
+    """
+    if not torch.isfinite(scores_BN).all():
+        raise ValueError("scores must be finite")
+    target_B1 = scores_BN.gather(1, targets_B[:, None])
+    if history is not None:
+        scores_BN = scores_BN.clone()
+        scores_BN[torch.from_numpy(history.rows()), torch.from_numpy(history.items)] = -torch.inf
+        scores_BN.scatter_(1, targets_B[:, None], target_B1)
+    above_B = (scores_BN > target_B1).sum(1)
+    equal_B = (scores_BN == target_B1).sum(1) - 1
+    return 1.0 + above_B.double() + 0.5 * equal_B.double()
+
+
+def ranks_in_chunks(score: Score, targets_B: ArrayLike, num_items: int, history: Packed | None = None) -> Floats:
+    """Rank of each target as float64 [B], scored chunk by chunk.
+
+    Args:
+        score: rows start:stop -> scores [stop - start, N].
+        history: one list per row that leaves its ranking; None masks nothing.
+    """
+    targets = torch.as_tensor(np.asarray(targets_B, np.int64))
+    ranks = [
+        target_ranks(score(rows), targets[rows], None if history is None else history.part(rows.start, rows.stop))
+        for rows in _chunks(targets.numel(), num_items)
+    ]
+    return torch.cat(ranks).numpy() if ranks else np.empty(0)
+
+
+def recall_at(ranks_B: ArrayLike, k: int) -> Floats:
+    """1.0 where the target stands at rank k or better, else 0.0, per row; the mean is Recall@k (= hit rate, one target a row)."""
+    return (np.asarray(ranks_B) <= k).astype(np.float64)
+
+
+def ndcg_at(ranks_B: ArrayLike, k: int) -> Floats:
+    """1 / log2(rank + 1) where the target stands at rank k or better, else 0.0, per row; the mean is NDCG@k."""
+    rank_B = np.asarray(ranks_B, np.float64)
+    return np.where(rank_B <= k, 1.0 / np.log2(rank_B + 1.0), 0.0)
+
+
+def ranking_metrics(ranks_B: ArrayLike, ks: Sequence[int] = (10, 50)) -> dict[str, float]:
+    """`recall@k` and `ndcg@k` for every k; empty without rows."""
+    if not np.size(ranks_B):
+        return {}
+    return {name: float(metric(ranks_B, k).mean()) for k in ks for name, metric in ((f"recall@{k}", recall_at), (f"ndcg@{k}", ndcg_at))}
+
+
+# ---------------------------------------------------------------- two classes
+
+
+@dataclass(frozen=True)
+class UserAuc:
+    """AUC per user that has both classes, with the user's rows; `covered` = share of all rows that these users hold, `users_covered` of all users."""
+
+    users: NDArray[Any]
+    auc: Floats
+    impressions: Ints
+    covered: float
+    users_covered: float
+
+    @property
+    def gauc(self) -> float:
+        """Impression-weighted mean of the users' AUC; NaN when no user has both classes."""
+        return float(np.average(self.auc, weights=self.impressions)) if self.auc.size else float("nan")
+
+
+def auc(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Probability that a positive outscores a negative, a tie counts half; NaN when a class is missing."""
+    return user_auc(labels, scores, np.zeros(np.size(labels), np.int64)).gauc
+
+
+def user_auc(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) -> UserAuc:
+    """AUC of every user with both classes and how much of the data they cover; the one definition behind AUC and GAUC.
+
+    Raises: ValueError for a score that is not finite.
+    """
+    score_B = np.asarray(scores, np.float64)
+    if not np.isfinite(score_B).all():
+        raise ValueError("scores must be finite")
+    user_U, user_B = np.unique(np.asarray(users), return_inverse=True)
+    order = np.lexsort((score_B, user_B))
+    user_B, score_B, positive_B = user_B[order], score_B[order], np.asarray(labels)[order] > 0
+    rows_U = np.bincount(user_B, minlength=user_U.size)
+    rank_B = _tie_means(np.arange(1, user_B.size + 1), _starts(user_B, score_B)) - (np.cumsum(rows_U) - rows_U)[user_B]
+    positives_U = np.bincount(user_B, weights=positive_B, minlength=user_U.size)
+    rank_sum_U = np.bincount(user_B, weights=rank_B * positive_B, minlength=user_U.size)
+    pairs_U = positives_U * (rows_U - positives_U)
+    both = pairs_U > 0
+    auc_U = (rank_sum_U - positives_U * (positives_U + 1) / 2)[both] / pairs_U[both]
+    covered = float(rows_U[both].sum() / max(user_B.size, 1))
+    return UserAuc(user_U[both], auc_U, rows_U[both], covered, float(both.mean()) if both.size else 0.0)
+
+
+def gauc(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) -> tuple[float, float]:
+    """(GAUC, share of users covered): impression-weighted over users with both classes."""
+    result = user_auc(labels, scores, users)
+    return result.gauc, result.users_covered
+
+
+def row_logloss(labels: ArrayLike, probabilities: ArrayLike) -> Floats:
+    """Negative log-likelihood per row, nats; probabilities are kept 1e-7 away from 0 and 1."""
+    p_B = np.clip(np.asarray(probabilities, np.float64), PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    return -np.where(np.asarray(labels) > 0, np.log(p_B), np.log1p(-p_B))
+
+
+def logloss(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """Mean negative log-likelihood, nats; NaN without rows."""
+    loss_B = row_logloss(labels, probabilities)
+    return float(loss_B.mean()) if loss_B.size else float("nan")
+
+
+def by_slice(slices: ArrayLike, metric: Callable[[Ints], float]) -> dict[str, float]:
+    """Slice name -> metric(row numbers of the slice), names in order; e.g. popularity strata."""
+    names, inverse = np.unique(np.asarray(slices), return_inverse=True)
+    return {str(name): metric(np.flatnonzero(inverse == number)) for number, name in enumerate(names)}
+
+
+# ---------------------------------------------------------------- paired intervals
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference (first arm minus second) with its bootstrap interval; it decides something only when 0 lies outside."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def decides(self) -> bool:
+        """Whether 0 lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(
+    difference: ArrayLike, users: ArrayLike | None = None, *, weights: ArrayLike | None = None, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Interval of the (weighted) mean of per-row differences under resampling of users with all their rows.
+
+    Args:
+        difference: metric of arm A minus metric of arm B on the same row, e.g. NDCG, logloss, or a user's AUC.
+        users: user of each row; None = every row is a user of its own.
+        weights: weight of each row, e.g. the user's impressions for GAUC.
+        level: probability mass inside the interval.
+    """
+    difference_B = np.asarray(difference, np.float64)
+    weight_B = np.ones_like(difference_B) if weights is None else np.asarray(weights, np.float64)
+    _, user_B = np.unique(np.arange(difference_B.size) if users is None else np.asarray(users), return_inverse=True)
+    total_U = np.bincount(user_B, weights=difference_B * weight_B)
+    weight_U = np.bincount(user_B, weights=weight_B)
+    if weight_U.sum() <= 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    sampled = [(draws_RU @ total_U) / np.maximum(draws_RU @ weight_U, 1e-12) for draws_RU in _resamples(total_U.size, resamples, seed)]
+    return _interval(float(total_U.sum() / weight_U.sum()), np.concatenate(sampled), level)
+
+
+def paired_auc_bootstrap(
+    labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike, users: ArrayLike, *, resamples: int = 500, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Interval of AUC(a) - AUC(b) under resampling of users with all their rows."""
+    _, user_B = np.unique(np.asarray(users), return_inverse=True)
+    curve_a, curve_b = _SortedRows(labels, scores_a, user_B), _SortedRows(labels, scores_b, user_B)
+    estimate = auc(labels, scores_a) - auc(labels, scores_b)
+    if not np.isfinite(estimate):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    draws = _resamples(int(user_B.max()) + 1, resamples, seed, width=user_B.size)
+    sampled = np.concatenate([curve_a.auc(draws_RU) - curve_b.auc(draws_RU) for draws_RU in draws])
+    return _interval(estimate, sampled[np.isfinite(sampled)], level)
+
+
+def paired_gauc_bootstrap(
+    labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike, users: ArrayLike, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Interval of GAUC(a) - GAUC(b) under resampling of users; both arms cover the same users, because labels decide."""
+    a, b = user_auc(labels, scores_a, users), user_auc(labels, scores_b, users)
+    return paired_bootstrap(a.auc - b.auc, weights=a.impressions, resamples=resamples, seed=seed, level=level)
+
+
+class _SortedRows:
+    """Rows in the order of one arm's score, ready for AUC under many weightings of their users."""
+
+    def __init__(self, labels: ArrayLike, scores: ArrayLike, user_B: Ints) -> None:
+        score_B = np.asarray(scores, np.float64)
+        order = np.argsort(score_B, kind="stable")
+        self.user_B = user_B[order]
+        self.positive_B = np.asarray(labels)[order] > 0
+        self.starts_G = np.flatnonzero(_starts(score_B[order]))
+
+    def auc(self, draws_RU: Floats) -> Floats:
+        """AUC per resample [R] when user u counts draws_RU[:, u] times; NaN where a class is missing."""
+        weight_RB = draws_RU[:, self.user_B]
+        positive_RG = np.add.reduceat(weight_RB * self.positive_B, self.starts_G, axis=1)
+        negative_RG = np.add.reduceat(weight_RB * ~self.positive_B, self.starts_G, axis=1)
+        below_RG = np.cumsum(negative_RG, axis=1) - negative_RG
+        pairs_R = positive_RG.sum(1) * negative_RG.sum(1)
+        wins_R = (positive_RG * (below_RG + 0.5 * negative_RG)).sum(1)
+        return np.divide(wins_R, pairs_R, out=np.full_like(wins_R, np.nan), where=pairs_R > 0)
+
+
+# ---------------------------------------------------------------- vectors and ranks
+
+
+def midranks(values: ArrayLike) -> Floats:
+    """Rank of each value, 1 = smallest; equal values share the mean of their ranks."""
+    value_N = np.asarray(values, np.float64)
+    order = np.argsort(value_N, kind="stable")
+    rank_N = np.empty(value_N.size)
+    rank_N[order] = _tie_means(np.arange(1, value_N.size + 1), _starts(value_N[order]))
+    return rank_N
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Rank correlation in [-1, 1] over rows where both are known; NaN for fewer than 3 rows or a constant."""
+    a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    known = np.isfinite(a_N) & np.isfinite(b_N)
+    if known.sum() < 3 or np.ptp(a_N[known]) == 0 or np.ptp(b_N[known]) == 0:
+        return float("nan")
+    return float(np.corrcoef(midranks(a_N[known]), midranks(b_N[known]))[0, 1])
+
+
+def nearest(queries_BD: Tensor, items_ND: Tensor, own_B: Tensor, k: int) -> Tensor:
+    """item_index of the k items with the largest cosine to each query [B, k]; `own_B` is the query's own item, left out."""
+    unit_ND = torch.nn.functional.normalize(items_ND, dim=1)
+    found = []
+    for rows in _chunks(queries_BD.shape[0], items_ND.shape[0]):
+        cosine_BN = torch.nn.functional.normalize(queries_BD[rows], dim=1) @ unit_ND.T
+        found.append(cosine_BN.scatter_(1, own_B[rows, None], -torch.inf).topk(k, dim=1).indices)
+    return torch.cat(found) if found else own_B.new_empty((0, k))
+
+
+def neighbor_overlap(a_ND: Tensor, b_ND: Tensor, *, k: int = 20, rows_B: Tensor | None = None) -> Floats:
+    """Share of each item's k nearest neighbours that two spaces of the same items agree on [B], in [0, 1].
+
+    Args:
+        rows_B: items to measure; None = all.
+    """
+    own_B = torch.arange(a_ND.shape[0]) if rows_B is None else rows_B
+    k = min(k, a_ND.shape[0] - 1)
+    if k < 1:
+        return np.full(own_B.numel(), np.nan)
+    in_a_Bk, in_b_Bk = nearest(a_ND[own_B], a_ND, own_B, k), nearest(b_ND[own_B], b_ND, own_B, k)
+    return (in_a_Bk[:, :, None] == in_b_Bk[:, None, :]).any(2).double().mean(1).numpy()
+
+
+# ---------------------------------------------------------------- floors
+
+
+def history_matrix(histories: Packed, num_items: int, *, decay: float = 1.0) -> sparse.csr_matrix:
+    """Users x items, decay ** age with age 0 = latest event; an item seen twice counts once, with its latest age."""
+    stop_T = np.repeat(histories.offsets[1:], histories.lengths())
+    age_T = stop_T - 1 - np.arange(histories.items.size)
+    key_T = histories.rows() * num_items + histories.items
+    order = np.lexsort((age_T, key_T))
+    first = order[_starts(key_T[order])]
+    return sparse.csr_matrix((decay ** age_T[first].astype(np.float64), (histories.rows()[first], histories.items[first])), shape=(len(histories), num_items))
+
+
+def popularity_scores(histories: Packed, num_items: int) -> Floats:
+    """Events per item [N]: the floor that ignores the user."""
+    return np.bincount(histories.items, minlength=num_items).astype(np.float64)
+
+
+def markov_counts(histories: Packed, num_items: int) -> sparse.csr_matrix:
+    """How often item j directly followed item i within a user [N, N], sparse."""
+    rows = histories.rows()
+    same = rows[1:] == rows[:-1]
+    before, after = histories.items[:-1][same], histories.items[1:][same]
+    return sparse.csr_matrix((np.ones(before.size), (before, after)), shape=(num_items, num_items))
+
+
+def ease_weights(histories: Packed, num_items: int, *, l2: float = 200.0) -> Floats:
+    """Item-to-item weights [N, N] with a zero diagonal, B = I - P / diag(P), P = (X'X + l2 I)^-1, X = users x items in 0/1.
+
+    Memory is about 3 N^2 doubles. Source: Steck 2019, EASE, eq. (8).
+    """
+    matrix = history_matrix(histories, num_items)
+    gram_NN = torch.from_numpy((matrix.T @ matrix).toarray()) + l2 * torch.eye(num_items, dtype=torch.float64)
+    inverse_NN = torch.cholesky_inverse(torch.linalg.cholesky(gram_NN))
+    weights_NN = -inverse_NN / inverse_NN.diagonal()[None, :]
+    return weights_NN.fill_diagonal_(0.0).numpy()
+
+
+def floor_ranks(histories: Packed, targets_B: ArrayLike, num_items: int, *, mask_history: bool, ease: bool = True, l2: float = 200.0) -> dict[str, Floats]:
+    """Rank of each user's target under popularity, first-order Markov (popularity breaks ties) and EASE; one fit on `histories`, which is also the context.
+
+    Args:
+        histories: each user's events before the target, at least one.
+        ease: False leaves EASE out (it costs N^3).
+    """
+    popularity_N = popularity_scores(histories, num_items)
+    successors = markov_counts(histories, num_items)
+    last_B = histories.items[histories.offsets[1:] - 1]
+    tie_N = popularity_N / (popularity_N.max() + 1.0)
+    scorers: dict[str, Callable[[slice], Floats]] = {
+        "popularity": lambda rows: np.broadcast_to(popularity_N, (rows.stop - rows.start, num_items)).copy(),
+        "markov": lambda rows: successors[last_B[rows]].toarray() + tie_N,
+    }
+    if ease:
+        matrix, weights_NN = history_matrix(histories, num_items), ease_weights(histories, num_items, l2=l2)
+        scorers["ease"] = lambda rows: matrix[rows] @ weights_NN
+    seen = histories if mask_history else None
+    return {name: ranks_in_chunks(_as_tensor(score), targets_B, num_items, seen) for name, score in scorers.items()}
+
+
+def _as_tensor(score: Callable[[slice], Floats]) -> Score:
+    return lambda rows: torch.from_numpy(np.asarray(score(rows)))
+
+
+# ---------------------------------------------------------------- shared pieces
+
+
+def _chunks(rows: int, width: int) -> Iterator[slice]:
+    size = max(1, CELLS // max(width, 1))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _starts(*keys: NDArray[Any]) -> NDArray[np.bool_]:
+    """True where a sorted row differs from the one before it in any key."""
+    changed = np.ones(keys[0].size, dtype=bool)
+    if changed.size:
+        changed[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
+    return changed
+
+
+def _tie_means(ranks: NDArray[Any], starts: NDArray[np.bool_]) -> Floats:
+    """Ranks with every tie group replaced by its mean."""
+    group = np.cumsum(starts) - 1
+    return (np.bincount(group, weights=ranks) / np.maximum(np.bincount(group), 1))[group] if group.size else np.empty(0)
+
+
+def _resamples(users: int, resamples: int, seed: int, *, width: int = 0) -> Iterator[Floats]:
+    """How often each user was drawn [R, U], users drawn with replacement, in chunks of resamples; chunking does not change the draws."""
+    generator = np.random.default_rng(seed)
+    for rows in _chunks(resamples, max(users, width)):
+        size = rows.stop - rows.start
+        drawn = generator.integers(0, users, size=(size, users)) + np.arange(size)[:, None] * users
+        yield np.bincount(drawn.ravel(), minlength=size * users).reshape(size, users).astype(np.float64)
+
+
+def _interval(estimate: float, sampled: Floats, level: float) -> Interval:
+    low, high = np.quantile(sampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high))

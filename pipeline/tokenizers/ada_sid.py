@@ -1,0 +1,526 @@
+"""ADA-SID / ADC-SID (arXiv 2510.25622): parallel shared and modality experts, one code book each, and a router for behaviour codes.
+
+The order is the paper's: projections (eq. 2), experts (3-4, 6), lookup (5, 7-9), fusion (10-13), reconstruction (14), alignment (17-21), router (22-23).
+Not here: the terms themselves (quantize.py, alignment.py, router.py), the training loop (fit.py), richness and strength (pipeline/richness.py).
+Suffixes: B batch, N items, D width, L positions, E experts of one input, K codes.
+"""
+
+# ruff: noqa: N815 - tensor fields carry shape suffixes
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import config as profile
+from pipeline.tokenizers import metrics
+from pipeline.tokenizers.alignment import alignment_v2, alignment_v3, controlled_strength, view
+from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, ItemBatch, ProgressBar, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.fit import Trainer, generator_for
+from pipeline.tokenizers.quantize import (
+    codebook_loss,
+    commitment_loss,
+    gather_codes,
+    kmeans,
+    nearest_code,
+    principal_axes,
+    revive_codes,
+    straight_through,
+)
+from pipeline.tokenizers.router import SparsityController, behavior_router, sparsity_target
+from pipeline.tokenizers.world import World
+
+AXES_ROWS = 262_144  # items that the principal axes of a modality are fitted on at most
+POINTS_PER_CODE = 256  # latents per code that k-means and revival look at, at most
+WEIGHT_MAX = 2.0  # largest exported router weight, in units of the generation's mean active weight
+
+
+def softmax_gate(logit_BE: Tensor) -> Tensor:
+    """Weights of a content modality's experts per item, (B, E), positive, summing to 1.
+
+    Source: ADC-SID eq. (12), (13)
+    """
+    return torch.softmax(logit_BE, dim=-1)
+
+
+def fuse(vector_BLD: Tensor, gate_BL: Tensor) -> Tensor:
+    """The gated sum over positions, (B, D): gate 1 for shared, softmax for content, R for behaviour, 0 for masked positions.
+
+    Source: ADC-SID eq. (10), (11)
+    """
+    return (gate_BL[..., None] * vector_BLD).sum(1)
+
+
+def reconstruction_error(target_BD: Tensor, estimate_BD: Tensor) -> Tensor:
+    """Mean squared error of one modality per item, (B,).
+
+    Source: ADC-SID eq. (14); differs: mean over the width, so that the widest modality does not rule the sum, and only modalities the item has.
+    """
+    return (target_BD - estimate_BD).square().mean(1)
+
+
+def export_weight(weight_BE: Tensor, mean_active: Tensor) -> Tensor:
+    """Router weights as released, (B, E) in [0, 2]: R over the generation's mean active R, clamped, 0 where the expert is off.
+
+    Source: ADC-SID 3.3, "importance weights"; differs: scaled and clamped, the paper prints no range.
+    """
+    return (weight_BE / mean_active).clamp(0.0, WEIGHT_MAX)
+
+
+class Mlp(nn.Sequential):
+    """A two-layer perceptron, (B, D_in) -> (B, D_out)."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__(nn.Linear(width_in, hidden), nn.ReLU(), nn.Linear(hidden, width_out))
+
+
+class ExpertBank(nn.Module):
+    """E two-layer experts that read the same input, as two matrix products: (B, D_in) -> (B, E, D).
+
+    Source: ADC-SID eq. (4), (6); differs: (6) prints the text expert for behaviour, read here as the behaviour expert.
+    """
+
+    def __init__(self, experts: int, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.first = nn.Linear(width_in, experts * hidden)
+        self.second_EHD = nn.Parameter(torch.empty(experts, hidden, width_out).uniform_(-(hidden**-0.5), hidden**-0.5))
+        self.second_ED = nn.Parameter(torch.zeros(experts, width_out))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Latents of the experts, before they are put on the sphere."""
+        hidden_EBH = torch.relu(self.first(x_BD)).unflatten(1, (self.experts, -1)).transpose(0, 1)
+        return torch.bmm(hidden_EBH, self.second_EHD).transpose(0, 1) + self.second_ED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass of items through the network.
+
+    Args:
+        h: projections by modality, (B, d_h).
+        z_BLD / zq_BLD: latents and their code rows, norm `latent_scale`.
+        codes_BL: nearest codes, before masking.
+        gate_BL: weights in the fused sum, 0 where masked; shown_BL: positions the item has.
+        router_BE: R of eq. (22), masked rows 0.
+        quantized_BD: fused code rows, eq. (11).
+        estimate: reconstruction by modality.
+    """
+
+    h: dict[str, Tensor]
+    z_BLD: Tensor
+    zq_BLD: Tensor
+    codes_BL: Tensor
+    gate_BL: Tensor
+    shown_BL: Tensor
+    router_BE: Tensor
+    quantized_BD: Tensor
+    estimate: dict[str, Tensor]
+
+
+class Network(nn.Module):
+    """The modules of ADA-SID for the modalities a data set has.
+
+    Args:
+        settings: the [train_tokenizer.ada_sid] section.
+        raw_widths: modality -> width of its vectors as they come; modalities not named are absent, with their experts and positions.
+    """
+
+    codebook_LKD: nn.Parameter
+    mean_active: Tensor
+    usage_LK: Tensor
+
+    def __init__(self, settings: profile.AdaSid, raw_widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.modalities = tuple(name for name in MODALITIES if name in raw_widths)
+        reduced = {"text": settings.text_dim, "image": settings.image_dim}
+        self.widths = {name: min(raw_widths[name], reduced.get(name, raw_widths[name])) for name in self.modalities}
+        self.experts = _experts(settings, self.modalities)
+        if not sum(self.experts.values()):
+            raise ValueError("ADA-SID has no expert: no modality is present or all expert counts are 0")
+        hidden, latent = settings.hidden_dim, settings.latent_dim
+        for name in self.modalities:
+            self.register_buffer(f"mean_{name}", torch.zeros(raw_widths[name]))
+            self.register_buffer(f"axes_{name}", torch.eye(raw_widths[name])[:, : self.widths[name]].contiguous())
+            self.register_buffer(f"scale_{name}", torch.ones(()))
+        self.missing = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name, width in self.widths.items()})
+        self.project = nn.ModuleDict({name: Mlp(width, hidden, settings.projection_dim) for name, width in self.widths.items()})
+        inputs = {"shared": settings.projection_dim * len(self.modalities), **self.widths}
+        self.expert = nn.ModuleDict({name: ExpertBank(count, inputs[name], hidden, latent) for name, count in self.experts.items() if count})
+        self.gate = nn.ModuleDict({name: Mlp(inputs[name], hidden // 4 or 1, count) for name, count in self.experts.items() if count and name != "shared"})
+        self.decoder = Mlp(latent, hidden, sum(self.widths.values()))
+        self.controller = SparsityController(
+            settings.sparsity if settings.router == "adaptive" else "off",
+            settings.sparsity_buckets,
+            theta=1.0 - settings.active_share,
+            lambda_init=settings.lambda_init,
+            lambda_step=settings.lambda_step,
+            lambda_max=settings.lambda_max,
+        )
+        positions = sum(self.experts.values())
+        self.codebook_LKD = nn.Parameter(F.normalize(torch.randn(positions, settings.codebook_size, latent), dim=-1))
+        self.register_buffer("usage_LK", torch.zeros(positions, settings.codebook_size))
+        self.register_buffer("mean_active", torch.ones(()))
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the positions, e.g. shared_0, text_0, image_0, behavior_0."""
+        return tuple(f"{name}_{index}" for name, count in self.experts.items() for index in range(count))
+
+    @property
+    def code_rows(self) -> Tensor:
+        """Code rows on the sphere of radius `latent_scale`."""
+        return self._on_sphere(self.codebook_LKD)
+
+    def _on_sphere(self, vector: Tensor) -> Tensor:
+        """The vector with norm `latent_scale`: free lengths of latents and rows drifted apart under a cosine lookup."""
+        return self.settings.latent_scale * F.normalize(vector.float(), dim=-1)
+
+    @torch.no_grad()
+    def fit_inputs(self, items: ItemBatch) -> None:
+        """Freeze the inputs' axes and one scale per modality, chosen so that an input's mean variance is 1.
+
+        Content is centred and turned to its principal axes; behaviour is neither, because its norm carries meaning.
+        """
+        for name in self.modalities:
+            vectors = items.vectors(name)
+            assert vectors is not None, f"no {name} vectors"
+            rows = torch.nonzero(items.mask(name)).flatten()
+            sample_ND = vectors[rows[:: max(1, -(-len(rows) // AXES_ROWS))]]
+            if name != "behavior":
+                mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
+                self.get_buffer(f"mean_{name}").copy_(mean_D)
+                self.get_buffer(f"axes_{name}").copy_(axes_DW)
+            spread = self._input(sample_ND.cpu().float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
+            self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
+
+    def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
+        return (vectors_ND - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"axes_{name}") * self.get_buffer(f"scale_{name}")
+
+    @torch.no_grad()
+    def prepare(self, items: ItemBatch) -> ItemBatch:
+        """The items as the network reads them; a modality the network knows and the items lack is masked, one it does not know is dropped."""
+        changed: dict[str, Tensor | None] = {}
+        nobody = torch.zeros_like(items.text_N)
+        for name in MODALITIES:
+            vectors, known = items.vectors(name), name in self.modalities
+            changed[f"{name}_N"] = items.mask(name) if known and vectors is not None else nobody
+            if not known:
+                changed[f"{name}_ND"] = None
+            elif vectors is None:
+                changed[f"{name}_ND"] = torch.zeros(len(items), self.widths[name], device=nobody.device)
+            else:
+                changed[f"{name}_ND"] = torch.where(items.mask(name)[:, None], self._input(vectors.float(), name), 0.0)
+        return replace(items, **changed)  # type: ignore[arg-type]
+
+    def forward(self, batch: ItemBatch, *, quantise: bool) -> Pass:
+        """One pass; without `quantise` latents stand where their code rows would (the warm-up)."""
+        x = {name: torch.where(batch.mask(name)[:, None], batch.vectors(name), self.missing[name]) for name in self.modalities}  # type: ignore[arg-type]
+        h = {name: self.project[name](x[name]) for name in self.modalities}
+        inputs = {"shared": torch.cat(list(h.values()), 1), **x}
+        z_BLD = self._on_sphere(torch.cat([bank(inputs[name]) for name, bank in self.expert.items()], 1))
+        shown_BL, gate_BL, router_BE = self._gates(batch, x)
+        with torch.autocast(z_BLD.device.type, enabled=False):
+            codes_BL = nearest_code(z_BLD.detach(), self.codebook_LKD.detach())
+            zq_BLD = gather_codes(codes_BL, self.code_rows)
+            through_BLD = straight_through(z_BLD, zq_BLD, code_gradient=self.settings.code_gradient) if quantise else z_BLD
+            fused_BD = fuse(through_BLD, gate_BL)
+        estimates = self.decoder(fused_BD).split(list(self.widths.values()), 1)
+        return Pass(
+            h=h,
+            z_BLD=z_BLD,
+            zq_BLD=zq_BLD,
+            codes_BL=codes_BL,
+            gate_BL=gate_BL,
+            shown_BL=shown_BL,
+            router_BE=router_BE,
+            quantized_BD=fused_BD,
+            estimate=dict(zip(self.widths, (part.float() for part in estimates), strict=True)),
+        )
+
+    def _gates(self, batch: ItemBatch, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions shown, gate per position, and R."""
+        anything_B = torch.stack([batch.mask(name) for name in self.modalities]).any(0)
+        shown, gates = [], []
+        router_BE = torch.zeros(len(batch), 0, device=anything_B.device)
+        for name, count in self.experts.items():
+            mask_B1 = (anything_B if name == "shared" else batch.mask(name))[:, None]
+            gate_BE = torch.ones(len(batch), count, device=mask_B1.device)
+            if name in ("text", "image") and count:
+                gate_BE = softmax_gate(self.gate[name](x[name]).float())
+            elif name == "behavior" and count:
+                if self.settings.router == "adaptive":
+                    gate_BE = behavior_router(self.gate[name](x[name]).float(), batch.richness_N)
+                router_BE = gate_BE * mask_B1
+            shown.append(mask_B1.expand(-1, count))
+            gates.append(gate_BE * mask_B1)
+        return torch.cat(shown, 1), torch.cat(gates, 1), router_BE
+
+
+def _experts(settings: profile.AdaSid, modalities: tuple[str, ...]) -> dict[str, int]:
+    """Number of experts by input, in the order of the positions; absent modalities have none."""
+    counts = {"text": settings.num_text, "image": settings.num_image, "behavior": settings.num_behavior}
+    return {"shared": settings.num_shared if modalities else 0, **{name: counts[name] for name in modalities}}
+
+
+class Training:
+    """ADA-SID as the training loop wants it (`fit.Trainable`)."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.settings = network.settings
+        self.warmup_epochs = network.settings.warmup_epochs
+
+    def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
+        """Reconstruction, codebook, commitment, alignment and gate terms, and their weighted `total`."""
+        shown = self._hide(batch, noise_BU)
+        made = self.network(shown, quantise=quantise)
+        terms = {"reconstruction": self._reconstruction(batch, made, world)}
+        total = terms["reconstruction"]
+        if quantise:
+            terms |= self._code_terms(made, world)
+            total = total + self.settings.codebook_weight * terms["codebook"] + self.settings.commitment * terms["commitment"]
+        align = self._alignment(shown, made, world)
+        if align and self.settings.align_weight:
+            total = total + self.settings.align_weight * torch.stack(list(align.values())).sum()
+        if made.router_BE.shape[1]:
+            terms["gate"] = self.network.controller.penalty(made.router_BE, shown.richness_N, shown.behavior_N, world)
+            total = total + terms["gate"]
+        return {**terms, **align, "total": total}
+
+    def _hide(self, batch: ItemBatch, noise_BU: Tensor) -> ItemBatch:
+        """The batch with some modalities of some items hidden (modality dropout); an item that would lose all of them loses none."""
+        share = {"text": self.settings.content_dropout, "image": self.settings.content_dropout, "behavior": self.settings.behavior_dropout}
+        kept = {name: batch.mask(name) & (noise_BU[:, index] >= share[name]) for index, name in enumerate(MODALITIES)}
+        empty_B = ~torch.stack(list(kept.values())).any(0)
+        return replace(batch, **{f"{name}_N": mask_B | (empty_B & batch.mask(name)) for name, mask_B in kept.items()})
+
+    def _reconstruction(self, batch: ItemBatch, made: Pass, world: World) -> Tensor:
+        """Mean over modalities of the mean error over the items that have the modality, hidden in this step or not."""
+        errors = []
+        for name in self.network.modalities:
+            target_BD = batch.vectors(name)
+            assert target_BD is not None
+            errors.append(world.mean(reconstruction_error(target_BD, made.estimate[name]), batch.mask(name)))
+        return torch.stack(errors).mean()
+
+    def _code_terms(self, made: Pass, world: World) -> dict[str, Tensor]:
+        """Codebook and commitment losses on the unit sphere, summed over positions; a behaviour position counts for the items that switch it on."""
+        unit = self.settings.latent_scale**2
+        on_BL = made.gate_BL.detach() > 0
+        with torch.no_grad():
+            used_LKB = F.one_hot(made.codes_BL, self.settings.codebook_size).to(torch.float32) * on_BL[..., None]
+            self.network.usage_LK += used_LKB.sum(0)
+        pairs = {"codebook": codebook_loss(made.z_BLD, made.zq_BLD), "commitment": commitment_loss(made.z_BLD, made.zq_BLD)}
+        columns = range(on_BL.shape[1])
+        return {name: torch.stack([world.mean(loss_BL[:, at] / unit, on_BL[:, at]) for at in columns]).sum() for name, loss_BL in pairs.items()}
+
+    def _alignment(self, shown: ItemBatch, made: Pass, world: World) -> dict[str, Tensor]:
+        h = dict(made.h)
+        if self.settings.detach_behavior and "behavior" in h:
+            h["behavior"] = h["behavior"].detach()
+        views = {name: view(value, shown.mask(name), world) for name, value in h.items()}
+        align = alignment_v3 if self.settings.form == "v3" else alignment_v2
+        return align(views, shown.strength_N, temperature=self.settings.temperature, world=world)
+
+    def after_step(self) -> None:
+        """Advance the sparsity controller."""
+        self.network.controller.advance()
+
+    @torch.no_grad()
+    def _latents(self, items: ItemBatch, generator: torch.Generator) -> Pass:
+        """A pass over as many items, drawn at random, as k-means needs."""
+        rows = torch.randperm(len(items), generator=generator)[: POINTS_PER_CODE * self.settings.codebook_size]
+        device = self.network.codebook_LKD.device
+        made: Pass = self.network(items.take(rows).to(device), quantise=True)
+        return made
+
+    @torch.no_grad()
+    def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
+        """K-means of the latents per position; items that mask a position or switch it off are left out of it."""
+        made = self._latents(items, generator)
+        for at, codebook_KD in enumerate(self.network.codebook_LKD):
+            on_B = made.gate_BL[:, at] > 0
+            points_BD = F.normalize(made.z_BLD[:, at][on_B if bool(on_B.any()) else slice(None)], dim=1)
+            codebook_KD.copy_(kmeans(points_BD, self.settings.codebook_size, generator=generator, spherical=True))
+
+    @torch.no_grad()
+    def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
+        """Codes with fewer than 2 items in the epoch, per position, moved onto badly coded latents."""
+        usage_LK = world.total(self.network.usage_LK)
+        self.network.usage_LK.zero_()
+        moved_LK = torch.zeros_like(usage_LK, dtype=torch.bool)
+        if bool((usage_LK < 2).any()):
+            made = self._latents(items, generator)
+            for at in torch.nonzero((usage_LK < 2).any(1)).flatten().tolist():
+                on_B = made.gate_BL[:, at] > 0
+                if not bool(on_B.any()):
+                    continue
+                rows_KD, points_BD = F.normalize(self.network.codebook_LKD[at], dim=1), F.normalize(made.z_BLD[:, at][on_B], dim=1)
+                revived_KD, moved_LK[at] = revive_codes(rows_KD, usage_LK[at], points_BD, made.codes_BL[:, at][on_B], generator=generator)
+                self.network.codebook_LKD[at].copy_(revived_KD)
+        return {"codebook_LKD": moved_LK}
+
+    @torch.no_grad()
+    def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:
+        """Code use, NMSE per modality, router and strength by richness bucket; `score` = mean NMSE + mean distance to the sparsity targets."""
+        self.network.eval()
+        device = self.network.codebook_LKD.device
+        parts = [self.network(block.to(device), quantise=quantise) for block in _blocks(items)]
+        self.network.train()
+        estimate = {name: torch.cat([part.estimate[name] for part in parts]).cpu() for name in self.network.modalities}
+        codes_NL = masked_codes(torch.cat([part.codes_BL for part in parts]), torch.cat([part.shown_BL for part in parts]), self.settings.codebook_size)
+        found = metrics.code_use(codes_NL.cpu(), [self.settings.codebook_size] * codes_NL.shape[1], self.network.slots)
+        for name, estimate_ND in estimate.items():
+            found[f"nmse/{name}"] = metrics.nmse(items.vectors(name).cpu(), estimate_ND, items.mask(name).cpu())  # type: ignore[union-attr]
+        router = self.by_bucket(items, torch.cat([part.router_BE for part in parts]))
+        gaps = [abs(value - router[name.replace("share", "target")]) for name, value in router.items() if name.startswith("active_share/")]
+        measured = [value for name, value in found.items() if name.startswith("nmse/") and value == value]
+        found["score"] = sum(measured) / max(1, len(measured)) + sum(gaps) / max(1, len(gaps))
+        return {**found, **router}
+
+    def by_bucket(self, items: ItemBatch, router_NE: Tensor) -> dict[str, float]:
+        """Active share of behaviour experts, its target, mean R, mean w and lambda per richness bucket, for buckets with items."""
+        controller = self.network.controller
+        if not router_NE.shape[1] or controller.kind == "off":
+            return {}
+        bucket_N = controller.bucket(items.richness_N.to(router_NE.device))
+        seen_N = items.behavior_N.to(router_NE.device)
+        found = {}
+        for bucket in torch.unique(bucket_N[seen_N]).tolist():
+            rows = (bucket_N == bucket) & seen_N
+            found[f"active_share/bucket_{bucket}"] = float((router_NE[rows] > 0).double().mean())
+            found[f"active_target/bucket_{bucket}"] = 1.0 - float(controller.target_Q[bucket])
+            found[f"router_weight/bucket_{bucket}"] = float(router_NE[rows].mean())
+            found[f"strength/bucket_{bucket}"] = float(items.strength_N[rows.cpu()].mean())
+            found[f"lambda/bucket_{bucket}"] = float(controller.log_lambda_Q[bucket].exp())
+        return found
+
+
+def _blocks(items: ItemBatch, rows: int = 8192) -> list[ItemBatch]:
+    return [items.take(slice(start, start + rows)) for start in range(0, len(items), rows)]
+
+
+def masked_codes(codes_BL: Tensor, shown_BL: Tensor, size: int) -> Tensor:
+    """The codes with the reserved code `size` where a position is masked, (B, L) int64."""
+    return torch.where(shown_BL, codes_BL, torch.full_like(codes_BL, size))
+
+
+class AdaSid:
+    """The ADA-SID tokenizer (`base.Tokenizer`).
+
+    Args:
+        settings: the [train_tokenizer.ada_sid] section.
+    """
+
+    def __init__(self, settings: profile.AdaSid) -> None:
+        self.settings = settings
+        self.network: Network | None = None
+
+    @property
+    def fitted(self) -> Network:
+        """The network.
+
+        Raises: ValueError before `fit` or `load`.
+        """
+        if self.network is None:
+            raise ValueError("the tokenizer is not fitted: call fit or load")
+        return self.network
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the positions."""
+        return self.fitted.slots
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K per position."""
+        return (self.settings.codebook_size,) * len(self.slots)
+
+    def fit(
+        self,
+        items: ItemBatch,
+        *,
+        seed: int,
+        settings: profile.TrainTokenizer,
+        checkpoint: Checkpoint | None = None,
+        progress: ProgressBar | None = None,
+    ) -> FitReport:
+        """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
+
+        Raises: ValueError if no modality is present.
+        """
+        raw_widths = {name: vectors.shape[1] for name in MODALITIES if (vectors := items.vectors(name)) is not None and bool(items.mask(name).any())}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = Network(self.settings, raw_widths)
+        network.fit_inputs(items)
+        network.controller.fit_buckets(items.richness_N[items.behavior_N])
+        prepared = network.prepare(items)
+        strength_N = controlled_strength(items.strength_N, prepared.behavior_N, self.settings.strength, generator=generator_for(seed, "strength"))
+        prepared = replace(prepared, strength_N=strength_N)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        training = Training(network)
+        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress).run()
+        self.network = network.eval()
+        self._freeze_export(prepared)
+        return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
+
+    @torch.no_grad()
+    def _freeze_export(self, prepared: ItemBatch) -> None:
+        """Fix the mean active router weight of the generation, the unit of exported weights."""
+        network = self.fitted
+        device = network.codebook_LKD.device
+        router_NE = torch.cat([network(block.to(device), quantise=True).router_BE for block in _blocks(prepared)])
+        active = router_NE[router_NE > 0]
+        network.mean_active.fill_(float(active.double().mean()) if len(active) else 1.0)
+        network.usage_LK.zero_()
+
+    @torch.no_grad()
+    def encode(self, items: ItemBatch) -> TokenizerOutput:
+        """Codes, exported weights and the fused code rows (eq. 11) of the items."""
+        network = self.fitted
+
+        def block(rows: ItemBatch) -> TokenizerOutput:
+            made: Pass = network(network.prepare(rows.to(network.codebook_LKD.device)), quantise=True)
+            weights_BL = made.shown_BL.float()
+            if experts := made.router_BE.shape[1]:
+                weights_BL[:, -experts:] = export_weight(made.router_BE, network.mean_active)
+            codes_BL = masked_codes(made.codes_BL, made.shown_BL, self.settings.codebook_size)
+            return TokenizerOutput(codes_NL=codes_BL, weights_NL=weights_BL, quantized_ND=made.quantized_BD)
+
+        return encode_in_chunks(items, block)
+
+    @torch.no_grad()
+    def codebooks(self) -> list[Tensor]:
+        """Code rows per position, (K, D), on the sphere of radius `latent_scale`."""
+        return [rows_KD.clone() for rows_KD in self.fitted.code_rows.cpu()]
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers, as contiguous CPU tensors."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
+
+    def config(self) -> dict[str, Any]:
+        """Settings and input widths, JSON."""
+        raw_widths = {name: len(self.fitted.get_buffer(f"mean_{name}")) for name in self.fitted.modalities}
+        return {"tokenizer": "ada_sid", "settings": self.settings.model_dump(), "raw_widths": raw_widths}
+
+    @classmethod
+    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> AdaSid:
+        """The tokenizer that gave `config` and `state`.
+
+        Raises: RuntimeError if the tensors do not fit the configuration.
+        """
+        tokenizer = cls(profile.AdaSid(**config["settings"]))
+        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
+        tokenizer.network.load_state_dict(state)
+        return tokenizer
+
+
+__all__ = ["AdaSid", "Network", "Training", "export_weight", "fuse", "reconstruction_error", "softmax_gate", "sparsity_target"]

@@ -1,0 +1,269 @@
+"""What a tokenizer eats and gives: `ItemBatch`, `TokenizerOutput`, `FitReport`, the `Tokenizer` protocol, and the Arrow join in front of it.
+
+Not here: the variants (one file each), their registry (registry.py), reading or writing anything.
+Suffixes: N items, B batch, D width, L positions, K codes, M modalities.
+"""
+
+# ruff: noqa: N815 - tensor fields carry shape suffixes
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from pipeline.config import TrainTokenizer
+from pipeline.errors import ContractError
+
+MODALITIES = ("text", "image", "behavior")
+ENCODE_ROWS = 1024  # every encode runs at this height, so that the company an item keeps cannot move its code
+ProgressBar = Callable[[Iterable[Any], str, int], Iterator[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemBatch:
+    """Items as tensors; row i of every field is the same item.
+
+    Args:
+        text_ND / image_ND / behavior_ND: float32 vectors, None = the data set lacks the modality; masked rows hold anything finite.
+        text_N / image_N / behavior_N: True where the item has the vector.
+        richness_N: N in [0, 1], how informative the behaviour is (0 where masked).
+        strength_N: alignment strength w of eq. 17.
+        popularity_N: decayed events, None where nobody asks.
+    """
+
+    text_ND: Tensor | None
+    image_ND: Tensor | None
+    behavior_ND: Tensor | None
+    text_N: Tensor
+    image_N: Tensor
+    behavior_N: Tensor
+    richness_N: Tensor
+    strength_N: Tensor
+    popularity_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError if the rows of the fields do not line up."""
+        heights = {item.name: len(value) for item in fields(self) if (value := getattr(self, item.name)) is not None}
+        if len(set(heights.values())) > 1:
+            raise ValueError(f"an item batch has fields of different heights: {heights}")
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.richness_N)
+
+    def vectors(self, modality: str) -> Tensor | None:
+        """The vectors of a modality, (N, D), or None."""
+        vectors: Tensor | None = getattr(self, f"{modality}_ND")
+        return vectors
+
+    def mask(self, modality: str) -> Tensor:
+        """True where the item has the modality, (N,)."""
+        mask: Tensor = getattr(self, f"{modality}_N")
+        return mask
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ItemBatch:
+        """The batch with `change` applied to every tensor in it."""
+        return replace(self, **{item.name: change(value) for item in fields(self) if (value := getattr(self, item.name)) is not None})
+
+    def take(self, rows: Tensor | slice) -> ItemBatch:
+        """The items of those rows, in that order."""
+        return self.map(lambda value: value[rows])
+
+    def to(self, device: torch.device) -> ItemBatch:
+        """The same items on a device."""
+        return self.map(lambda value: value.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOutput:
+    """Codes of N items.
+
+    Args:
+        codes_NL: int64, in [0, K) or K where the position is masked.
+        weights_NL: float32, router weights; 1 for content positions, 0 for masked or switched-off ones.
+        quantized_ND: float32, what the codes stand for in the tokenizer's latent space.
+    """
+
+    codes_NL: Tensor
+    weights_NL: Tensor
+    quantized_ND: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """What a fit saw: `curves` name -> one value per epoch, `metrics` of the fitted tokenizer on its catalogue."""
+
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Checkpoint(Protocol):
+    """A place that keeps the latest training state; the caller decides where (a folder, object storage, memory)."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last saved tensors and JSON document, None before the first save."""
+
+    def save(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+        """Keep tensors and document as one unit: a reader sees the old or the new state, never half of one."""
+
+
+class Tokenizer(Protocol):
+    """Maps item vectors to code tuples; positions are named by `slots`, position l has codes [0, codebook_sizes[l])."""
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K per position."""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Name per position."""
+
+    def fit(
+        self, items: ItemBatch, *, seed: int, settings: TrainTokenizer, checkpoint: Checkpoint | None = None, progress: ProgressBar | None = None
+    ) -> FitReport:
+        """Fit on a catalogue; the same items, seed and settings give the same tokenizer."""
+
+    def encode(self, items: ItemBatch) -> TokenizerOutput:
+        """Codes and weights; an item's row depends on that item alone."""
+
+    def codebooks(self) -> list[Tensor]:
+        """Code rows per position, (K, D) float32 on the CPU."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything learned, as contiguous CPU tensors."""
+
+    def config(self) -> dict[str, Any]:
+        """Everything chosen, as JSON; with `state` it rebuilds the tokenizer."""
+
+    @classmethod
+    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Tokenizer:
+        """The tokenizer that gave `config` and `state`."""
+
+
+def codebook_digest(codebooks: Sequence[Tensor]) -> str:
+    """sha256 over shapes and float32 bytes of the code rows: two tokenizers with one digest speak one vocabulary."""
+    digest = hashlib.sha256()
+    for codebook_KD in codebooks:
+        rows = codebook_KD.detach().cpu().to(torch.float32).contiguous().numpy().astype("<f4")
+        digest.update(f"{rows.shape}".encode())
+        digest.update(rows.tobytes())
+    return digest.hexdigest()
+
+
+def encode_in_chunks(items: ItemBatch, encode: Callable[[ItemBatch], TokenizerOutput]) -> TokenizerOutput:
+    """The items' codes, encoded in blocks of exactly `ENCODE_ROWS` rows; the last block is filled up by repeating its last item.
+
+    A matrix product may round differently at another height; at one height an item gets one code, whoever else is encoded with it.
+    Raises: ValueError if there are no items.
+    """
+    if not len(items):
+        raise ValueError("nothing to encode: the batch has no items")
+    outputs = []
+    for start in range(0, len(items), ENCODE_ROWS):
+        rows = torch.arange(start, start + ENCODE_ROWS).clamp_(max=len(items) - 1)
+        outputs.append(encode(items.take(rows.to(items.richness_N.device))))
+    joined = {item.name: torch.cat([getattr(output, item.name) for output in outputs])[: len(items)].cpu() for item in fields(TokenizerOutput)}
+    return TokenizerOutput(**joined)
+
+
+def items_from_arrow(table: pa.Table | pa.RecordBatch) -> ItemBatch:
+    """An ItemBatch from columns item_id, text, image, behavior (list<float>, nullable), richness, strength and, if there, popularity; row order is kept.
+
+    Raises: ContractError for a missing column, vectors of unequal width or a value that is not finite.
+    """
+    if missing := {"item_id", *MODALITIES, "richness", "strength"} - set(table.schema.names):
+        raise ContractError("item vectors lack columns", expected="item_id, text, image, behavior, richness, strength", found=f"without {sorted(missing)}")
+    tensors: dict[str, Tensor | None] = {}
+    for modality in MODALITIES:
+        tensors[f"{modality}_ND"], tensors[f"{modality}_N"] = _vectors(table, modality)
+    return ItemBatch(
+        **tensors,  # type: ignore[arg-type]
+        richness_N=_scalars(table, "richness"),
+        strength_N=_scalars(table, "strength"),
+        popularity_N=_scalars(table, "popularity") if "popularity" in table.schema.names else None,
+    )
+
+
+def _vectors(table: pa.Table | pa.RecordBatch, modality: str) -> tuple[Tensor | None, Tensor]:
+    column = table.column(modality)
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    mask_N = torch.from_numpy(present.copy())
+    if not present.any():
+        return None, mask_N
+    widths = np.unique(pc.list_value_length(column.drop_null()).to_numpy(zero_copy_only=False))
+    if len(widths) != 1:
+        raise ContractError("vectors of one modality have one width", expected="one width", found=f"{widths.tolist()[:5]}", where=f"column {modality}")
+    vectors = np.zeros((len(column), int(widths[0])), dtype=np.float32)
+    vectors[present] = column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, int(widths[0]))
+    if broken := int((~np.isfinite(vectors).all(axis=1)).sum()):
+        first = table.column("item_id")[int((~np.isfinite(vectors).all(axis=1)).argmax())]
+        raise ContractError(
+            "item vectors must be finite", expected="finite numbers", found=f"{broken} rows with NaN or infinity", where=f"{modality} of {first}"
+        )
+    return torch.from_numpy(vectors), mask_N
+
+
+def _scalars(table: pa.Table | pa.RecordBatch, name: str) -> Tensor:
+    values = table.column(name).to_numpy(zero_copy_only=False) if isinstance(table, pa.RecordBatch) else table.column(name).to_numpy()
+    values = np.array(values, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ContractError(
+            "item scalars must be finite", expected="finite numbers", found=f"{int((~np.isfinite(values)).sum())} others", where=f"column {name}"
+        )
+    return torch.from_numpy(values)
+
+
+def join_vectors(feature: pa.Table, content: pa.Table, behavior: pa.Table) -> pa.Table:
+    """Rows of feature.item_feature with their vectors beside them, sorted by item_id; a masked modality is a null vector.
+
+    Args:
+        feature: item_feature of one night.
+        content: item_content_vector rows (encoder_id, modality, content_hash, vector).
+        behavior: item_behavior_vector rows (logical_date, item_id, vector).
+    Raises: ContractError if the manifest points at a vector that is not there.
+    """
+    feature = feature.sort_by("item_id")
+    text = _lookup(content.filter(pc.equal(content["modality"], "text")), ("encoder_id", "content_hash"))
+    image = _lookup(content.filter(pc.equal(content["modality"], "image")), ("encoder_id", "content_hash"))
+    columns = {
+        "item_id": feature["item_id"],
+        "text": _joined(feature, ("text_encoder_id", "text_hash"), text, "text"),
+        "image": _joined(feature, ("image_encoder_id", "image_hash"), image, "image"),
+        "behavior": _joined(feature, ("behavior_date", "item_id"), _lookup(behavior, ("logical_date", "item_id")), "behavior"),
+    }
+    return pa.table({**columns, **{name: feature[name] for name in ("richness", "strength", "popularity")}})
+
+
+def _key(table: pa.Table, names: tuple[str, str]) -> pa.ChunkedArray:
+    """Two columns as one string key; null as soon as the first is null."""
+    return pc.binary_join_element_wise(*(pc.cast(table[name], pa.string()) for name in names), "\x1f")
+
+
+def _lookup(table: pa.Table, names: tuple[str, str]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    return _key(table, names), table["vector"]
+
+
+def _joined(feature: pa.Table, names: tuple[str, str], lookup: tuple[pa.ChunkedArray, pa.ChunkedArray], what: str) -> pa.Array:
+    wanted = _key(feature, names)
+    keys, vectors = lookup
+    rows = pc.index_in(wanted, value_set=keys.combine_chunks()) if len(keys) else pa.nulls(len(wanted), pa.int32())
+    rows = pc.if_else(wanted.is_valid(), rows, pa.scalar(None, pa.int32()))
+    if absent := pc.sum(pc.and_(wanted.is_valid(), rows.is_null())).as_py():
+        raise ContractError(
+            "the night's manifest names vectors that are not stored",
+            expected=f"a vector for each {' and '.join(names)}",
+            found=f"{absent} of {len(feature)} items without",
+            where=f"feature.item_feature, {what}",
+            next_command="sid run item_feature --date D",
+        )
+    return vectors.take(rows)

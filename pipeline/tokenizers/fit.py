@@ -1,0 +1,224 @@
+"""The one training loop of all gradient tokenizers: seeds, schedule, early stopping, exact resume, several processes, curves.
+
+All randomness is a function of (seed, purpose, epoch, step), so a resumed run needs no generator state to continue bit for bit.
+Not here: what a step's loss is (each tokenizer's `Trainable`), where a checkpoint is kept (`base.Checkpoint`), setting up process groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import TrainTokenizer
+from pipeline.context import derive_seed
+from pipeline.tokenizers.base import Checkpoint, ItemBatch, ProgressBar
+from pipeline.tokenizers.world import World
+
+logger = logging.getLogger(__name__)
+NOISE_COLUMNS = 8  # uniform numbers per item and step a model may use, drawn for the whole batch whatever the number of processes
+MONITOR_ITEMS = 65_536  # items of the catalogue that an epoch's code metrics are taken on
+HOLD_OUT_FROM = 2_000  # catalogues below this size train on every item and stop early on them
+FINAL_RATE = 0.05  # share of the learning rate left at the end of the cosine schedule
+
+
+class Trainable(Protocol):
+    """What the loop needs from a tokenizer."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What is trained."""
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs without quantisation."""
+
+    def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
+        """Loss terms of this process's rows, parts of sums over all processes; `total` is descended."""
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
+        """Initialise the code books from trained latents, at the end of the warm-up."""
+
+    def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
+        """Move dead codes; the parameters touched, by name, with the rows that moved (bool)."""
+
+    def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:
+        """Numbers about those items; `score` is what early stopping watches, lower is better."""
+
+
+@dataclass
+class Run:
+    """Where a training run stands; everything here and the tensors are in the checkpoint."""
+
+    epoch: int = 0
+    best_epoch: int = -1
+    best_score: float = math.inf
+    finished: bool = False
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+
+def generator_for(*parts: object) -> torch.Generator:
+    """A CPU generator that depends on its parts alone."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out, both ascending; small catalogues hold out none and are judged on what they train on."""
+    if count < HOLD_OUT_FROM or share == 0.0:
+        rows = torch.arange(count)
+        return rows, rows
+    order = torch.randperm(count, generator=generator_for(seed, "hold_out"))
+    held = int(count * share)
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def learning_rate(settings: TrainTokenizer, progress: float) -> float:
+    """Step size at a share of the run in [0, 1]: cosine from the set rate down to `FINAL_RATE` of it."""
+    return settings.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def fingerprint(items: ItemBatch, network: nn.Module, *parts: str) -> str:
+    """Digest of what a run starts from; a checkpoint of another start is not resumed."""
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for tensor in [*(value for value in vars(items).values() if value is not None), *network.state_dict().values()]:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Trainer:
+    """A run of `Trainable` on a catalogue.
+
+    Args:
+        model: what is trained, already initialised from the seed.
+        items: the catalogue as the model wants it.
+        settings: steps, rates, precision, patience.
+        checkpoint: where to keep the state after each epoch; None = nowhere.
+        progress: wraps the epochs to make them visible.
+    """
+
+    def __init__(
+        self, model: Trainable, items: ItemBatch, *, seed: int, settings: TrainTokenizer, checkpoint: Checkpoint | None, progress: ProgressBar | None
+    ) -> None:
+        self.model, self.seed, self.settings, self.checkpoint, self.progress = model, seed, settings, checkpoint, progress
+        self.world = World()
+        self.device = next(model.network.parameters()).device
+        self.items = items
+        self.rows, self.held = hold_out(len(items), settings.valid_share, seed)
+        self.monitor = torch.arange(0, len(items), max(1, math.ceil(len(items) / MONITOR_ITEMS)))
+        self.steps = max(1, round(len(self.rows) / settings.batch_size))
+        self.optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        self.best: dict[str, Tensor] = {}
+        self.state = Run()
+        self.start = fingerprint(items, model.network, settings.model_dump_json(), str(seed)) if checkpoint else ""
+
+    def run(self) -> dict[str, list[float]]:
+        """The curves, name -> one value per epoch; the network is left at its best epoch."""
+        self._restore()
+        for _ in self._visible(range(self.state.epoch, self.settings.max_epochs)):
+            if self.state.finished:
+                break
+            self._epoch(self.state.epoch)
+            self._save()
+        if self.best:
+            self.model.network.load_state_dict(self.best)
+        logger.info("trained tokenizer epochs=%d best_epoch=%d score=%.4f", self.state.epoch, self.state.best_epoch, self.state.best_score)
+        return self.state.curves
+
+    def _visible(self, epochs: range) -> Iterator[Any] | Iterable[Any]:
+        return self.progress(epochs, "train tokenizer", len(epochs)) if self.progress and self.world.rank == 0 else epochs
+
+    def _epoch(self, epoch: int) -> None:
+        quantise = epoch >= self.model.warmup_epochs
+        if epoch == self.model.warmup_epochs:
+            self.model.start_codes(self.items.take(self.rows), generator=generator_for(self.seed, "codes"))
+            self.world.same(self.model.network.state_dict().values())
+        order = self.rows[torch.randperm(len(self.rows), generator=generator_for(self.seed, "order", epoch))]
+        sums: dict[str, Tensor] = {}
+        for step, batch in enumerate(order.tensor_split(self.steps)):
+            for name, value in self._step(batch, epoch, step, quantise).items():
+                sums[name] = sums.get(name, 0.0) + value / self.steps
+        losses = dict(zip(sums, self.world.total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        if quantise and epoch < self.settings.revive_until * self.settings.max_epochs:
+            self._revive(epoch)
+        self._judge(epoch, losses, quantise)
+
+    def _step(self, batch: Tensor, epoch: int, step: int, quantise: bool) -> dict[str, Tensor]:
+        noise = torch.rand(len(batch), NOISE_COLUMNS, generator=generator_for(self.seed, "noise", epoch, step))
+        rows, noise_BU = self.world.shard(batch), self.world.shard(noise)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, (epoch * self.steps + step) / (self.settings.max_epochs * self.steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            losses = self.model.losses(self.items.take(rows).to(self.device), noise_BU.to(self.device), quantise=quantise, world=self.world)
+        losses["total"].backward()
+        self.world.add_gradients(self.model.network.parameters())
+        norm = nn.utils.clip_grad_norm_(self.model.network.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        self.model.after_step()
+        return {**{f"loss/{name}": value.detach().float() for name, value in losses.items()}, "gradient_norm": norm.detach().float() / self.world.size}
+
+    def _revive(self, epoch: int) -> None:
+        """Move dead codes and forget what the optimizer knew about their rows."""
+        moved = self.model.revive(self.items.take(self.rows), generator=generator_for(self.seed, "revive", epoch), world=self.world)
+        named = dict(self.model.network.named_parameters())
+        for name, rows in moved.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                self.optimizer.state[named[name]][key][rows] = 0.0
+        self.world.same(named[name].data for name in moved)
+
+    def _judge(self, epoch: int, losses: dict[str, float], quantise: bool) -> None:
+        """Log the epoch, keep the best state after the warm-up, decide whether to go on."""
+        seen = self.model.evaluate(self.items.take(self.monitor), quantise=quantise)
+        held = self.model.evaluate(self.items.take(self.held), quantise=quantise)
+        score = held["score"]
+        numbers = {**losses, **seen, **{f"held_out/{name}": value for name, value in held.items() if name.startswith(("nmse", "score"))}}
+        for name, value in numbers.items():
+            self.state.curves.setdefault(name, []).append(value)
+        self.state.epoch = epoch + 1
+        if quantise and score < self.state.best_score:
+            self.state.best_score, self.state.best_epoch = score, epoch
+            self.best = {name: value.detach().clone() for name, value in self.model.network.state_dict().items()}
+        waited = epoch - self.state.best_epoch
+        self.state.finished = epoch + 1 >= self.settings.max_epochs or (self.state.best_epoch >= 0 and waited >= self.settings.patience)
+
+    def _save(self) -> None:
+        if self.checkpoint is None or self.world.rank:
+            return
+        tensors = {f"network.{name}": value for name, value in self.model.network.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for name, parameter in self.model.network.named_parameters():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        kept = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+        self.checkpoint.save(kept, {"start": self.start, **vars(self.state)})
+
+    def _restore(self) -> None:
+        """Continue where the checkpoint stands; one of another start is left alone and the run begins anew."""
+        found = self.checkpoint.load() if self.checkpoint else None
+        if found is None:
+            return
+        tensors, document = found
+        if document.pop("start") != self.start:
+            logger.warning("checkpoint belongs to other data, settings or seed: starting anew")
+            return
+        self.state = Run(**document)
+        self.model.network.load_state_dict(_part(tensors, "network."))
+        self.best = {name: value.to(self.device) for name, value in _part(tensors, "best.").items()}
+        for name, parameter in self.model.network.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(self.device) for key, value in _part(tensors, f"optimizer.{name}.").items() if "." not in key
+            }
+        logger.info("resumed tokenizer training epoch=%d", self.state.epoch)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

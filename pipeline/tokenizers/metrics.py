@@ -1,0 +1,95 @@
+"""Numbers about codes and reconstructions, each defined once: every tokenizer, gate, report and study uses these.
+
+Not here: anything that needs a reader of the codes (pipeline/evaluation.py). Suffixes: N items, L positions, K codes, D width.
+The reserved code K (masked position) never counts as a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def code_counts(codes_N: Tensor, size: int) -> Tensor:
+    """Items per code of one position, (K,) int64; masked items (code = `size`) are left out.
+
+    Raises: ValueError for a code outside [0, size].
+    """
+    if len(codes_N) and (int(codes_N.min()) < 0 or int(codes_N.max()) > size):
+        raise ValueError(f"codes lie in [0, {size}], found [{int(codes_N.min())}, {int(codes_N.max())}]")
+    return torch.bincount(codes_N, minlength=size + 1)[:size]
+
+
+def utilisation(counts_K: Tensor, *, at_least: int = 2) -> float:
+    """Share of codes with at least `at_least` items: a code that a single item holds groups nothing."""
+    return float((counts_K >= at_least).double().mean())
+
+
+def dead_codes(counts_K: Tensor) -> int:
+    """Number of codes without any item."""
+    return int((counts_K == 0).sum())
+
+
+def entropy(counts_K: Tensor) -> float:
+    """Entropy of code use in nats, in [0, ln K]; 0 without items."""
+    share_K = counts_K.double() / counts_K.sum().clamp(min=1)
+    return float(torch.special.entr(share_K).sum())
+
+
+def perplexity(counts_K: Tensor) -> float:
+    """exp(entropy): the number of equally used codes that would be as uneven; in [1, K]."""
+    return float(torch.tensor(entropy(counts_K), dtype=torch.float64).exp())
+
+
+def gini(counts_K: Tensor) -> float:
+    """Gini coefficient of code use in [0, 1): 0 = all codes hold equally many items."""
+    ordered_K = counts_K.double().sort().values
+    total, size = float(ordered_K.sum()), len(ordered_K)
+    if total == 0.0:
+        return 0.0
+    rank_K = torch.arange(1, size + 1, dtype=torch.float64, device=ordered_K.device)
+    return float((2 * rank_K - size - 1) @ ordered_K) / (size * total)
+
+
+def tuple_ids(codes_NL: Tensor) -> Tensor:
+    """One integer in [0, number of distinct tuples) per item, equal exactly where all codes are equal, (N,)."""
+    ids_N = torch.zeros(len(codes_NL), dtype=torch.int64, device=codes_NL.device)
+    for column_N in codes_NL.unbind(1):  # re-ranked at each position, so that the key never outgrows int64
+        ids_N = torch.unique(ids_N * (int(codes_NL.max()) + 1) + column_N, return_inverse=True)[1]
+    return ids_N
+
+
+def collision_rate(codes_NL: Tensor) -> float:
+    """Share of items whose code tuple some other item has too, before disambiguation; 0 without items."""
+    if not len(codes_NL):
+        return 0.0
+    ids_N = tuple_ids(codes_NL)
+    return float((torch.bincount(ids_N)[ids_N] > 1).double().mean())
+
+
+def nmse(target_ND: Tensor, estimate_ND: Tensor, mask_N: Tensor | None = None) -> float:
+    """Squared error over the squared distance to the mean, on the items of the mask: 1 = no better than the mean, 0 = exact.
+
+    Returns: nan without items or without variance.
+    """
+    if mask_N is not None:
+        target_ND, estimate_ND = target_ND[mask_N], estimate_ND[mask_N]
+    target_ND, estimate_ND = target_ND.double(), estimate_ND.double()
+    spread = (target_ND - target_ND.mean(0)).square().sum() if len(target_ND) else torch.zeros(())
+    return float((target_ND - estimate_ND).square().sum() / spread) if float(spread) > 0 else float("nan")
+
+
+def code_use(codes_NL: Tensor, sizes: Sequence[int], slots: Sequence[str]) -> dict[str, float]:
+    """Utilisation, perplexity, entropy, Gini and dead codes per position, their means or sums, and the collision rate."""
+    found: dict[str, float] = {}
+    measures = {"utilisation": utilisation, "perplexity": perplexity, "entropy": entropy, "gini": gini, "dead_codes": dead_codes}
+    for codes_N, size, slot in zip(codes_NL.unbind(1), sizes, slots, strict=True):
+        counts_K = code_counts(codes_N, size)
+        found.update({f"{name}/{slot}": float(measure(counts_K)) for name, measure in measures.items()})
+    for name in measures:
+        values = [found[f"{name}/{slot}"] for slot in slots]
+        found[name] = sum(values) / (1 if name == "dead_codes" else len(values))
+    found["collision_rate"] = collision_rate(codes_NL)
+    return found

@@ -1,0 +1,178 @@
+"""Vectors to codes and back: nearest code, straight-through estimators, codebook losses, k-means, dead-code revival, PCA in front.
+
+Pure functions on tensors, shared by all tokenizers; no module, no training loop (fit.py), no variant (one file each).
+Suffixes: B batch, N items, D width, L positions, K codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 1 << 24  # distances held in memory at once
+
+
+def nearest_code(z_BLD: Tensor, codebook_LKD: Tensor) -> Tensor:
+    """The code of largest cosine per item and position, (B, L) int64; lengths of latents and code rows do not matter.
+
+    Source: ADC-SID eq. (5), (7), (8), (9); differs: (8) and (9) print the shared latent in the visual and behaviour arg-max, read here as their own.
+    """
+    unit_LBD = F.normalize(z_BLD, dim=-1).transpose(0, 1)
+    unit_LDK = F.normalize(codebook_LKD, dim=-1).transpose(1, 2)
+    return torch.bmm(unit_LBD, unit_LDK).argmax(-1).transpose(0, 1)
+
+
+def nearest_centroid(points_ND: Tensor, centroids_KD: Tensor) -> Tensor:
+    """The code of smallest Euclidean distance per point, (N,) int64; blocks of rows, so that memory stays bounded."""
+    half_K = 0.5 * centroids_KD.square().sum(1)
+    rows = max(1, CHUNK // len(centroids_KD))
+    return torch.cat([(block_BD @ centroids_KD.T - half_K).argmax(1) for block_BD in points_ND.split(rows)])
+
+
+def gather_codes(codes_BL: Tensor, codebook_LKD: Tensor) -> Tensor:
+    """The code rows of the codes, (B, L, D), differentiable in the code book."""
+    positions, size, width = codebook_LKD.shape
+    offset_L = torch.arange(positions, device=codes_BL.device) * size
+    return F.embedding(codes_BL + offset_L, codebook_LKD.reshape(positions * size, width))
+
+
+def straight_through(z: Tensor, zq: Tensor, *, code_gradient: bool) -> Tensor:
+    """The value of `zq` with a gradient of one into `z` and, with `code_gradient`, into the code rows too; any shape.
+
+    Source: ADC-SID eq. (14), z + sg(zq - z); differs: applied per position before the sum of eq. (10)-(11), so that a gate sees the code it multiplies,
+    and `code_gradient` lets the decoder move the code rows: as printed nothing in the paper does.
+    """
+    return zq + (z - z.detach()) if code_gradient else z + (zq - z).detach()
+
+
+def codebook_loss(z_BLD: Tensor, zq_BLD: Tensor) -> Tensor:
+    """Squared distance that pulls code rows to the latents they hold, per item and position, (B, L).
+
+    Source: VQ-VAE eq. (3), second term; differs: absent from ADC-SID, without it (or `code_gradient`) code books never move.
+    """
+    return (z_BLD.detach() - zq_BLD).square().sum(-1)
+
+
+def commitment_loss(z_BLD: Tensor, zq_BLD: Tensor) -> Tensor:
+    """Squared distance that pulls latents to their code rows, per item and position, (B, L).
+
+    Source: VQ-VAE eq. (3), third term; differs: absent from ADC-SID.
+    """
+    return (z_BLD - zq_BLD.detach()).square().sum(-1)
+
+
+def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, *, rounds: int = 30, sharpness: float = 20.0) -> Tensor:
+    """One code per point with about equally many points per code, (N,) int64: Sinkhorn prices on the codes, then the cheapest code.
+
+    Args:
+        rounds: Sinkhorn rounds.
+        sharpness: mean distance to the nearest code over the temperature; larger is closer to a hard assignment and slower to balance.
+    """
+    distance_NK = torch.cdist(points_ND, centroids_KD).square()
+    score_NK = -distance_NK * (sharpness / distance_NK.amin(1).mean().clamp(min=1e-12))
+    price_K = torch.zeros_like(score_NK[0])
+    target = torch.tensor(len(points_ND) / len(centroids_KD), dtype=score_NK.dtype, device=score_NK.device).log()
+    for _ in range(rounds):
+        mass_K = torch.log_softmax(score_NK - price_K, 1).logsumexp(0)
+        price_K = price_K + mass_K - target
+    return (score_NK - price_K).argmax(1)
+
+
+def kmeans(points_ND: Tensor, size: int, *, generator: torch.Generator, iterations: int = 25, balanced: bool = False, spherical: bool = False) -> Tensor:
+    """K centroids of the points, (K, D) float32: k-means++ seeding and Lloyd iterations, the same for the same generator state.
+
+    Args:
+        size: K; with fewer distinct points than K some centroids coincide.
+        generator: CPU generator of the seeding.
+        iterations: Lloyd iterations at most; ends earlier when no point moves.
+        balanced: assign evenly while fitting (`balanced_codes`).
+        spherical: keep centroids on the unit sphere.
+    Raises: ValueError if there are no points.
+    """
+    if not len(points_ND):
+        raise ValueError("k-means needs at least one point")
+    points_ND = points_ND.to(torch.float32)
+    centroids_KD = _plus_plus(points_ND, size, generator)
+    codes_N = torch.full((len(points_ND),), -1, device=points_ND.device)
+    for _ in range(iterations):
+        nearest_N = balanced_codes(points_ND, centroids_KD) if balanced else nearest_centroid(points_ND, centroids_KD)
+        if torch.equal(nearest_N, codes_N):
+            break
+        codes_N = nearest_N
+        centroids_KD = _means(points_ND, codes_N, centroids_KD)
+        if spherical:
+            centroids_KD = F.normalize(centroids_KD, dim=1)
+    return centroids_KD
+
+
+def _plus_plus(points_ND: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Seeds drawn one by one with probability proportional to the squared distance to the seeds so far."""
+    draws_K = torch.rand(size, generator=generator, dtype=torch.float64)
+    rows = torch.zeros(size, dtype=torch.int64, device=points_ND.device)
+    rows[0] = int(draws_K[0] * len(points_ND))
+    square_N = points_ND.square().sum(1)
+    distance_N = torch.full_like(square_N, torch.inf)
+    for k in range(1, size):
+        seed_D = points_ND[rows[k - 1]]
+        distance_N = torch.minimum(distance_N, (square_N - 2 * points_ND @ seed_D + seed_D @ seed_D).clamp_(min=0))
+        mass_N = distance_N.double().cumsum(0)
+        rows[k] = torch.searchsorted(mass_N, (draws_K[k].to(mass_N.device) * mass_N[-1])).clamp_(max=len(points_ND) - 1)
+    return points_ND[rows].clone()
+
+
+def _means(points_ND: Tensor, codes_N: Tensor, centroids_KD: Tensor) -> Tensor:
+    """Mean of each code's points; a code without points moves to a point that is far from its own centroid."""
+    size = len(centroids_KD)
+    sums_KD = torch.zeros_like(centroids_KD).index_add_(0, codes_N, points_ND)
+    counts_K = torch.bincount(codes_N, minlength=size)
+    means_KD = sums_KD / counts_K.clamp(min=1)[:, None]
+    empty_E = torch.nonzero(counts_K == 0).flatten()[: len(points_ND)]
+    if len(empty_E):
+        far_E = (points_ND - means_KD[codes_N]).square().sum(1).topk(len(empty_E)).indices
+        means_KD[empty_E] = points_ND[far_E]
+    return means_KD
+
+
+def revive_codes(codebook_KD: Tensor, counts_K: Tensor, points_ND: Tensor, codes_N: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The code book with its dead codes (fewer than 2 items) moved onto badly served points, and which rows moved: (K, D), (K,) bool.
+
+    Points are drawn without repetition, with probability proportional to their squared distance to their own code, so crowded wide codes are split first.
+    """
+    dead_K = counts_K < 2
+    wanted = min(int(dead_K.sum()), len(points_ND))
+    if not wanted:
+        return codebook_KD, torch.zeros_like(dead_K)
+    error_N = (points_ND - codebook_KD[codes_N]).square().sum(1).cpu() + 1e-12
+    chosen = torch.multinomial(error_N / error_N.sum(), wanted, generator=generator).to(points_ND.device)
+    rows = torch.nonzero(dead_K).flatten()[:wanted]
+    revived_KD = codebook_KD.clone()
+    revived_KD[rows] = points_ND[chosen].to(codebook_KD.dtype)
+    moved_K = torch.zeros_like(dead_K)
+    moved_K[rows] = True
+    return revived_KD, moved_K
+
+
+def residual_codes(points_ND: Tensor, codebook_LKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of a residual walk and the sum of their rows, (N, L) int64 and (N, D): each level codes what the levels before left over.
+
+    Source: RQ-VAE (Lee et al. 2022) eq. (1)-(2)
+    """
+    rest_ND, codes = points_ND, []
+    for codebook_KD in codebook_LKD.unbind(0):
+        codes.append(nearest_centroid(rest_ND, codebook_KD))
+        rest_ND = rest_ND - codebook_KD[codes[-1]]
+    return torch.stack(codes, 1), points_ND - rest_ND
+
+
+def principal_axes(points_ND: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Mean and the leading principal axes of the points, (D,) and (D, W), W = min(width, D), as float32.
+
+    In float64 on the CPU, each axis signed so that its largest entry is positive: the same points give the same axes on every run.
+    """
+    points_ND = points_ND.detach().cpu().double()
+    mean_D = points_ND.mean(0)
+    centred_ND = points_ND - mean_D
+    axes_DW = torch.linalg.eigh(centred_ND.T @ centred_ND).eigenvectors.flip(1)[:, : min(width, points_ND.shape[1])]
+    largest_W = axes_DW.gather(0, axes_DW.abs().argmax(0, keepdim=True))
+    return mean_D.float(), (axes_DW * largest_W.sign()).float().contiguous()

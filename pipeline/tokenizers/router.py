@@ -1,0 +1,149 @@
+"""The behavioural router and the controller of its sparsity (ADC-SID 3.3): how much each behaviour code counts for each item.
+
+Not here: the experts behind the codes (ada_sid.py). Suffixes: B batch, E behaviour experts, Q richness buckets.
+"""
+
+# ruff: noqa: N815 - tensor fields carry shape suffixes
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.tokenizers.world import World
+
+Sparsity = Literal["bucket", "scalar", "off"]
+LOG_LAMBDA_MIN = math.log(1e-10)
+
+
+def behavior_router(logit_BE: Tensor, richness_B: Tensor) -> Tensor:
+    """Weight R of each behaviour expert per item, (B, E), in [0, 0.74): exactly 0 where an expert is off.
+
+    Args:
+        logit_BE: MLP_b(e_b) + b.
+        richness_B: N in [0, 1].
+    Source: ADC-SID eq. (22), sigmoid(N) relu(MLP); differs: relu(tanh(MLP)), because unbounded gates beside softmax gates grew to a mean of 14 and drowned
+    the content codes.
+    """
+    return torch.sigmoid(richness_B)[:, None] * torch.relu(torch.tanh(logit_BE))
+
+
+def zero_share(weight_BE: Tensor) -> Tensor:
+    """Share of behaviour experts that are off per item, (B,) in [0, 1].
+
+    Source: ADA-SID (V2) eq. (21)
+    """
+    return 1.0 - (weight_BE > 0).to(weight_BE.dtype).mean(1)
+
+
+def sparsity_target(richness_B: Tensor, theta: float) -> Tensor:
+    """Share of behaviour experts that shall be off, (B,): 0 for the richest items, `theta` for the poorest.
+
+    Source: ADA-SID (V2) eq. (22); differs: N is in [0, 1] already and is not divided by its range again.
+    """
+    return theta * (1.0 - richness_B)
+
+
+def load_factor(active_E: Tensor, items: Tensor, target: Tensor) -> Tensor:
+    """Use of each behaviour expert over its fair use, (E,), 1 when balanced and on target; carries no gradient.
+
+    Args:
+        active_E: items that switch the expert on; items: items looked at; target: mean share of experts that shall be off.
+    Source: ADA-SID (V2) eq. (23); differs: one factor per expert as in ReMoE eq. (9), the printed sum over experts is one number for all of them.
+    """
+    return active_E / (items.clamp(min=1) * (1.0 - target).clamp(min=1e-3))
+
+
+def gate_penalty(weight_BE: Tensor, load_E: Tensor, lambda_B: Tensor) -> Tensor:
+    """Sparsity loss per item, (B,): lambda times the load-weighted sum of its router weights.
+
+    Source: ADC-SID eq. (23), ADA-SID (V2) eq. (19); differs: lambda belongs to the item's richness bucket.
+    """
+    return lambda_B * (weight_BE.abs() * load_E.detach()).sum(1)
+
+
+def lambda_step(log_lambda_Q: Tensor, target_Q: Tensor, current_Q: Tensor, *, step: float, most: float) -> Tensor:
+    """The next log lambda per bucket: up while too few experts are off, down while too many are.
+
+    Args:
+        target_Q / current_Q: share of experts off, wanted and found.
+        step: factor by which lambda moves at most per step, > 1.
+        most: largest lambda.
+    Source: ADA-SID (V2) eq. (20), ReMoE; differs: the step shrinks within .05 of the target (no sign function there) and log lambda is clamped.
+    """
+    direction_Q = ((target_Q - current_Q) / 0.05).clamp(-1.0, 1.0)
+    return (log_lambda_Q + math.log(step) * direction_Q).clamp(LOG_LAMBDA_MIN, math.log(most))
+
+
+class SparsityController(nn.Module):
+    """One lambda per richness bucket, steered by a moving average of the share of experts that are on.
+
+    Buckets are quantiles of the catalogue's richness, frozen with the tokenizer; `scalar` is one bucket, as in the paper; `off` never penalises.
+    """
+
+    edge_Q: Tensor
+    target_Q: Tensor
+    active_Q: Tensor
+    seen_Q: Tensor
+    log_lambda_Q: Tensor
+
+    def __init__(self, kind: Sparsity, buckets: int, *, theta: float, lambda_init: float, lambda_step: float, lambda_max: float) -> None:
+        super().__init__()
+        self.kind, self.theta, self.step, self.most = kind, theta, lambda_step, lambda_max
+        self.buckets = buckets if kind == "bucket" else 1
+        self.register_buffer("edge_Q", torch.full((self.buckets - 1,), torch.inf))
+        for name, value in (("target_Q", theta), ("active_Q", 0.0), ("seen_Q", 0.0), ("log_lambda_Q", math.log(lambda_init))):
+            self.register_buffer(name, torch.full((self.buckets,), value))
+
+    def fit_buckets(self, richness_N: Tensor) -> None:
+        """Freeze bucket edges and targets on the richness of the items that have behaviour; ties stay in one bucket, so buckets may be empty."""
+        share = torch.arange(1, self.buckets, dtype=torch.float64) / self.buckets
+        ordered_N = richness_N.double().cpu().sort().values
+        self.edge_Q.copy_(ordered_N[(share * len(ordered_N)).long()] if len(ordered_N) else self.edge_Q)
+        bucket_N = self.bucket(richness_N)
+        counts_Q = torch.bincount(bucket_N, minlength=self.buckets).clamp(min=1)
+        mean_Q = torch.zeros_like(self.target_Q).index_add_(0, bucket_N, richness_N) / counts_Q
+        self.target_Q.copy_(sparsity_target(mean_Q, self.theta))
+
+    def bucket(self, richness_B: Tensor) -> Tensor:
+        """Bucket of each item, (B,) int64."""
+        return torch.bucketize(richness_B, self.edge_Q, right=True)
+
+    def penalty(self, weight_BE: Tensor, richness_B: Tensor, mask_B: Tensor, world: World) -> Tensor:
+        """The share of this process in the mean sparsity loss over the items that show behaviour; also moves the averages the next lambda is set from."""
+        if self.kind == "off":
+            return weight_BE.sum() * 0.0
+        bucket_B = self.bucket(richness_B)
+        on_BE = ((weight_BE > 0) & mask_B[:, None]).to(weight_BE.dtype)
+        counts = torch.cat([on_BE.sum(0), mask_B.sum()[None].to(weight_BE.dtype), self._per_bucket(bucket_B, mask_B, on_BE.mean(1))])
+        counts = world.total(counts)
+        active_E, items = counts[: weight_BE.shape[1]], counts[weight_BE.shape[1]]
+        seen_Q, on_Q = counts[weight_BE.shape[1] + 1 :].view(2, self.buckets)
+        target = (self.target_Q * seen_Q).sum() / seen_Q.sum().clamp(min=1)
+        if self.training:
+            self._observe(seen_Q, on_Q)
+        loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.log_lambda_Q.exp()[bucket_B])
+        return world.mean(loss_B, mask_B)
+
+    def _per_bucket(self, bucket_B: Tensor, mask_B: Tensor, on_B: Tensor) -> Tensor:
+        """Items shown and their mean share on, summed per bucket, as one vector of 2 Q."""
+        member_BQ = torch.nn.functional.one_hot(bucket_B, self.buckets).to(on_B.dtype) * mask_B[:, None]
+        return torch.cat([member_BQ.sum(0), on_B @ member_BQ])
+
+    @torch.no_grad()
+    def _observe(self, seen_Q: Tensor, on_Q: Tensor, memory: float = 0.9) -> None:
+        """Move the average active share per bucket; the first sight of a bucket sets it."""
+        share_Q = on_Q / seen_Q.clamp(min=1)
+        mixed_Q = torch.where(self.seen_Q > 0, memory * self.active_Q + (1 - memory) * share_Q, share_Q)
+        self.active_Q.copy_(torch.where(seen_Q > 0, mixed_Q, self.active_Q))
+        self.seen_Q.add_(seen_Q)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Set the lambdas of the next step."""
+        if self.kind != "off":
+            moved_Q = lambda_step(self.log_lambda_Q, self.target_Q, 1.0 - self.active_Q, step=self.step, most=self.most)
+            self.log_lambda_Q.copy_(torch.where(self.seen_Q > 0, moved_Q, self.log_lambda_Q))

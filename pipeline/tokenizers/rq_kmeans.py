@@ -1,0 +1,139 @@
+"""Residual k-means on the concatenated modalities: the cheap deterministic baseline, and the fallback a profile can choose.
+
+Not here: k-means itself and the residual walk (quantize.py). Suffixes: N items, B batch, D width, L levels, K codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline import config as profile
+from pipeline.tokenizers import metrics
+from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, ItemBatch, ProgressBar, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.fit import generator_for
+from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes
+
+POINTS_PER_CODE = 1024  # items per code that a level is fitted on, at most
+
+
+def concatenate(items: ItemBatch, widths: dict[str, int]) -> Tensor:
+    """The item's unit-norm modalities side by side, (N, D); a masked modality is zero in its block: it then says nothing about direction.
+
+    Args:
+        widths: modality -> width; modalities not named are left out.
+    """
+    blocks = []
+    for name, width in widths.items():
+        vectors = items.vectors(name)
+        if vectors is None:
+            blocks.append(torch.zeros(len(items), width, device=items.richness_N.device))
+        else:
+            blocks.append(F.normalize(vectors.float(), dim=1) * items.mask(name)[:, None])
+    return torch.cat(blocks, 1)
+
+
+class RqKmeans:
+    """The residual k-means tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
+
+    Args:
+        settings: the [train_tokenizer.rq_kmeans] section.
+    """
+
+    def __init__(self, settings: profile.RqKmeans) -> None:
+        self.settings = settings
+        self.widths: dict[str, int] = {}
+        self.codebook_LKD = torch.zeros(settings.num_levels, settings.codebook_size, 0)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the levels."""
+        return tuple(f"level_{level}" for level in range(self.settings.num_levels))
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K per level."""
+        return (self.settings.codebook_size,) * self.settings.num_levels
+
+    def fit(
+        self,
+        items: ItemBatch,
+        *,
+        seed: int,
+        settings: profile.TrainTokenizer,
+        checkpoint: Checkpoint | None = None,
+        progress: ProgressBar | None = None,
+    ) -> FitReport:
+        """K-means level by level on what the levels before left over; `checkpoint` is not used, a fit takes seconds.
+
+        Raises: ValueError if no modality is present.
+        """
+        self.widths = {name: vectors.shape[1] for name in MODALITIES if (vectors := items.vectors(name)) is not None and bool(items.mask(name).any())}
+        if not self.widths:
+            raise ValueError("residual k-means needs at least one modality")
+        points_ND = concatenate(items, self.widths)
+        rest_ND = points_ND[_sample(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, seed)]
+        rows, lost = [], []
+        levels = range(self.settings.num_levels)
+        for level in progress(levels, "fit residual k-means", len(levels)) if progress else levels:
+            rows.append(self._level(rest_ND, generator_for(seed, "level", level)))
+            rest_ND = rest_ND - rows[-1][nearest_centroid(rest_ND, rows[-1])]
+            lost.append(float(rest_ND.square().sum(1).mean()))
+        self.codebook_LKD = torch.stack(rows)
+        return FitReport(curves={"loss/reconstruction": lost}, metrics=self._measure(items, points_ND))
+
+    def _level(self, rest_ND: Tensor, generator: torch.Generator) -> Tensor:
+        settings = self.settings
+        return kmeans(rest_ND, settings.codebook_size, generator=generator, iterations=settings.iterations, balanced=settings.balanced)
+
+    def _measure(self, items: ItemBatch, points_ND: Tensor) -> dict[str, float]:
+        """Code use, and NMSE per modality of the sum of code rows against the unit-norm vectors."""
+        made = self.encode(items)
+        found = metrics.code_use(made.codes_NL, self.codebook_sizes, self.slots)
+        blocks = zip(self.widths, points_ND.split(list(self.widths.values()), 1), made.quantized_ND.split(list(self.widths.values()), 1), strict=True)
+        return found | {f"nmse/{name}": metrics.nmse(block_ND, estimate_ND, items.mask(name)) for name, block_ND, estimate_ND in blocks}
+
+    def encode(self, items: ItemBatch) -> TokenizerOutput:
+        """Codes of the residual walk, weights of one, and the sum of the code rows."""
+
+        def block(rows: ItemBatch) -> TokenizerOutput:
+            codes_BL, quantized_BD = residual_codes(concatenate(rows, self.widths), self.codebook_LKD)
+            return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+
+        if not self.widths:
+            raise ValueError("the tokenizer is not fitted: call fit or load")
+        return encode_in_chunks(items, block)
+
+    def codebooks(self) -> list[Tensor]:
+        """Code rows per level, (K, D)."""
+        return [rows_KD.clone() for rows_KD in self.codebook_LKD]
+
+    def state(self) -> dict[str, Tensor]:
+        """The code rows."""
+        return {"codebook_LKD": self.codebook_LKD.contiguous()}
+
+    def config(self) -> dict[str, Any]:
+        """Settings and input widths, JSON."""
+        return {"tokenizer": "rq_kmeans", "settings": self.settings.model_dump(), "raw_widths": self.widths}
+
+    @classmethod
+    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> RqKmeans:
+        """The tokenizer that gave `config` and `state`.
+
+        Raises: RuntimeError if the code rows do not fit the configuration.
+        """
+        tokenizer = cls(profile.RqKmeans(**config["settings"]))
+        tokenizer.widths = {name: int(width) for name, width in config["raw_widths"].items()}
+        expected = (*tokenizer.codebook_LKD.shape[:2], sum(tokenizer.widths.values()))
+        if tuple(state["codebook_LKD"].shape) != expected:
+            raise RuntimeError(f"code rows have shape {tuple(state['codebook_LKD'].shape)}, the configuration says {expected}")
+        tokenizer.codebook_LKD = state["codebook_LKD"].clone()
+        return tokenizer
+
+
+def _sample(count: int, most: int, seed: int) -> Tensor:
+    """At most `most` rows of `count`, ascending; all of them when they are few enough."""
+    return torch.arange(count) if count <= most else torch.randperm(count, generator=generator_for(seed, "sample"))[:most].sort().values

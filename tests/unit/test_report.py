@@ -1,0 +1,351 @@
+"""Figures and the release page: numbers in, pictures and one safe, self-contained page out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from pipeline import report
+from pipeline.report import FIGURES, ReportContent, draw, gate_light, perplexity, to_svg, write_report
+
+SLOTS = ["shared_0", "text_0", "image_0", "behavior_0", "behavior_1", "behavior_2"]
+TITLES = ["Star Wars (1977)", "Fargo (1996)", "Toy Story (1995)", "Pulp Fiction (1994)"]
+NEIGHBOURS = [
+    ["Return of the Jedi (1983)", "Empire Strikes Back, The (1980)", "Raiders of the Lost Ark (1981)", "Indiana Jones and the Last Crusade (1989)"],
+    ["Big Lebowski, The (1998)", "Sling Blade (1996)", "Trainspotting (1996)", "Welcome to the Dollhouse (1995)"],
+    ["Aladdin (1992)", "Lion King, The (1994)", "Beauty and the Beast (1991)", "Wallace & Gromit: The Best of Aardman Animation (1996)"],
+    ["Reservoir Dogs (1992)", "GoodFellas (1990)", "Usual Suspects, The (1995)", "True Romance (1993)"],
+]
+
+
+def figure_data(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
+    usage = {slot: rng.multinomial(1682, rng.dirichlet(np.full(100, 0.6 + index))).tolist() for index, slot in enumerate(SLOTS)}
+    edges = np.linspace(0, 1, 21)
+    strata = {"head": (8, 4, 336), "torso": (3, 4, 505), "tail": (1, 9, 841)}
+    counts = {name: np.histogram(rng.beta(a, b, size), edges)[0].tolist() for name, (a, b, size) in strata.items()}
+    richness = (np.arange(8) + 0.5) / 8
+    arms = {"id": (0.68, 0.71, 0.66, 0.5), "id_sid": (0.72, 0.73, 0.70, 0.61), "id_permuted": (0.69, 0.71, 0.66, 0.51)}
+    auc = {arm: dict(zip(("all", "head", "tail", "0 events"), values, strict=True)) for arm, values in arms.items()}
+    width = {"all": 0.006, "head": 0.008, "tail": 0.02, "0 events": 0.07}
+    epochs = np.arange(60)
+    return {
+        "code_usage": {"usage": usage},
+        "collisions_by_decile": {"deciles": list(range(10)), "rate": np.linspace(0.09, 0.01, 10).tolist()},
+        "strength_by_stratum": {"edges": edges.tolist(), "counts": counts},
+        "router_by_richness": {
+            "richness": richness.tolist(),
+            "active": (0.6 * richness + rng.normal(0, 0.015, 8)).tolist(),
+            "weight": (0.4 * richness).tolist(),
+            "target": (0.6 * richness).tolist(),
+        },
+        "weight_by_popularity": {
+            "popularity": [0, 1, 3, 10, 30, 100, 300],
+            "series": {"strength w": [0, 0.01, 0.05, 0.2, 0.5, 0.8, 0.9], "router weight": [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.45]},
+            "label": "mean over the items of a bucket",
+        },
+        "loss_curves": {
+            "curves": {name: (scale * np.exp(-epochs / 15) + floor).tolist() for name, scale, floor in (("total", 4, 1), ("reconstruction", 1, 0.4))}
+        },
+        "churn": {"by_position": dict(zip(SLOTS, rng.uniform(0, 0.03, 6).tolist(), strict=True)), "by_stratum": {"head": 0.004, "torso": 0.02, "tail": 0.031}},
+        "ranker_auc": {
+            "arms": auc,
+            "low": {arm: {name: value - width[name] for name, value in values.items()} for arm, values in auc.items()},
+            "high": {arm: {name: value + width[name] for name, value in values.items()} for arm, values in auc.items()},
+            "rows": {"all": 20000, "head": 14210, "tail": 1893, "0 events": 67},
+        },
+        "recall_by_decile": {
+            "deciles": list(range(10)),
+            "recall": {"sasrec": np.linspace(0.02, 0.21, 10).tolist(), "markov": np.linspace(0.0, 0.19, 10).tolist()},
+        },
+        "stage_seconds": {"seconds": {"ingest": 12.4, "item_popularity": 6.1, "train_tokenizer": 61.0}},
+    }
+
+
+def poster(rng: np.random.Generator) -> str:
+    figure = Figure(figsize=(0.6, 0.6))
+    figure.patch.set_facecolor(rng.uniform(0.2, 0.9, 3))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def example(rng: np.random.Generator, index: int) -> dict[str, Any]:
+    codes = rng.integers(0, 100, 6)
+    weights = [1.0, 1.0, 1.0, *rng.uniform(0.2, 0.9, 3).round(2).tolist()]
+    neighbours = []
+    for number, title in enumerate(NEIGHBOURS[index]):
+        other = codes.copy()
+        other[rng.choice(6, number + 1, replace=False)] = rng.integers(0, 100, number + 1)
+        weight = list(weights)
+        if number == 3:
+            other[3], weight[3] = 100, 0.0
+        neighbours.append(
+            {"item_id": str(900 + number), "title": title, "picture": poster(rng) if number % 2 else "", "codes": other.tolist(), "weights": weight}
+        )
+    stratum = "tail" if index == 3 else "head"
+    return {
+        "item_id": str(50 + index), "title": TITLES[index], "picture": poster(rng), "stratum": stratum, "codes": codes.tolist(), "weights": weights,
+        "neighbours": neighbours,
+    }  # fmt: skip
+
+
+def ranker_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for arm, values in data["arms"].items():
+        for stratum, auc in values.items():
+            base = data["arms"]["id"][stratum]
+            spread = data["high"][arm][stratum] - auc
+            delta = {} if arm == "id" else {"delta": auc - base, "delta_low": auc - base - spread, "delta_high": auc - base + spread}
+            ends = {"low": auc - spread, "high": auc + spread}
+            rows.append({"arm": arm, "stratum": stratum, "rows": data["rows"][stratum], "auc": auc, "gauc": auc - 0.03, "logloss": 0.61, **ends, **delta})
+    return rows
+
+
+def sample() -> ReportContent:
+    """A page as a night of MovieLens would fill it."""
+    rng = np.random.default_rng(20261120)
+    data = figure_data(rng)
+    stages = [
+        "plan_night",
+        "ingest",
+        "item_popularity",
+        "content_embedding",
+        "user_sequence",
+        "train_behavior_encoder",
+        "item_feature",
+        "assign_sid",
+        "publish_release",
+    ]
+    return ReportContent(
+        release={
+            "tag": "d19980402", "logical_date": "1998-04-02", "dataset": "movielens", "policy": "frozen", "status": "current", "generation": 1, "items": 1682,
+            "new_items": 2, "moved_items": 31, "retired_items": 0, "parent_tag": "d19980401", "codebook_digest": "9f" * 32, "git_sha": "ab" * 20,
+            "run_id": "manual__1998-04-02", "tokenizer": "ada_sid", "config_hash": "0123456789ab", "reason": "nightly",
+        },
+        gates=[
+            {"name": "collision rate", "value": 0.041, "max": 0.2, "severity": "fail", "meaning": "share of items that share their codes with another"},
+            {"name": "churn", "value": 0.092, "max": 0.1, "severity": "fail", "meaning": "share of the parent's items whose codes changed"},
+            {"name": "dead codes, worst position", "value": 0.34, "max": 0.3, "severity": "warn", "meaning": "share of codes that no item uses"},
+            {"name": "null codes", "value": 0, "max": 0, "severity": "fail", "meaning": "rows without codes"},
+            {"name": "perplexity share, worst position", "value": 0.61, "min": 0.3, "severity": "fail"},
+            {"name": "agreement with co-occurrence", "value": None, "min": 0.3, "severity": "warn", "meaning": "needs seven days of events"},
+        ],
+        figures=[{"kind": kind, "data": values} for kind, values in data.items() if kind != "stage_seconds"],
+        slots=SLOTS,
+        codebook_sizes=[100] * 6,
+        examples=[example(rng, index) for index in range(4)],
+        ranker=ranker_rows(data["ranker_auc"]),
+        stages=[{"stage": name, "seconds": float(rng.uniform(2, 40)), "status": "done", "run": "0f3c" * 8} for name in stages],
+        lineage=[
+            {"stage": "assign_sid", "direction": "input", "table": "feature.item_feature", "snapshot_id": 6512345678901234567, "run": "0f3c" * 8},
+            {"stage": "assign_sid", "direction": "output", "table": "sid.item_sid", "snapshot_id": 8123456789012345678, "tag": "d19980402", "run": "0f3c" * 8},
+        ],
+        commands=[{"what": "Open MLflow", "command": "mlflow ui --backend-store-uri sqlite:///.sid/mlflow.db"}],
+        notes=["MovieLens-100K is the demo set: about 190 events and 2 new films a night."],
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, run or read aloud, and checks that tags close."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.pictures_without_text = 0
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [value for name in ("src", "href", "xlink:href", "action") if (value := found.get(name))]
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.pictures_without_text += tag == "img" and not found.get("alt")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def parsed(path: Path) -> tuple[str, Page]:
+    text = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    return text, page
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(tmp_path_factory.mktemp("report") / "reports" / "d19980402.html", sample())
+
+
+@pytest.mark.parametrize("kind", sorted(FIGURES))
+def test_every_kind_draws_labelled_axes_and_a_footer(kind: str) -> None:
+    figure = draw(kind, figure_data(np.random.default_rng(1))[kind], footer="d19980402  run-1")
+    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+    assert [text.get_text() for text in figure.texts] == ["d19980402  run-1"]
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    assert buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_an_unknown_kind_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="code_usage"):
+        draw("pie", {})
+
+
+def test_keys_that_a_figure_does_not_know_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    draw("stage_seconds", {"seconds": {"ingest": 1.0}, "colour": "red"})
+    assert "colour" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("code_usage", {"usage": {}}),
+        ("code_usage", {"slots": ["a", "b"], "counts": [[0, 0], [1, 2, 3]]}),
+        ("collisions_by_decile", {"collision_rate": [0.1, 0.2]}),
+        ("churn", {}),
+        ("churn", {"overall": 0.0, "by_stratum": {"head": 0.0}, "by_position": {"level_0": 0.0}}),
+        ("strength_by_stratum", {"edges": [0, 0.5, 1], "counts": {"tail": [0, 0]}}),
+        ("loss_curves", {"curves": {"nan": [float("nan"), 1.0], "empty": []}}),
+        ("ranker_auc", {"arms": {"id": {"all": 0.6, "tail": float("nan")}, "sid": {"head": 0.7}}}),
+        ("ranker_auc", {"arms": {}}),
+        ("stage_seconds", {"seconds": {}}),
+        ("router_by_richness", {"richness": [0, 2, 2000], "active": [0, 0.2, 0.5], "axis": "popularity"}),
+    ],
+)
+def test_figures_bear_empty_and_odd_data(kind: str, data: dict[str, Any]) -> None:
+    assert "<svg" in to_svg(draw(kind, data))
+
+
+def test_popularity_axis_is_logarithmic() -> None:
+    figure = draw("weight_by_popularity", figure_data(np.random.default_rng(1))["weight_by_popularity"])
+    assert figure.axes[0].get_xscale() == "symlog"
+
+
+def test_perplexity_is_that_of_a_slow_loop() -> None:
+    counts = [4, 0, 1, 3]
+    entropy = 0.0
+    for count in counts:
+        if count:
+            entropy -= count / 8 * np.log(count / 8)
+    assert perplexity(counts) == pytest.approx(np.exp(entropy))
+    assert perplexity([2, 2, 2]) == pytest.approx(3.0)
+    assert perplexity([0, 0]) == 0.0
+
+
+def test_svg_takes_the_readers_ink_and_is_the_same_twice() -> None:
+    data = figure_data(np.random.default_rng(1))["churn"]
+    first, second = to_svg(draw("churn", data)), to_svg(draw("churn", data))
+    assert first == second
+    assert "currentColor" in first
+    assert report.INK not in first
+    ET.fromstring(first)
+
+
+@pytest.mark.parametrize(
+    ("gate", "light"),
+    [
+        ({"value": 0.1, "max": 0.2}, "pass"),
+        ({"value": 0.19, "max": 0.2}, "near"),
+        ({"value": 0.21, "max": 0.2}, "fail"),
+        ({"value": 0.21, "max": 0.2, "severity": "warn"}, "warn"),
+        ({"value": 0.31, "min": 0.3}, "near"),
+        ({"value": 0.29, "min": 0.3}, "fail"),
+        ({"value": 0, "max": 0}, "pass"),
+        ({"value": None, "max": 0}, "unknown"),
+        ({"value": float("nan"), "max": 0}, "unknown"),
+    ],
+)
+def test_gate_lights(gate: dict[str, Any], light: str) -> None:
+    assert gate_light(gate) == light
+
+
+def test_the_page_is_self_contained_and_well_formed(written: Path) -> None:
+    text, page = parsed(written)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert page.addresses
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    assert page.pictures_without_text == 0
+    assert text.count("<h1") == 1
+
+
+def test_the_page_says_what_the_release_is(written: Path) -> None:
+    text, _ = parsed(written)
+    for fact in ("d19980402", "1,682", "generation 1", "d19980401", "9f" * 32, "Star Wars (1977)", "Wallace &amp; Gromit", "8123456789012345678", "mlflow ui"):
+        assert fact in text
+    assert "6 gates, 1 with a warning" in text
+    assert text.count("<svg") == len(sample().figures)
+
+
+def test_thin_strata_get_no_verdict(written: Path) -> None:
+    text, _ = parsed(written)
+    thin = re.findall(r'<tr class="thin">.*?</tr>', text)
+    assert len(thin) == 3
+    assert not any("better" in row or "worse" in row or "cannot tell" in row for row in thin)
+    assert ">better<" in text
+
+
+def test_neighbours_are_sorted_by_shared_codes_and_a_masked_slot_is_no_shared_code() -> None:
+    content = ReportContent(release={"tag": "t", "logical_date": "d"}, slots=["text_0", "behavior_0"], codebook_sizes=[10, 10])
+    item = {"item_id": "1", "title": "one", "codes": [3, 10], "weights": [1.0, 0.0]}
+    others = [{"item_id": "2", "title": "b", "codes": [4, 10]}, {"item_id": "3", "title": "c", "codes": [3, 10]}]
+    made = report._example(item | {"neighbours": others}, content)
+    assert [(other["title"], other["shared"]) for other in made["neighbours"]] == [("c", 1), ("b", 0)]
+    assert made["chips"][1]["masked"]
+
+
+def test_text_from_the_catalogue_cannot_become_markup(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>\"onload=\"x"
+    item = {"item_id": evil, "title": evil, "picture": "https://evil.example/x.png", "stratum": evil, "codes": [1], "weights": [1.0]}
+    content = ReportContent(
+        release={"tag": evil, "logical_date": evil, "dataset": evil, "run_id": evil, "reason": evil},
+        gates=[{"name": evil, "value": 1.0, "max": 2.0, "meaning": evil}],
+        figures=[{"kind": "churn", "data": {"by_position": {evil: 0.1}}, "title": evil, "caption": evil}],
+        slots=[evil],
+        examples=[item | {"neighbours": [item]}],
+        ranker=[{"arm": evil, "stratum": evil}],
+        stages=[{"stage": evil, "seconds": 0.0, "status": evil, "run": evil}],
+        lineage=[{"stage": evil, "direction": "input", "table": evil, "snapshot_id": None}],
+        commands=[{"what": evil, "command": evil}],
+        notes=[evil],
+    )
+    _, page = parsed(write_report(tmp_path / "page.html", content))
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+
+
+def test_a_release_without_extras_still_makes_a_page(tmp_path: Path) -> None:
+    text, page = parsed(write_report(tmp_path / "page.html", ReportContent(release={"tag": "d20110104", "logical_date": "2011-01-04", "items": 0})))
+    assert "no gates recorded" in text
+    assert "svg" not in page.tags
+
+
+def test_a_picture_file_becomes_a_data_uri(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(b"abc")
+    assert report.picture_uri(path) == "data:image/jpeg;base64,YWJj"
