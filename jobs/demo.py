@@ -74,11 +74,11 @@ def _begin(dataset: str, dataset_path: str, overrides: tuple[str, ...], console:
 
 
 def _prepare_data(story: Story) -> SourceSpec:
-    from pipeline.datasets import DATASETS
+    from pipeline.datasets import dataset
 
     source = story.loaded.source
     story.say(f"data set [bold]{source.dataset}[/bold]: fetching or checking it")
-    return DATASETS[source.dataset]().prepare(source, story.home.folder("data"), story.loaded.seed)
+    return dataset(source.dataset).prepare(source, story.home.folder("data"), story.loaded.seed)
 
 
 def _nights(spec: SourceSpec, count: int) -> list[date]:

@@ -132,7 +132,7 @@ def _run(commands: Commands, ctx: Context) -> dict[str, Any]:
     code = 0
     for command in commands:
         logger.info("launch command=%s", shlex.join(command))
-        code = subprocess.run(command, env=_environment(ctx), check=False).returncode  # noqa: S603 - a list, no shell
+        code = subprocess.run(command, env=_environment(ctx), check=False).returncode
         if code:
             break
     if not path.is_file():

@@ -30,10 +30,10 @@ def run(inputs: Inputs, params: PlanNight, ctx: Context) -> StageResult:
 
     Raises: ContractError for a date before the data; UpstreamMissing for open days without a file, with the command for each.
     """
-    from pipeline.datasets import DATASETS
+    from pipeline.datasets import dataset
 
     source = ctx.config.source
-    spec = DATASETS[source.dataset]().prepare(source, ctx.home.folder("data"), ctx.config.seed)
+    spec = dataset(source.dataset).prepare(source, ctx.home.folder("data"), ctx.config.seed)
     ledger = inputs.arrow("raw.source_file", where=f"file_date <= '{ctx.logical_date}'").to_pylist()
     files = planned(spec, ctx, ledger)
     plan = make_plan(ctx, params, files, ledger, inputs.arrow("sid.release").to_pylist(), inputs.arrow("sid.generation").to_pylist())

@@ -67,6 +67,7 @@ def run_stage(ctx: Context) -> dict[str, Any]:
         derived.align(ctx.home, ctx.config)
     outcome = _outcome(stage, result.status, started, result, ledger)
     write_json(path, outcome)
+    _remember(stage, ctx, outcome)
     _track(stage, ctx, result, result.status, outcome, snapshots, None)
     logger.info("stage end name=%s status=%s seconds=%.1f", stage.name, result.status, outcome["seconds"])
     return outcome
@@ -210,6 +211,15 @@ def _outcome(stage: Stage, status: str, started: float, result: StageResult, led
         "snapshots": ledger.published,
         "figures": {name: {"kind": figure.kind, "data": figure.data} for name, figure in result.figures.items()},
     }
+
+
+def _remember(stage: Stage, ctx: Context, outcome: Mapping[str, Any]) -> None:
+    """Keep what a release's own run found under reports/<tag>/; a later run that reuses the release must not blank its report."""
+    tag = ctx.param("release") if stage.group == "consumers" else ctx.plan().tag if stage.group == "refresh" else ""
+    if tag and outcome["status"] != "reused":
+        folder = ctx.home.folder("reports") / tag
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{stage.name}.json", outcome)
 
 
 def _track(

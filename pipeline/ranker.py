@@ -78,12 +78,14 @@ def arm_of(name: str) -> Arm:
 
 @dataclass(frozen=True)
 class RankRows:
-    """Labelled rows as arrays.
+    """Labelled rows as arrays, all of length R.
 
     Args:
-        user_R: row of the user table, 0 for a user that training has not seen.
-        person_R: number of the user among all of the rows, seen or not: who is resampled and grouped.
-        target_R / history_RT: item rows; histories are padded with 0 on the right.
+        user: row of the user table, 0 for a user that training has not seen.
+        person: number of the user among all of the rows, seen or not: who is resampled and grouped.
+        target / history: item rows (R,) and (R, T); histories are padded with 0 on the right.
+        label: 1.0 | 0.0.
+        stratum / evidence: head | torso | tail and events of the target at the cutoff.
     """
 
     user: Ints
@@ -95,12 +97,13 @@ class RankRows:
     evidence: Ints
 
     def __len__(self) -> int:
+        """Number of rows R."""
         return len(self.label)
 
 
 @dataclass(frozen=True)
 class ItemCodes:
-    """Codes and router weights per item row; a row of masked codes (K, weight 0) is an item without a SID."""
+    """Codes and router weights per item row (N, L), row 0 = padding; a row of masked codes (K, weight 0) is an item without a SID."""
 
     codes: Ints
     weights: Floats
@@ -114,7 +117,7 @@ class RankData:
     Args:
         items: item_id of row 1, 2, ... (row 0 is padding); the release's items first, then items new since.
         users: user_id of row 1, 2, ...; row 0 is a user not seen in training.
-        popularity_N: decayed events, 0 for items the release does not know.
+        popularity: (N,) decayed events, 0 for items the release does not know.
         alternative: codes of another tokenizer over the same rows, for the arm id_kmeans.
     """
 
@@ -137,6 +140,7 @@ def rank_data(examples: pa.Table, release: pa.Table, codebook_sizes: Sequence[in
         alternative: (item_id, codes, weights) of another tokenizer with the same codebook sizes.
     Raises: ContractError when the codes do not fit the codebook sizes.
     """
+    examples, release = _plain(examples), _plain(release)
     rows = examples.sort_by([(name, "ascending") for name in ("event_ts", "user_id", "item_id", "label")])
     known = release.sort_by("item_id")
     items = _vocabulary(rows, known["item_id"])
@@ -150,7 +154,7 @@ def rank_data(examples: pa.Table, release: pa.Table, codebook_sizes: Sequence[in
         users=tuple(users.to_pylist()),
         codes=item_codes(known, items, codebook_sizes),
         popularity=popularity,
-        alternative=None if alternative is None else item_codes(alternative, items, codebook_sizes),
+        alternative=None if alternative is None else item_codes(_plain(alternative), items, codebook_sizes),
     )
 
 
@@ -175,7 +179,7 @@ def item_codes(rows: pa.Table, items: pa.Array, codebook_sizes: Sequence[int]) -
 def permute_within_deciles(codes: ItemCodes, popularity_N: Floats, seed: int) -> ItemCodes:
     """The codes with (codes, weights) moved together between items of one popularity decile; items without a SID stay out.
 
-    Deciles are by rank of popularity, ties in item order. Source: a control against code capacity and popularity leaking through codes.
+    Deciles are by rank of popularity, ties in item order. What is left of a gain is capacity and popularity, not meaning.
     """
     has_sid = np.flatnonzero((codes.codes != np.asarray(codes.codebook_sizes)).any(axis=1))
     ranked = has_sid[np.argsort(popularity_N[has_sid], kind="stable")]
@@ -183,7 +187,15 @@ def permute_within_deciles(codes: ItemCodes, popularity_N: Floats, seed: int) ->
     draw = np.random.default_rng(seed).random(len(ranked))
     source = np.arange(len(codes.codes))
     source[ranked] = ranked[np.lexsort((draw, decile))]
-    return replace(codes, codes_NL=codes.codes[source], weights_NL=codes.weights[source])
+    return replace(codes, codes=codes.codes[source], weights=codes.weights[source])
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """The table with 32-bit offsets throughout: readers differ in whether they hand out large strings and lists."""
+    kinds = {"user_id": pa.string(), "item_id": pa.string(), "history": pa.list_(pa.string()), "codes": pa.list_(pa.int64()), "weights": pa.list_(pa.float32())}
+    for name in kinds.keys() & set(table.column_names):
+        table = table.set_column(table.column_names.index(name), name, pc.cast(table[name], kinds[name]))
+    return table
 
 
 def _vocabulary(rows: pa.Table, known: pa.ChunkedArray) -> pa.Array:
@@ -267,10 +279,10 @@ class ItemTable:
     """What the network is told about each item row; masked or absent features are zero rows.
 
     Args:
-        id_N: row in the id table, 0 for items without a training row.
-        token_NL: rows in the token table, 0 for masked slots; L = 0 for arms without codes.
-        weight_NL: factor of each token's embedding.
-        dense_NF: further numbers (router weights, log popularity).
+        id_row: (N,) row in the id table, 0 for items without a training row.
+        tokens: (N, L) rows in the token table, 0 for masked slots; L = 0 for arms without codes.
+        factors: (N, L) factor of each token's embedding.
+        dense: (N, F) further numbers (router weights, log popularity).
         id_rows / token_rows: sizes of the two tables, row 0 included.
     """
 
@@ -351,12 +363,17 @@ def equal_budget(table: ItemTable, *, budget: int, dim: int) -> Widths:
 class ItemEncoder(nn.Module):
     """Vector of width D per item row: id row, weighted code tokens and dense features, concatenated and projected."""
 
+    id_row: Tensor
+    tokens: Tensor
+    factors: Tensor
+    dense: Tensor
+
     def __init__(self, table: ItemTable, widths: Widths, dim: int) -> None:
         super().__init__()
         self.id_table = nn.Embedding(table.id_rows, widths.id, padding_idx=0) if widths.id else None
         self.token_table = nn.Embedding(table.token_rows, widths.token, padding_idx=0) if widths.token else None
         self.projection = nn.Linear(widths.id + widths.token * table.tokens.shape[1] + table.dense.shape[1], dim)
-        for name, values in (("id_N", table.id_row), ("token_NL", table.tokens), ("weight_NL", table.factors), ("dense_NF", table.dense)):
+        for name, values in (("id_row", table.id_row), ("tokens", table.tokens), ("factors", table.factors), ("dense", table.dense)):
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(values)), persistent=False)  # the release's, not the checkpoint's
 
     def forward(self, item_U: Tensor) -> Tensor:
@@ -373,8 +390,8 @@ class DinRanker(nn.Module):
     """Logit per (user, target, history).
 
     Source: Deep Interest Network (KDD 2018): attention unit on [h, t, h - t, h * t], weights not soft-maxed, sum pooling.
-    differs: one hidden layer of PReLU in the unit, weights divided by sqrt(T) so that the sum does not grow with the history,
-    and the product target * pooled beside the two.
+    differs: one hidden layer of PReLU in the unit, weights divided by the root of the history's length so that the sum does not grow
+    with it, and the product target * pooled beside the two.
     """
 
     def __init__(self, table: ItemTable, widths: Widths, *, num_users: int, dim: int, hidden_dims: Sequence[int]) -> None:
@@ -404,7 +421,7 @@ class DinRanker(nn.Module):
         """Attention-weighted sum (B, D) of the history."""
         target_BTD = target_BD.unsqueeze(1).expand_as(history_BTD)
         unit = torch.cat([history_BTD, target_BTD, history_BTD - target_BTD, history_BTD * target_BTD], dim=2)
-        weight_BT = self.attention(unit).squeeze(2) * valid_BT / history_BTD.shape[1] ** 0.5
+        weight_BT = self.attention(unit).squeeze(2) * valid_BT / valid_BT.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
         return torch.einsum("bt,btd->bd", weight_BT, history_BTD)
 
 
@@ -584,7 +601,7 @@ class LoadedRanker:
 
     def score(self, examples: pa.Table, *, batch_size: int = 512) -> Floats:
         """Logits (R,) of rows shaped like rank.rank_example, in their order."""
-        return scores(self.model, _rows(examples, self.items, self.users), batch_size)
+        return scores(self.model, _rows(_plain(examples), self.items, self.users), batch_size)
 
 
 def check_codebook(config: Mapping[str, Any], digest: str, *, allow_foreign_codebook: bool = False) -> None:
@@ -619,7 +636,7 @@ def load_ranker(
         raise ConfigError(
             "this arm is a control, it cannot be served", expected="id, id_sid, sid or popularity", found=config["arm"], where="checkpoint sid_ranker"
         )
-    known = release.sort_by("item_id")
+    known = _plain(release).sort_by("item_id")
     id_items = pa.array(config["id_items"], type=pa.string())
     only_here = id_items.filter(pc.invert(pc.is_in(id_items, value_set=known["item_id"])))
     items = pa.concat_arrays([known["item_id"].combine_chunks(), only_here])
@@ -649,6 +666,6 @@ def _checkpoint_config(data: RankData, arm: str, params: TrainRanker, table: Ite
         "token_width": widths.token,
         "embedding_parameters": widths.id * table.id_rows + widths.token * table.token_rows * bool(table.tokens.shape[1]),
         "codebook_sizes": list(data.codes.codebook_sizes),
-        "id_items": [item for item, row in zip(data.items, id_rows[1:], strict=True) if row],
+        "id_items": np.asarray(data.items, dtype=object)[id_rows[1:] > 0].tolist(),
         "users": list(data.users),
     }

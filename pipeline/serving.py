@@ -1,7 +1,7 @@
-"""The script that MLflow keeps with a model and runs to serve it (models from code): rebuild from JSON + safetensors, predict by column.
+"""The script that MLflow keeps with a model and runs to serve it (models from code): rebuilt from JSON + safetensors, asked by column.
 
-Never imported by sidmill: `tracking.log_model` names this file, MLflow copies it beside the tensors.
-What a model answers depends on the `kind` of its config.json; a model of another kind answers its tensors' facts.
+sidmill itself never imports it: `tracking.log_model` names this file and MLflow copies it beside the tensors.
+A tokenizer answers codes and weights, a behaviour encoder answers the rows of items; other models are opened by their own stage.
 """
 
 from __future__ import annotations
@@ -10,23 +10,84 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlflow  # noqa: TID253 - MLflow itself runs this file
 import numpy as np
+from mlflow.models import set_model  # noqa: TID253 - MLflow itself runs this file
+from mlflow.pyfunc import PythonModel  # noqa: TID253
+
+Columns = dict[str, np.ndarray]
 
 
-class SidModel(mlflow.pyfunc.PythonModel):
-    """A sidmill model behind MLflow's `predict`: codes of a tokenizer, rows of a behaviour encoder."""
+class SidModel(PythonModel):
+    """A sidmill model behind MLflow's `predict`."""
 
     def load_context(self, context: Any) -> None:
         """Read config.json and model.safetensors; nothing is unpickled."""
-        from safetensors.numpy import load_file
+        from safetensors.torch import load_file
 
         folder = Path(context.artifacts["model"])
         self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.state = load_file(folder / "model.safetensors")
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-        """Answer columns for input columns; a dict of arrays or a DataFrame goes in."""
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Columns:
+        """Answer columns for input columns (a dict of arrays, or a DataFrame).
+
+        Raises: ValueError for a model that is neither a tokenizer nor a behaviour encoder.
+        """
         columns = {name: _column(model_input[name]) for name in model_input}
-        return columns
-mlflow.models.set_model(SidModel())
+        if "tokenizer" in self.config:
+            return tokenize(self.config, self.state, columns)
+        if "item_ids" in self.config:
+            return rows_of_items(self.config, self.state, columns["item_id"])
+        raise ValueError("this model has no columns to answer: open model.safetensors and config.json with the stage that made it")
+
+
+def tokenize(config: dict[str, Any], state: dict[str, Any], columns: Columns) -> Columns:
+    """Codes (N, L) int64 and weights (N, L) float32 of N items.
+
+    Args:
+        columns: text / image / behavior (N, D) where the data set has them, a row of NaN = the item lacks it;
+            richness and strength (N,) in [0, 1], zero when left out.
+    """
+    import torch
+
+    from pipeline.tokenizers import from_state
+    from pipeline.tokenizers.base import ItemBatch
+
+    height = len(next(iter(columns.values())))
+    fields: dict[str, Any] = {}
+    for modality in ("text", "image", "behavior"):
+        vectors = columns.get(modality)
+        present = np.zeros(height, bool) if vectors is None else np.isfinite(vectors).all(axis=1)
+        fields[f"{modality}_ND"] = torch.as_tensor(np.nan_to_num(vectors), dtype=torch.float32) if vectors is not None and present.any() else None
+        fields[f"{modality}_N"] = torch.from_numpy(present)
+    for name in ("richness", "strength"):
+        fields[f"{name}_N"] = torch.as_tensor(columns.get(name, np.zeros(height)), dtype=torch.float32)
+    with torch.no_grad():
+        answer = from_state(config, state).encode(ItemBatch(**fields))
+    return {"codes": answer.codes_NL.numpy(), "weights": answer.weights_NL.numpy()}
+
+
+def rows_of_items(config: dict[str, Any], state: dict[str, Any], item_ids: np.ndarray) -> Columns:
+    """Vectors (N, D) float32 of N items, a row of NaN for an item the encoder has no row for.
+
+    Raises: ValueError if no tensor has one row per item.
+    """
+    known = np.asarray(config["item_ids"], dtype=str)
+    tables = [tensor for _, tensor in sorted(state.items()) if tensor.ndim == 2 and len(tensor) == len(known)]
+    if not tables:
+        raise ValueError(f"no tensor of this model has one row for each of its {len(known)} items")
+    table_ND = tables[0].float().numpy()
+    order = np.argsort(known)
+    wanted = np.asarray(item_ids, dtype=str)
+    places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    found = known[places] == wanted
+    return {"vector": np.where(found[:, None], table_ND[places], np.float32(np.nan))}
+
+
+def _column(values: Any) -> np.ndarray:
+    """One array; a DataFrame's column of lists becomes a matrix."""
+    array = np.asarray(values)
+    return np.stack([np.asarray(row) for row in array]) if array.dtype == object and not isinstance(array.flat[0], str) else array
+
+
+set_model(SidModel())

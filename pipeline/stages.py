@@ -212,7 +212,7 @@ STAGES: tuple[Stage, ...] = (
         summary="train the ranker on a pinned release, with and without SIDs",
         engine="torch",
         group="consumers",
-        inputs=("rank.rank_example", "sid.release", "sid.item_sid"),
+        inputs=("rank.rank_example", "sid.release", "sid.item_sid", "sid.generation"),
         gpu=True,
     ),
     Stage(

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 PARAMS_PER_BATCH, METRICS_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 100, 1000, 6000, 8000
 RECORD, FLUSHED = "record.json", "flushed.json"
 TENSORS, CONFIG = "model.safetensors", "config.json"
-SERVING_NEEDS = ("mlflow", "numpy", "pydantic", "safetensors", "torch")
+SERVING_NEEDS = ("mlflow", "numpy", "pyarrow", "pydantic", "safetensors", "torch")
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -118,6 +118,7 @@ def record(
         "seconds": float(seconds),
         "inputs": {table: _reference(value) for table, value in inputs.items()},
         "outputs": {table: _reference(value) for table, value in outputs.items()},
+        "release": str(result.outputs.get("tag") or "") if result else "",
         "error": error.fields() if error else {},
         **_numbers(result),
     }
@@ -128,13 +129,15 @@ def record(
 
 @functools.cache
 def git_sha() -> str:
-    """The commit of the checkout, else `SID_GIT_SHA` (images), else `unknown`."""
+    """`SID_GIT_SHA` (images), else the commit of the checkout, else `unknown`."""
+    if "SID_GIT_SHA" in os.environ:
+        return os.environ["SID_GIT_SHA"]
     git = shutil.which("git")
     if git and (ROOT / ".git").exists():
-        done = subprocess.run([git, "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603 - fixed arguments
+        done = subprocess.run([git, "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return done.stdout.strip()
-    return os.environ.get("SID_GIT_SHA", "unknown")
+    return "unknown"
 
 
 def _slot(ctx: Context) -> Path:
@@ -314,7 +317,8 @@ def _result_tags(document: dict[str, Any]) -> dict[str, str]:
 
 def _release_tag(document: dict[str, Any]) -> dict[str, str]:
     tagged = [text.split(" ")[1] for text in document["outputs"].values() if " " in text]
-    return {"release": tagged[-1]} if tagged else {}
+    name = document["release"] or (tagged[-1] if tagged else "")
+    return {"release": name} if name else {}
 
 
 def _supersede(client: MlflowClient, experiment: str, attempt_key: str) -> None:
@@ -556,10 +560,11 @@ def run_of_snapshot(home: Home, table: str, snapshot_id: int) -> RunRef | None:
 
 
 def run_of_record(home: Home, key: str) -> RunRef | None:
-    """The run of a try, by the record key that its snapshots carry; None if it was not flushed here."""
+    """The run of a try, by the record key that its snapshots carry (or the latest of an attempt key); None if it was not flushed here."""
     with _session(home, locked=False) as client:
-        runs = _search(client, _sid_experiments(client), {"record_key": _quotable(key)})
-    return _run_ref(runs[0]) if runs else None
+        experiments = _sid_experiments(client)
+        runs = _search(client, experiments, {"record_key": key}) or _search(client, experiments, {"attempt_key": key})
+    return _run_ref(max(runs, key=lambda run: run.info.start_time)) if runs else None
 
 
 def tables_of_run(home: Home, mlflow_run_id: str) -> dict[str, dict[str, str]]:

@@ -97,7 +97,7 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The block's output [B, L, D]."""
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm_attention(x_BLD)).chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BLD = x_BLD + F.dropout(self.mix(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
         return x_BLD + F.dropout(self.feed(self.norm_feed(x_BLD)), self.dropout, self.training)
 
@@ -324,14 +324,16 @@ def _loss(hidden_PD: Tensor, targets_P: Tensor, table_ND: Tensor, params: Params
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
     """Random numbers from the seed and deterministic kernels inside; the process's own state is put back after."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of the time; nothing here reads what it has not written
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+            torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _generator(seed: int) -> torch.Generator:

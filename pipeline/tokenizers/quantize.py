@@ -62,21 +62,21 @@ def commitment_loss(z_BLD: Tensor, zq_BLD: Tensor) -> Tensor:
     return (z_BLD - zq_BLD.detach()).square().sum(-1)
 
 
-def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, *, rounds: int = 30, sharpness: float = 20.0) -> Tensor:
-    """One code per point with about equally many points per code, (N,) int64: Sinkhorn prices on the codes, then the cheapest code.
+def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, price_K: Tensor, *, rounds: int = 5, sharpness: float = 20.0) -> tuple[Tensor, Tensor]:
+    """One code per point with about equally many points per code, (N,) int64, and the prices of the codes that make it so, (K,).
+
+    Sinkhorn in the log domain: a crowded code becomes dearer until each attracts its share, then each point takes its cheapest code.
 
     Args:
-        rounds: Sinkhorn rounds.
+        price_K: prices to start from, zeros at first; handing back the last ones makes a few rounds enough between two Lloyd iterations.
         sharpness: mean distance to the nearest code over the temperature; larger is closer to a hard assignment and slower to balance.
     """
-    distance_NK = torch.cdist(points_ND, centroids_KD).square()
-    score_NK = -distance_NK * (sharpness / distance_NK.amin(1).mean().clamp(min=1e-12))
-    price_K = torch.zeros_like(score_NK[0])
-    target = torch.tensor(len(points_ND) / len(centroids_KD), dtype=score_NK.dtype, device=score_NK.device).log()
+    distance_NK = (points_ND @ centroids_KD.T).mul_(-2).add_(centroids_KD.square().sum(1)).add_(points_ND.square().sum(1, keepdim=True))
+    share_NK = distance_NK.mul_(-sharpness / distance_NK.amin(1).mean().clamp(min=1e-12))
+    target = len(points_ND) / len(centroids_KD)
     for _ in range(rounds):
-        mass_K = torch.log_softmax(score_NK - price_K, 1).logsumexp(0)
-        price_K = price_K + mass_K - target
-    return (score_NK - price_K).argmax(1)
+        price_K = price_K + (torch.softmax(share_NK - price_K, 1).sum(0).clamp(min=1e-6) / target).log()
+    return (share_NK - price_K).argmax(1), price_K
 
 
 def kmeans(points_ND: Tensor, size: int, *, generator: torch.Generator, iterations: int = 25, balanced: bool = False, spherical: bool = False) -> Tensor:
@@ -95,8 +95,12 @@ def kmeans(points_ND: Tensor, size: int, *, generator: torch.Generator, iteratio
     points_ND = points_ND.to(torch.float32)
     centroids_KD = _plus_plus(points_ND, size, generator)
     codes_N = torch.full((len(points_ND),), -1, device=points_ND.device)
+    price_K = torch.zeros(size, device=points_ND.device)
     for _ in range(iterations):
-        nearest_N = balanced_codes(points_ND, centroids_KD) if balanced else nearest_centroid(points_ND, centroids_KD)
+        if balanced:
+            nearest_N, price_K = balanced_codes(points_ND, centroids_KD, price_K)
+        else:
+            nearest_N = nearest_centroid(points_ND, centroids_KD)
         if torch.equal(nearest_N, codes_N):
             break
         codes_N = nearest_N

@@ -17,6 +17,7 @@ from pipeline.tokenizers.world import World
 
 Sparsity = Literal["bucket", "scalar", "off"]
 LOG_LAMBDA_MIN = math.log(1e-10)
+GAIN = 20.0  # proportional part of the controller: 5 points off target change lambda e-fold at once
 
 
 def behavior_router(logit_BE: Tensor, richness_B: Tensor) -> Tensor:
@@ -125,8 +126,13 @@ class SparsityController(nn.Module):
         target = (self.target_Q * seen_Q).sum() / seen_Q.sum().clamp(min=1)
         if self.training:
             self._observe(seen_Q, on_Q)
-        loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.log_lambda_Q.exp()[bucket_B])
+        loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.acting_lambda()[bucket_B])
         return world.mean(loss_B, mask_B)
+
+    def acting_lambda(self) -> Tensor:
+        """Lambda per bucket as it acts now, (Q,): the integrated lambda, raised or lowered at once by the distance to the target."""
+        error_Q = torch.where(self.seen_Q > 0, self.target_Q - (1.0 - self.active_Q), torch.zeros_like(self.target_Q))
+        return (self.log_lambda_Q + GAIN * error_Q).clamp(max=math.log(self.most)).exp()
 
     def _per_bucket(self, bucket_B: Tensor, mask_B: Tensor, on_B: Tensor) -> Tensor:
         """Items shown and their mean share on, summed per bucket, as one vector of 2 Q."""

@@ -1,0 +1,38 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Everything lives in .venv and .sid; removing both undoes it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+SETTLED := .venv/.installed
+
+.PHONY: help demo test test-unit lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(SETTLED)  ## two nights of MovieLens-100K through Airflow, Spark, torch, Iceberg and MLflow, then a ranker on the release
+	$(BIN)/sid demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATASET_PATH),--dataset-path $(DATASET_PATH))
+
+test: $(SETTLED)  ## every test that needs no accelerator
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not bench" --durations 10 -q
+
+test-unit: $(SETTLED)  ## the fast tests: no JVM, no network
+	$(BIN)/python -m pytest -q tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
+
+lint: $(SETTLED)  ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(SETTLED)  ## let ruff lay out the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the state of all runs, not the environment
+	rm -rf .sid
+
+$(SETTLED): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "sidmill needs Python 3.11 or 3.12 on the PATH"; exit 64; }
+	@echo "installing into .venv (once; about 3 GB and a few minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(SETTLED)

@@ -1,0 +1,553 @@
+"""Day files become raw.interaction and raw.item; every row that is refused lands in raw.rejected_row with a reason, none is lost.
+
+Here: reading, judging and hashing rows. Not here: which files there are and what their columns mean (pipeline/datasets), gates (sql/raw/*/expectations.json).
+An item's unusable image is quarantined too, but the item goes on without it: such rows do not count as rejected rows of their file.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipeline import config
+from pipeline.context import Context, PlannedFile
+from pipeline.datasets import base, dataset
+from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.stages import StageResult, Write
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+    from jobs.inputs import Inputs
+    from pipeline.datasets.base import Kind, SourceSpec
+
+logger = logging.getLogger(__name__)
+CORRUPT = "_corrupt_record"
+EVENT_TYPES = {"user_id": "string", "item_id": "string", "event_ts": "timestamp", "event_type": "string", "value": "double", "session_id": "string"}
+ITEM_TYPES = {
+    "item_id": "string",
+    "title": "string",
+    "text": "string",
+    "category": "string",
+    "image_uri": "string",
+    "text_vector": "array<float>",
+    "image_vector": "array<float>",
+}
+JUDGED = {"file_date": "date", "source": "string", "reason": "string", "detail": "string", "row": "string"}
+LEDGER_DDL = "file_date date, kind string, path string, sha256 string, bytes bigint, rows_in bigint, rejected bigint, status string"
+MAX_URI = 1024
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Rows of one (file day, kind) by verdict: `reasons` counts the refused ones, `late` the accepted events of an earlier day."""
+
+    rows_in: int = 0
+    late: int = 0
+    reasons: Mapping[str, int] | None = None
+
+    @property
+    def rejected(self) -> int:
+        """Rows that went to raw.rejected_row."""
+        return sum((self.reasons or {}).values())
+
+
+Tallies = Mapping[tuple[date, str], Tally]
+
+
+def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
+    """The night's rows, quarantine and ledger (the marker, published last).
+
+    Raises: UpstreamMissing for an open day without a file; ContractError for a file that changed since it was planned or cannot be read.
+    """
+    assert inputs.spark is not None
+    source = ctx.config.source
+    spec = dataset(source.dataset).prepare(source, ctx.home.folder("data"), ctx.config.seed)
+    files = checked_files(ctx.plan().files, spec, ctx.logical_date)
+    events = judge_events(read_rows(inputs.spark, spec, files, "events"), spec.event_key).persist()
+    items = judge_items(read_rows(inputs.spark, spec, files, "items")).persist() if spec.items_path else None
+    tallies = {**tally(events, "events"), **(tally(items, "items") if items is not None else {})}
+    observed = accepted(items) if items is not None else catalogue_from_events(accepted(events))
+    hashed = hash_content(observed, spec.image_root, params.max_image_bytes).persist()
+    rejected = rejected_rows([events] if items is None else [events, items], hashed)
+    retired = retired_share(inputs, spec, files, hashed)
+    writes = writes_of(inputs, spec, files, events, hashed, rejected, tallies, retired)
+    return StageResult(writes=writes, metrics={**tally_metrics(files, tallies), **image_metrics(hashed), "retired_share": retired})
+
+
+# ---------------------------------------------------------------- files
+
+
+def checked_files(files: Sequence[PlannedFile], spec: SourceSpec, logical_date: date) -> tuple[PlannedFile, ...]:
+    """The planned files, when each still is what was planned and has the declared columns.
+
+    Raises: UpstreamMissing for an open day without a file; ContractError for another digest or other columns.
+    """
+    missing = sorted({file.file_date for file in files if file.status == "missing"})
+    if missing:
+        raise UpstreamMissing(
+            f"no file for {len(missing)} open day(s)",
+            expected=", ".join(file.path for file in files if file.status == "missing"),
+            found="no such file",
+            where=", ".join(map(str, missing)),
+            next_command=f"sid run ingest --date {missing[0]}",
+        )
+    for file in files:
+        if file.status == "present":
+            _check_file(file, spec, logical_date)
+    return tuple(files)
+
+
+def _check_file(file: PlannedFile, spec: SourceSpec, logical_date: date) -> None:
+    path, kind = Path(file.path), _kind(file)
+    found = base.file_digest(path) if path.is_file() else "no such file"
+    if found != file.sha256:
+        raise ContractError(
+            "a file changed after the night was planned",
+            expected=f"sha256 {file.sha256}",
+            found=found,
+            where=file.path,
+            next_command=f"sid run plan_night --date {logical_date}",
+        )
+    base.check_header(path, spec.format(kind), spec.columns(kind))
+
+
+def _kind(file: PlannedFile) -> Kind:
+    return "items" if file.kind == "items" else "events"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_rows(spark: SparkSession, spec: SourceSpec, files: Sequence[PlannedFile], kind: Kind) -> DataFrame:
+    """Every row of the files of one kind, read at once: file_date, source, reason (null = good so far), detail, row, and our columns.
+
+    `row` is the source's row as JSON, only where it is refused. Events of a `from_events` source also carry `catalogue`, a struct of item columns.
+    Files with the same columns in the same order share one read: Spark matches the columns of CSV files by place, not by name.
+    """
+    present = [file for file in files if file.kind == kind and file.status == "present"]
+    groups: dict[tuple[str, ...], list[PlannedFile]] = defaultdict(list)
+    for file in present:
+        groups[_layout(Path(file.path), spec.format(kind))].append(file)
+    frames = [_judged(_read_group(spark, spec, kind, layout, group), spec, kind) for layout, group in sorted(groups.items())]
+    if not frames:
+        return spark.createDataFrame([], _judged_ddl(spec, kind))
+    result = frames[0]
+    for frame in frames[1:]:
+        result = result.unionByName(frame)
+    return result
+
+
+def _layout(path: Path, file_format: base.FileFormat) -> tuple[str, ...]:
+    """What files must have in common to be read together: CSV header or Parquet schema.
+
+    Raises: ContractError for a CSV header that names a column twice.
+    """
+    if file_format == "jsonl":
+        return ()
+    if file_format == "parquet":
+        import pyarrow.parquet as pq
+
+        return tuple(f"{field.name}:{field.type}" for field in pq.read_schema(path))
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        header = next(csv.reader(stream))
+    if len({name.lower() for name in header}) < len(header):
+        raise ContractError("a CSV file names a column twice", expected="different names, upper and lower case alike", found=", ".join(header), where=str(path))
+    return tuple(header)
+
+
+def _read_group(spark: SparkSession, spec: SourceSpec, kind: Kind, layout: tuple[str, ...], files: Sequence[PlannedFile]) -> DataFrame:
+    """The files' own columns plus `_corrupt_record`, `file_date` and `source` under names no file uses."""
+    from pyspark.sql import functions as F
+    from pyspark.sql.types import StringType, StructField, StructType
+
+    paths = [re.sub(r"([\\*?{}\[\]])", r"\\\1", file.path) for file in files]  # Spark takes a path for a glob
+    reader = spark.read.option("mode", "PERMISSIVE").option("columnNameOfCorruptRecord", CORRUPT)
+    file_format = spec.format(kind)
+    if file_format == "csv":
+        schema = StructType([StructField(name, StringType()) for name in (*layout, CORRUPT)])
+        # Quotes are doubled, as CSV writers do; only catalogue texts may hold line breaks, and reading those cannot be split.
+        frame = reader.schema(schema).csv(paths, header=True, quote='"', escape='"', multiLine=kind == "items")
+    elif file_format == "jsonl":
+        frame = reader.schema(f"{base.schema_ddl(spec, kind)}, {CORRUPT} STRING").json(paths)
+    else:
+        frame = spark.read.parquet(*paths).withColumn(CORRUPT, F.lit(None).cast("string"))
+    days = spark.createDataFrame(
+        [(Path(file.path).as_uri(), file.file_date, f"{kind}/{Path(file.path).name}") for file in files], "__uri string, __file_date date, __source string"
+    )
+    uri = F.regexp_replace(F.col("_metadata.file_path"), "^file:/+", "file:///")
+    return frame.withColumn("__uri", uri).join(F.broadcast(days), "__uri").drop("__uri")
+
+
+def _judged_ddl(spec: SourceSpec, kind: Kind) -> str:
+    columns = {**JUDGED, **(EVENT_TYPES if kind == "events" else ITEM_TYPES)}
+    if kind == "events" and spec.catalogue == "from_events":
+        columns["catalogue"] = f"struct<{', '.join(f'{name}: {type_}' for name, type_ in ITEM_TYPES.items())}>"
+    return ", ".join(f"{name} {type_}" for name, type_ in columns.items())
+
+
+# ---------------------------------------------------------------- judging
+
+
+def _judged(frame: DataFrame, spec: SourceSpec, kind: Kind) -> DataFrame:
+    """A group's rows under our columns with the first reason that refuses each: malformed, the data set's rules, then the rules all sets share."""
+    from pyspark.sql import functions as F
+
+    raw = F.struct(*[F.col(base.quoted(name)) for name in frame.columns if name not in (CORRUPT, "__file_date", "__source")])
+    rules = spec.event_rules if kind == "events" else spec.item_rules
+    verdict = [_verdict("malformed_row", F.col(CORRUPT).isNotNull(), F.lit("the line does not have the columns of its file"))]
+    verdict += [_verdict(reason, F.expr(bad), F.lit(bad)) for reason, bad in rules]
+    ours = _selected(spec.event_select, EVENT_TYPES) if kind == "events" else _selected(spec.item_select, ITEM_TYPES)
+    if kind == "events" and spec.catalogue == "from_events":
+        ours.append(F.struct(*_selected(spec.item_select, ITEM_TYPES)).alias("catalogue"))
+    first = frame.select(
+        F.col("__file_date").alias("file_date"), F.col("__source").alias("source"), F.coalesce(*verdict).alias("verdict"),
+        F.coalesce(F.col(CORRUPT), F.to_json(raw)).alias("row"), *ours,
+    )  # fmt: skip
+    shared = _event_verdicts() if kind == "events" else [_no_text("missing_item", "item_id")]
+    return _settle(first, F.coalesce("verdict", *shared))
+
+
+def _selected(select: Mapping[str, str], types: Mapping[str, str]) -> list[Column]:
+    from pyspark.sql import functions as F
+
+    return [F.expr(select.get(name, "NULL")).cast(type_).alias(name) for name, type_ in types.items()]
+
+
+def _event_verdicts() -> list[Column]:
+    """The rules all event files share; a late event (of a day before its file's) is none of them."""
+    from pyspark.sql import functions as F
+
+    value, moment = F.col("value"), F.col("event_ts")
+    wild = value.isNull() | F.isnan(value) | (F.abs(value) == float("inf"))
+    return [
+        _no_text("missing_user", "user_id"),
+        _no_text("missing_item", "item_id"),
+        _verdict("bad_time", moment.isNull(), F.lit("event_ts cannot be read")),
+        _verdict("future_event", moment >= F.date_add("file_date", 1), F.concat(F.lit("after the day of its file: "), moment.cast("string"))),
+        _verdict("bad_value", wild, F.lit("value is not a finite number")),
+    ]
+
+
+def _no_text(reason: str, column: str) -> Column:
+    from pyspark.sql import functions as F
+
+    return _verdict(reason, F.col(column).isNull() | (F.trim(column) == ""), F.lit(f"{column} is empty"))
+
+
+def _verdict(reason: str, bad: Column, detail: Column) -> Column:
+    """A struct (reason, detail) where `bad` is true, else null."""
+    from pyspark.sql import functions as F
+
+    return F.when(F.coalesce(bad, F.lit(False)), F.struct(F.lit(reason).alias("reason"), detail.cast("string").alias("detail")))
+
+
+def _settle(frame: DataFrame, verdict: Column) -> DataFrame:
+    """The frame with reason and detail of the verdict; `row` stays only where there is one."""
+    from pyspark.sql import functions as F
+
+    rest = [name for name in frame.columns if name not in ("verdict", *JUDGED)]
+    judged = frame.withColumn("verdict", verdict)
+    row = F.when(F.col("verdict").isNotNull(), F.col("row")).alias("row")
+    return judged.select("file_date", "source", F.col("verdict.reason").alias("reason"), F.col("verdict.detail").alias("detail"), row, *rest)
+
+
+def judge_events(frame: DataFrame, key: Sequence[str]) -> DataFrame:
+    """The events with repeats refused as duplicate_event: of the good rows of one file that are equal on `key` the smallest stays."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    good = F.col("reason").isNull()
+    rest = [name for name in frame.columns if name not in (*JUDGED, *key)]
+    place = F.row_number().over(Window.partitionBy("file_date", good, *key).orderBy(*rest))
+    again = _verdict("duplicate_event", good & (place > 1), F.lit(f"another row of the file has the same {', '.join(key)}"))
+    return _with_late_verdict(frame, [again], tuple(EVENT_TYPES))
+
+
+def judge_items(frame: DataFrame) -> DataFrame:
+    """The catalogue rows with identical repeats refused as duplicate_item, and every row of an id with two contents on one day as conflicting_item."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    good = F.col("reason").isNull()
+    content = F.sha2(F.to_json(F.struct(*ITEM_TYPES)), 256)
+    same_id = Window.partitionBy("file_date", good, "item_id")
+    verdicts = [
+        _verdict("conflicting_item", good & (F.min("__content").over(same_id) != F.max("__content").over(same_id)), F.lit("two contents on one day")),
+        _verdict("duplicate_item", good & (F.row_number().over(same_id.orderBy("__content")) > 1), F.lit("the same row stands in the file before")),
+    ]
+    return _with_late_verdict(frame.withColumn("__content", content), verdicts, tuple(ITEM_TYPES)).drop("__content")
+
+
+def _with_late_verdict(frame: DataFrame, verdicts: Sequence[Column], columns: Sequence[str]) -> DataFrame:
+    """Verdicts that look at several rows, for rows no earlier verdict refused; their JSON row is in our columns."""
+    from pyspark.sql import functions as F
+
+    judged = frame.withColumn("verdict", F.coalesce(*verdicts))
+    ours = F.when(F.col("verdict").isNotNull(), F.to_json(F.struct(*columns)))
+    return (
+        judged.withColumn("row", F.coalesce("row", ours))
+        .withColumn("reason", F.coalesce("reason", "verdict.reason"))
+        .withColumn("detail", F.coalesce("detail", "verdict.detail"))
+        .drop("verdict")
+    )
+
+
+def accepted(judged: DataFrame) -> DataFrame:
+    """The rows that no rule refused."""
+    return judged.where("reason IS NULL").drop("reason", "detail", "row")
+
+
+# ---------------------------------------------------------------- catalogue
+
+
+def catalogue_from_events(events: DataFrame) -> DataFrame:
+    """One row per (file day, item) in item columns: its most frequent description that day, ties by text order; rows without any are no observation."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    columns = [name for name in ITEM_TYPES if name != "item_id"]
+    seen = events.select("file_date", "source", "item_id", *[F.col(f"catalogue.{name}").alias(name) for name in columns])
+    counted = seen.where(F.coalesce("title", "text").isNotNull()).groupBy("file_date", "source", "item_id", *columns).count()
+    best = Window.partitionBy("file_date", "item_id").orderBy(F.desc("count"), *columns)
+    return counted.withColumn("place", F.row_number().over(best)).where("place = 1").drop("count", "place")
+
+
+def hash_content(items: DataFrame, image_root: str, max_image_bytes: int) -> DataFrame:
+    """The items with text_hash, image_hash, content_hash, and image_reason / image_detail where a named image cannot be used.
+
+    A given vector is part of the hash of its modality, so that a changed vector is a changed content.
+    """
+    from pyspark.sql import functions as F
+
+    texts = {name: F.when(F.trim(name) != "", F.col(name)) for name in ("title", "text", "category", "image_uri")}
+    frame = items.withColumns(texts)
+    images = frame.select("image_uri").where("image_uri IS NOT NULL").distinct()
+    read = images.mapInArrow(image_reader(image_root, max_image_bytes), "image_uri string, image_sha256 string, image_reason string, image_detail string")
+    frame = frame.join(read, "image_uri", "left")
+    frame = frame.withColumns(
+        {"text_hash": _modality_hash(F.sha2("text", 256), "text_vector"), "image_hash": _modality_hash(F.col("image_sha256"), "image_vector")}
+    )
+    content = F.to_json(F.struct("title", "text", "category", "image_hash", "text_vector", "image_vector"))
+    return frame.withColumn("content_hash", F.sha2(content, 256)).drop("image_sha256")
+
+
+def _modality_hash(content: Column, vector: str) -> Column:
+    from pyspark.sql import functions as F
+
+    given = F.sha2(F.concat_ws("|", content, F.to_json(vector)), 256)
+    return F.when(F.col(vector).isNotNull(), given).otherwise(content)
+
+
+def image_reader(root: str, limit: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """A mapInArrow function: image_uri -> sha256 of the bytes, or a reason and what was found."""
+
+    def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            uris = batch.column("image_uri").to_pylist()
+            found = [image_digest(root, uri, limit) for uri in uris]  # one file each: nothing to vectorise
+            columns = [pa.array(column, pa.string()) for column in (uris, *zip(*found, strict=True))] if found else [pa.array([], pa.string())] * 4
+            yield pa.RecordBatch.from_arrays(columns, ["image_uri", "image_sha256", "image_reason", "image_detail"])
+
+    return read
+
+
+def image_digest(root: str, uri: str, limit: int) -> tuple[str | None, str | None, str | None]:
+    """(sha256, None, None) of the image's bytes, or (None, reason, detail): image_missing, image_outside_root, image_too_large."""
+    try:
+        content = read_image(root, uri, limit)
+    except PermissionError as error:
+        return None, "image_outside_root", str(error)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None, "image_missing", "no such file"
+    if len(content) > limit:
+        return None, "image_too_large", f"more than {limit} bytes"
+    return hashlib.sha256(content).hexdigest(), None, None
+
+
+def read_image(root: str, uri: str, limit: int) -> bytes:
+    """Bytes of one image, at most limit + 1 of them.
+
+    Args:
+        root: folder or fsspec URI that a relative `uri` is joined to; empty = `uri` is complete.
+    Raises: FileNotFoundError; PermissionError when the path leaves the root. Other errors of a remote store propagate: an outage is no missing image.
+    """
+    if "\0" in uri or len(uri) > MAX_URI:
+        raise FileNotFoundError(uri[:MAX_URI])
+    if "://" in uri or "://" in root:
+        return _read_remote(uri if "://" in uri else f"{root.rstrip('/')}/{uri}", limit)
+    path = (Path(root) / uri).resolve()
+    if root and not path.is_relative_to(Path(root).resolve()):
+        raise PermissionError(f"{uri} lies outside the image folder")
+    if not path.is_file():
+        raise FileNotFoundError(uri)
+    with path.open("rb") as stream:
+        return stream.read(limit + 1)
+
+
+def _read_remote(uri: str, limit: int) -> bytes:
+    import fsspec
+
+    scheme, _, place = uri.partition("://")
+    if scheme in ("file", "local") or ".." in place.split("/"):
+        raise PermissionError(f"{uri} lies outside the image folder")
+    with fsspec.open(uri, "rb") as stream:
+        return bytes(stream.read(limit + 1))
+
+
+# ---------------------------------------------------------------- counting
+
+
+def tally(judged: DataFrame, kind: Kind) -> dict[tuple[date, str], Tally]:
+    """Rows by file day and verdict, counted once."""
+    from pyspark.sql import functions as F
+
+    late = F.to_date("event_ts") < F.col("file_date") if kind == "events" else F.lit(False)
+    rows = judged.groupBy("file_date", "reason").agg(F.count(F.lit(1)).alias("rows"), F.count_if(late).alias("late")).collect()
+    result: dict[tuple[date, str], Tally] = {}
+    for row in rows:
+        before = result.get((row.file_date, kind), Tally())
+        reasons = dict(before.reasons or {}) | ({row.reason: row.rows} if row.reason else {})
+        result[row.file_date, kind] = Tally(before.rows_in + row.rows, before.late + (0 if row.reason else row.late), reasons)
+    return result
+
+
+def tally_metrics(files: Sequence[PlannedFile], tallies: Tallies) -> dict[str, float]:
+    """What MLflow shows of the night's rows: totals, share rejected, and one number per reason."""
+    rows_in, rejected = (sum(getattr(tally, name) for tally in tallies.values()) for name in ("rows_in", "rejected"))
+    reasons: dict[str, float] = defaultdict(float)
+    for entry in tallies.values():
+        for reason, count in (entry.reasons or {}).items():
+            reasons[f"rejected/{reason}"] += count
+    return {
+        "rows_in": float(rows_in),
+        "rows_accepted": float(rows_in - rejected),
+        "rows_rejected": float(rejected),
+        "rejected_share": rejected / rows_in if rows_in else 0.0,
+        "late_events": float(sum(entry.late for entry in tallies.values())),
+        "files_loaded": float(sum(file.status == "present" for file in files)),
+        "files_declared_empty": float(sum(file.status == "declared_empty" for file in files)),
+        **reasons,
+    }
+
+
+def image_metrics(hashed: DataFrame) -> dict[str, float]:
+    """Items observed, and images quarantined by reason."""
+    counts = {row.image_reason: float(row["count"]) for row in hashed.groupBy("image_reason").count().collect()}
+    return {"items_observed": sum(counts.values()), **{f"rejected/{reason}": count for reason, count in counts.items() if reason}}
+
+
+def retired_share(inputs: Inputs, spec: SourceSpec, files: Sequence[PlannedFile], hashed: DataFrame) -> float:
+    """Largest share of one catalogue snapshot's items that the next snapshot lacks, over the snapshots loaded tonight; 0 for other catalogues."""
+    if spec.catalogue != "snapshot":
+        return 0.0
+    tonight = {file.file_date for file in files if file.kind == "items"}
+    loaded = {file.file_date for file in files if file.kind == "items" and file.status == "present"}
+    ledger = inputs.frame("raw.source_file").where("kind = 'items' AND status = 'loaded'").select("file_date").collect()
+    days = sorted(({row.file_date for row in ledger} - tonight) | loaded)
+    steps = [(earlier, later) for earlier, later in zip(days, days[1:], strict=False) if {earlier, later} & loaded]
+    before = inputs.frame("raw.item").where("file_date IS NOT NULL")
+    return _largest_loss(before, hashed, tonight, steps)
+
+
+def _largest_loss(before: DataFrame, hashed: DataFrame, tonight: Iterable[date], steps: Sequence[tuple[date, date]]) -> float:
+    """Largest share of the items of `earlier` that `later` lacks, over the steps."""
+    from pyspark.sql import functions as F
+
+    if not steps:
+        return 0.0
+    wanted = [F.lit(day) for day in sorted({day for step in steps for day in step} - set(tonight))]
+    kept = before.where(F.col("file_date").isin(wanted)) if wanted else before.limit(0)
+    seen = kept.select("file_date", "item_id").unionByName(hashed.select("file_date", "item_id"))
+    pairs = hashed.sparkSession.createDataFrame(list(steps), "file_date date, later date")
+    here = seen.select(F.col("file_date").alias("later"), "item_id", F.lit(0.0).alias("lost"))
+    lost = (
+        seen.join(F.broadcast(pairs), "file_date")
+        .join(here, ["later", "item_id"], "left")
+        .groupBy("later")
+        .agg(F.avg(F.coalesce("lost", F.lit(1.0))).alias("share"))
+    )
+    return float(lost.agg(F.max("share")).first()[0] or 0.0)  # type: ignore[index]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def rejected_rows(judged: Sequence[DataFrame], hashed: DataFrame) -> DataFrame:
+    """Rows of raw.rejected_row: refused rows of every kind and the images that items go on without."""
+    from pyspark.sql import functions as F
+
+    image = hashed.where("image_reason IS NOT NULL").select(
+        "file_date",
+        "source",
+        F.col("image_reason").alias("reason"),
+        F.col("image_detail").alias("detail"),
+        F.to_json(F.struct("item_id", "image_uri")).alias("row"),
+    )
+    result = image
+    for frame in judged:
+        result = result.unionByName(frame.where("reason IS NOT NULL").select(*JUDGED))
+    return result.withColumnRenamed("file_date", "logical_date").withColumn("stage", F.lit("ingest"))
+
+
+def ledger_rows(files: Sequence[PlannedFile], tallies: Tallies) -> list[tuple[Any, ...]]:
+    """Rows of raw.source_file, one per planned file."""
+    rows = []
+    for file in files:
+        entry = tallies.get((file.file_date, file.kind), Tally())
+        status = "loaded" if file.status == "present" else file.status
+        rows.append((file.file_date, file.kind, file.path, file.sha256, file.bytes, entry.rows_in, entry.rejected, status))
+    return rows
+
+
+def writes_of(
+    inputs: Inputs,
+    spec: SourceSpec,
+    files: Sequence[PlannedFile],
+    events: DataFrame,
+    hashed: DataFrame,
+    rejected: DataFrame,
+    tallies: Tallies,
+    retired: float,
+) -> tuple[Write, ...]:
+    """The four writes, the ledger last; a kind of a day that was not planned keeps its rows in the tables both kinds share."""
+    assert inputs.spark is not None
+    event_days, all_days = _days(files, ("events",)), _days(files, ("events", "items"))
+    item_days = event_days if spec.items_path is None else _days(files, ("items",))
+    ledger = inputs.spark.createDataFrame(ledger_rows(files, tallies), LEDGER_DDL)
+    others = {kind: sorted(set(all_days) - set(_days(files, (kind,)))) for kind in spec.kinds}
+    if any(others.values()):
+        ledger = ledger.unionByName(_unplanned(inputs.frame("raw.source_file"), "file_date", "kind", others))
+        earlier = inputs.frame("raw.rejected_row").where("stage = 'ingest'")
+        rejected = rejected.unionByName(_unplanned(earlier, "logical_date", "substring_index(source, '/', 1)", others))
+    raw_event, raw_item = accepted(events).select("file_date", *EVENT_TYPES), hashed.drop("source", "image_reason", "image_detail")
+    return (
+        *([Write(table="raw.interaction", frame=raw_event, dates=event_days)] if event_days else []),
+        *([Write(table="raw.item", frame=raw_item, dates=item_days, metrics={"retired_share": retired})] if item_days else []),
+        Write(table="raw.rejected_row", frame=rejected, dates=all_days, slice={"stage": "ingest"}),
+        Write(table="raw.source_file", frame=ledger, dates=all_days),
+    )
+
+
+def _days(files: Sequence[PlannedFile], kinds: Sequence[str]) -> tuple[date, ...]:
+    return tuple(sorted({file.file_date for file in files if file.kind in kinds}))
+
+
+def _unplanned(frame: DataFrame, day: str, kind: str, others: Mapping[str, Sequence[date]]) -> DataFrame:
+    """Rows of (day, kind) pairs that tonight's plan does not replace."""
+    from pyspark.sql import functions as F
+
+    keep = F.lit(False)
+    for name, days in others.items():
+        keep = keep | ((F.expr(kind) == name) & F.col(day).isin([F.lit(value) for value in days]))
+    return frame.where(keep)

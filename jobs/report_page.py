@@ -1,0 +1,209 @@
+"""What the page of one release shows, gathered from the lake and from what the release's own run wrote down."""
+
+from __future__ import annotations
+
+import base64
+import mimetypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs import views
+from pipeline import lakehouse
+from pipeline.config import Config
+from pipeline.context import Home, read_json
+from pipeline.stages import BY_NAME
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.report import ReportContent
+
+Lake = tuple[Home, Config]
+Row = dict[str, Any]
+EXAMPLES = 6
+MAX_PICTURE_BYTES = 60_000
+GATES = {
+    "collision_rate": ("max", "publish_release.max_collision_rate", "share of items that share their codes with another"),
+    "min_perplexity_share": ("min", "publish_release.min_perplexity_share", "evenness of code use at the worst position"),
+    "max_dead_share": ("max", "publish_release.max_dead_share", "unused codes at the worst position"),
+    "shared_mass": ("max", "publish_release.max_shared_mass", "popularity on items that share their codes"),
+    "churn": ("max", "publish_release.max_churn", "items of the parent whose codes changed"),
+    "head_churn": ("max", "publish_release.max_head_churn", "the same among the most popular items"),
+}
+
+
+def content(lake: Lake, release: Row) -> ReportContent:
+    """The page's content; parts that this release does not have are left empty."""
+    from pipeline.report import ReportContent
+
+    home, config = lake
+    outcomes = read_outcomes(home, release["tag"])
+    vocabulary = views.generation(lake, release["generation"])
+    rows = lakehouse.read_release(home, config.lake, release["tag"])
+    return ReportContent(
+        release=facts(release, rows, vocabulary, config, outcomes),
+        gates=gates(outcomes, config),
+        figures=figures(outcomes),
+        slots=vocabulary["slots"],
+        codebook_sizes=vocabulary["codebook_sizes"],
+        examples=examples(lake, release, rows),
+        ranker=ranker(outcomes),
+        stages=[{"stage": name, "seconds": outcome["seconds"], "status": outcome["status"], "run": release["tag"]} for name, outcome in outcomes.items()],
+        lineage=lineage(lake, release["tag"]),
+        commands=commands(home, release["tag"]),
+        notes=notes(release, outcomes),
+    )
+
+
+def read_outcomes(home: Home, tag: str) -> dict[str, Row]:
+    """Stage -> outcome document of the release's own run and of the consumers that read it, in the order of the stages."""
+    folder = home.folder("reports") / tag
+    return {name: read_json(folder / f"{name}.json") for name in BY_NAME if (folder / f"{name}.json").is_file()}
+
+
+def facts(release: Row, rows: pa.Table, vocabulary: Row, config: Config, outcomes: Mapping[str, Row]) -> Row:
+    """Facts of the release for the page's header."""
+    import pyarrow.compute as pc
+
+    from pipeline.tracking import git_sha
+
+    plan = outcomes.get("plan_night", {}).get("outputs", {})
+    kept = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason")
+    counted = {
+        "new_items": pc.sum(rows["is_new"]).as_py() or 0,
+        "moved_items": pc.sum(rows["changed_from_parent"]).as_py() or 0,
+        "retired_items": pc.sum(pc.equal(rows["status"], "retired")).as_py() or 0,
+    }
+    origin = {
+        "policy": plan.get("reason", config.plan_night.policy),
+        "dataset": config.source.dataset,
+        "tokenizer": vocabulary["tokenizer"],
+        "git_sha": git_sha(),
+        "rows_digest": release["rows_digest"],
+    }
+    return {**{name: release[name] for name in kept}, **counted, **origin}
+
+
+def gates(outcomes: Mapping[str, Row], config: Config) -> list[Row]:
+    """The release's gates with the value that was judged."""
+    metrics = outcomes.get("assign_sid", {}).get("metrics", {})
+    found = []
+    for name, (side, setting, meaning) in GATES.items():
+        value = metrics.get(f"sid.item_sid/{name}")
+        if value is not None:
+            section, key = setting.split(".")
+            found.append({"name": name, "value": value, side: getattr(getattr(config, section), key), "severity": "fail", "meaning": meaning})
+    return found
+
+
+def figures(outcomes: Mapping[str, Row]) -> list[Row]:
+    """Every figure the run made, in the order of the stages."""
+    return [
+        {"kind": figure["kind"], "data": figure["data"], "title": name.replace("_", " "), "caption": ""}
+        for outcome in outcomes.values()
+        for name, figure in outcome.get("figures", {}).items()
+    ]
+
+
+def examples(lake: Lake, release: Row, rows: pa.Table) -> list[Row]:
+    """The most popular live items with the items that share most codes with them, with titles and pictures."""
+    import pyarrow.compute as pc
+
+    live = rows.filter(pc.equal(rows["status"], "live")).sort_by([("popularity", "descending"), ("item_id", "ascending")])
+    codes = {row["item_id"]: row for row in rows.select(["item_id", "codes", "weights"]).to_pylist()}
+    titles = views.titles(lake, release["logical_date"])
+    pictures = dict(zip(titles["item_id"].to_pylist(), titles["image_uri"].to_pylist(), strict=True))
+    found = [views.item(lake, item_id, release["tag"]) for item_id in live["item_id"].to_pylist()[:EXAMPLES]]
+    return [_example(item, codes, pictures) for item in found]
+
+
+def ranker(outcomes: Mapping[str, Row]) -> list[Row]:
+    """One row per arm and stratum with the paired difference to the arm `id`."""
+    outputs = outcomes.get("train_ranker", {}).get("outputs", {})
+    deltas = {(row["a"], row["stratum"]): row for row in outputs.get("differences", []) if row["b"] == "id" and row["metric"] == "auc"}
+    return [
+        _ranker_row(arm, stratum, values, deltas.get((arm, stratum), {}))
+        for arm, strata in outputs.get("arms", {}).items()
+        for stratum, values in strata.items()
+    ]
+
+
+def lineage(lake: Lake, tag: str) -> list[Row]:
+    """Snapshots and runs behind the release, as the page lists them."""
+    return [
+        {
+            "stage": row["stage"],
+            "direction": row["side"].removesuffix("s"),
+            "table": row["table"],
+            "snapshot_id": row["snapshot"].split(" ")[0],
+            "tag": "",
+            "run": row["mlflow_run"],
+        }
+        for row in views.lineage(lake, tag)
+    ]
+
+
+def commands(home: Home, tag: str) -> list[dict[str, str]]:
+    """What a reader of the page may want to type next."""
+    return [
+        {"what": "open MLflow", "command": f"mlflow ui --backend-store-uri {home.tracking_uri} --host 127.0.0.1"},
+        {"what": "look at one item", "command": f"sid show ITEM --release {tag} --lineage"},
+        {"what": "list all releases", "command": "sid releases"},
+    ]
+
+
+def notes(release: Row, outcomes: Mapping[str, Row]) -> list[str]:
+    """Sentences a reader should see first."""
+    said = []
+    if release["refit_due"]:
+        said.append("A refit is due: the next night fits a new generation.")
+    if release["status"] != "current":
+        said.append(f"This release is {release['status']}; consumers read another one.")
+    if "train_ranker" in outcomes and not outcomes["train_ranker"]["outputs"].get("arms"):
+        said.append("No ranker evaluation: there are not enough events after a release's cutoff yet.")
+    return said
+
+
+def _example(item: Row, codes: Mapping[str, Row], pictures: Mapping[str, str | None]) -> Row:
+    near = [
+        {
+            "item_id": other["item_id"],
+            "title": other["title"] or other["item_id"],
+            "picture": _picture(pictures.get(other["item_id"])),
+            "codes": codes[other["item_id"]]["codes"],
+            "weights": codes[other["item_id"]]["weights"],
+        }
+        for other in item["neighbours"][:5]
+    ]
+    own = codes[item["item_id"]]
+    return {
+        "item_id": item["item_id"],
+        "title": item["title"] or item["item_id"],
+        "picture": _picture(pictures.get(item["item_id"])),
+        "stratum": item["popularity_stratum"],
+        "codes": own["codes"],
+        "weights": own["weights"],
+        "neighbours": near,
+    }
+
+
+def _picture(uri: str | None) -> str:
+    """A small local picture as a data URI, empty when there is none or it is not a small picture file."""
+    kind = mimetypes.guess_type(uri or "")[0] or ""
+    path = Path((uri or "").removeprefix("file://"))
+    if not uri or kind not in ("image/jpeg", "image/png", "image/webp") or not path.is_file() or path.stat().st_size > MAX_PICTURE_BYTES:
+        return ""
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _ranker_row(arm: str, stratum: str, values: Mapping[str, Any], delta: Mapping[str, Any]) -> Row:
+    shown: Sequence[str] = ("rows", "auc", "low", "high", "gauc", "logloss")
+    return {
+        "arm": arm,
+        "stratum": stratum,
+        **{name: values.get(name) for name in shown},
+        "delta": delta.get("mean"),
+        "delta_low": delta.get("low"),
+        "delta_high": delta.get("high"),
+    }
