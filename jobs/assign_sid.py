@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
 
 STRATA = ("head", "torso", "tail")
-CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>"
+CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>, dangling boolean"
 CODEBOOK_SCHEMA = "position int, slot string, code int, vector array<float>"
 _TOKENIZERS: dict[str, Any] = {}  # per worker process: model digest -> tokenizer
 
@@ -60,18 +60,17 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     parent = parent_rows(inputs, plan)
     chosen = items_to_encode(features, parent, plan)
     vectors = item_vectors(chosen, inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector"), plan.generation)
-    check_references(vectors)
     model = broadcast_model(inputs, vocabulary)
     encoded = encode(vectors, partial(encode_batches, model=model), vocabulary.codebook_sizes)
-    rows = release_rows(features, encoded, parent, plan).persist()
+    rows = with_groups(release_rows(features, encoded, parent, plan), vocabulary.codebook_sizes).persist()
+    sources = read_sources(features, parent, plan.logical_date)
     metrics, usage = measured(rows, vocabulary.codebook_sizes)
-    metrics = {**metrics, **agreement_with_sources(metrics, features, parent, plan)}
+    metrics = {**metrics, **against_sources(metrics, sources, plan)}
+    check_references(metrics)
     release = rows.select(*inputs.frame("sid.item_sid").columns)
+    audited = Write(table="sid.item_sid", frame=release, dates=(plan.logical_date,), metrics=metrics, hold=True)
     return StageResult(
-        writes=(
-            *generation_writes(inputs, ctx, plan, vocabulary, model),
-            Write(table="sid.item_sid", frame=release, dates=(plan.logical_date,), metrics=metrics, hold=True),
-        ),
+        writes=(*generation_writes(inputs, ctx, plan, vocabulary, sources, model), audited),
         metrics=metrics,
         outputs=outputs(vocabulary, release, metrics),
         figures=figures(rows, vocabulary, metrics, usage),
@@ -171,17 +170,16 @@ def item_vectors(items: DataFrame, content: DataFrame, behavior: DataFrame, gene
     return joined.select("item_id", "text", "image", "behavior", "richness", "strength", (dangling[0] | dangling[1] | dangling[2]).alias("dangling"))
 
 
-def check_references(vectors: DataFrame) -> None:
-    """Nothing, when every reference of item_feature has its vector.
+def check_references(metrics: Mapping[str, float]) -> None:
+    """Nothing, when every reference of item_feature had its vector.
 
     Raises: ContractError with the number of items whose vector is missing: they would be masked without a word.
     """
-    missing = [row.item_id for row in vectors.where("dangling").select("item_id").orderBy("item_id").limit(5).collect()]
-    if missing:
+    if metrics["dangling"]:
         raise ContractError(
             "item_feature refers to vectors that do not exist",
             expected="a row of item_content_vector or item_behavior_vector per reference",
-            found="none for " + ", ".join(missing),
+            found=f"none for {metrics['dangling']:.0f} item(s)",
             where="feature.item_feature",
             next_command="sid run item_feature --date D",
         )
@@ -200,7 +198,7 @@ def model_files(folder: Path) -> tuple[str, bytes]:
 
 
 def encode(vectors: DataFrame, mapper: Any, codebook_sizes: tuple[int, ...]) -> DataFrame:
-    """item_id, codes, weights per row of `vectors`; an item without any modality gets the reserved code K and weight 0 everywhere."""
+    """item_id, codes, weights, dangling per row of `vectors`; an item without any modality gets the reserved code K and weight 0 everywhere."""
     from pyspark.sql import functions as F
 
     empty = F.col("text").isNull() & F.col("image").isNull() & F.col("behavior").isNull()
@@ -208,8 +206,9 @@ def encode(vectors: DataFrame, mapper: Any, codebook_sizes: tuple[int, ...]) -> 
         "item_id",
         F.array(*[F.lit(size) for size in codebook_sizes]).alias("codes"),
         F.array(*[F.lit(0.0).cast("float") for _ in codebook_sizes]).alias("weights"),
+        "dangling",
     )
-    return vectors.where(~empty).drop("dangling").mapInArrow(mapper, CODES_SCHEMA).unionByName(masked)
+    return vectors.where(~empty).mapInArrow(mapper, CODES_SCHEMA).unionByName(masked)
 
 
 def encode_batches(batches: Iterator[pa.RecordBatch], model: Any) -> Iterator[pa.RecordBatch]:
@@ -221,7 +220,8 @@ def encode_batches(batches: Iterator[pa.RecordBatch], model: Any) -> Iterator[pa
         if batch.num_rows:
             output = tokenizer.encode(items_from_arrow(batch))  # in blocks of a fixed height: the company an item keeps moves no code
             codes, weights = list_array(output.codes_NL.numpy().astype(np.int32)), list_array(output.weights_NL.numpy().astype(np.float32))
-            yield pa.RecordBatch.from_arrays([batch.column("item_id"), codes, weights], names=["item_id", "codes", "weights"])
+            names = ["item_id", "codes", "weights", "dangling"]
+            yield pa.RecordBatch.from_arrays([batch.column("item_id"), codes, weights, batch.column("dangling")], names=names)
 
 
 def list_array(values_NL: np.ndarray) -> pa.ListArray:
@@ -262,7 +262,7 @@ def _tokenizer(config: str, tensors: bytes) -> Any:
 
 
 def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, plan: Plan) -> DataFrame:
-    """One row per item of `features`: the columns of sid.item_sid, and parent_codes, parent_stratum, encoded for the measurements."""
+    """One row per item of `features`: the columns of sid.item_sid, and parent_codes, parent_stratum, encoded, dangling for the measurements."""
     from pyspark.sql import functions as F
 
     before = parent.select(
@@ -272,7 +272,7 @@ def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, pla
         F.col("disambiguator").alias("parent_number"),
         F.col("popularity_stratum").alias("parent_stratum"),
     )
-    fresh = encoded.select("item_id", F.col("codes").alias("new_codes"), F.col("weights").alias("new_weights"))
+    fresh = encoded.select("item_id", "dangling", F.col("codes").alias("new_codes"), F.col("weights").alias("new_weights"))
     carry = F.lit(not plan.new_generation)
     joined = (
         features.drop("generation")
@@ -327,10 +327,9 @@ def measured(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[dict[str
 
 
 def measure(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[dict[str, float], list[np.ndarray]]:
-    """(metrics of the gate, code counts per position over live items)."""
-    judged = with_groups(rows, codebook_sizes)
+    """(metrics of the gate, code counts per position over live items) of the rows of `with_groups`, in two aggregations."""
     columns = {**collision_columns(), **churn_columns(len(codebook_sizes)), **contract_columns(codebook_sizes)}
-    counts = {name: float(value or 0) for name, value in judged.agg(*[column.alias(name) for name, column in columns.items()]).collect()[0].asDict().items()}
+    counts = {name: float(value or 0) for name, value in rows.agg(*[column.alias(name) for name, column in columns.items()]).collect()[0].asDict().items()}
     usage = code_usage(rows, codebook_sizes)
     return {**ratios(counts, len(codebook_sizes)), **usage_metrics(usage)}, usage
 
@@ -381,6 +380,7 @@ def collision_columns() -> dict[str, Column]:
     shared = counted & (F.col("group_size") > 1)
     return {
         "rows": F.count(F.lit(1)),
+        "dangling": _count(F.col("dangling")),
         "live": _count(F.col("live")),
         "masked": _count(F.col("live") & ~F.col("described")),
         "counted": _count(counted),
@@ -435,7 +435,10 @@ def ratios(counts: Mapping[str, float], positions: int) -> dict[str, float]:
     def share(part: str, whole: str) -> float:
         return counts[part] / counts[whole] if counts[whole] else 0.0
 
-    metrics = {name: counts[name] for name in ("rows", "live", "new_items", "reencoded", "disambiguators", "codes_out_of_range", "masked_with_weight")}
+    metrics = {
+        name: counts[name]
+        for name in ("rows", "live", "known", "new_items", "reencoded", "dangling", "disambiguators", "codes_out_of_range", "masked_with_weight")
+    }
     metrics |= {
         "collision_rate": share("collided", "counted"),
         "shared_mass": share("collided_mass", "live_mass"),
@@ -483,16 +486,43 @@ def usage_metrics(usage: list[np.ndarray]) -> dict[str, float]:
     return {**metrics, **worst, "masked_positions": float(len(usage) - len(shares))}
 
 
-def agreement_with_sources(metrics: Mapping[str, float], features: DataFrame, parent: DataFrame, plan: Plan) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Facts about the two tables a release is made of: items of the catalogue and of the parent, encoders of the night."""
+
+    items: int
+    parent_items: int
+    text_encoder_id: str | None
+    image_encoder_id: str | None
+
+
+def read_sources(features: DataFrame, parent: DataFrame, logical_date: date) -> Sources:
+    """The facts of the night.
+
+    Raises: ContractError when the night's items come from more than one encoder of a modality.
+    """
+    from pyspark.sql import functions as F
+
+    names = ("text_encoder_id", "image_encoder_id")
+    found = features.agg(F.count(F.lit(1)).alias("items"), *[F.sort_array(F.collect_set(name)).alias(name) for name in names]).collect()[0]
+    for name in names:
+        if len(found[name]) > 1:
+            raise ContractError(
+                f"more than one {name} in one night", expected="one", found=", ".join(found[name]), where=f"feature.item_feature {logical_date}"
+            )
+    text, image = (found[name][0] if found[name] else None for name in names)
+    return Sources(items=found["items"], parent_items=parent.count(), text_encoder_id=text, image_encoder_id=image)
+
+
+def against_sources(metrics: Mapping[str, float], sources: Sources, plan: Plan) -> dict[str, float]:
     """Rows missing against the catalogue, items lost against the parent, and the churn that the budget judges.
 
     The budget holds within a generation; a new vocabulary changes every code by design, and its churn is only reported.
     """
-    lost = parent.join(features.select("item_id"), "item_id", "left_anti").count() if plan.parent is not None else 0
     judged = 0.0 if plan.new_generation else 1.0
     return {
-        "rows_missing": features.count() - metrics["rows"],
-        "items_lost": float(lost),
+        "rows_missing": sources.items - metrics["rows"],
+        "items_lost": sources.parent_items - metrics["known"],
         "budget_churn": judged * metrics["churn"],
         "budget_churn_head": judged * metrics["churn_head"],
     }
@@ -501,7 +531,7 @@ def agreement_with_sources(metrics: Mapping[str, float], features: DataFrame, pa
 # ---------------------------------------------------------------- what goes out
 
 
-def generation_writes(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary, model: Any) -> tuple[Write, ...]:
+def generation_writes(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary, sources: Sources, model: Any) -> tuple[Write, ...]:
     """Codebook and generation row of a new generation, codebook first; nothing when the generation is on record.
 
     A codebook without its generation row is what a kill left between the two commits: it is not appended a second time.
@@ -510,7 +540,7 @@ def generation_writes(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Voca
 
     if not plan.new_generation or vocabulary.recorded:
         return ()
-    generation = Write(table="sid.generation", frame=generation_row(inputs, ctx, plan, vocabulary))
+    generation = Write(table="sid.generation", frame=generation_row(inputs, ctx, plan, vocabulary, sources))
     book = inputs.frame("sid.codebook")
     if book.where(F.col("generation") == plan.generation).limit(1).count():
         return (generation,)
@@ -521,16 +551,10 @@ def generation_writes(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Voca
     return (Write(table="sid.codebook", frame=codebook), generation)
 
 
-def generation_row(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary) -> DataFrame:
-    """The one row of sid.generation for a vocabulary fitted tonight.
-
-    Raises: ContractError when the night's items come from more than one encoder of a modality.
-    """
-    from pyspark.sql import functions as F
-
+def generation_row(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> DataFrame:
+    """The one row of sid.generation for a vocabulary fitted tonight."""
     assert inputs.spark is not None, "a Spark stage"
     encoder = ctx.outcome("train_behavior_encoder")["outputs"]
-    features = inputs.frame("feature.item_feature").where(F.col("logical_date") == F.lit(plan.logical_date))
     row = {
         "generation": plan.generation,
         "logical_date": plan.logical_date,
@@ -541,7 +565,8 @@ def generation_row(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabul
         "encoder_uri": encoder["model_uri"],
         "tokenizer_uri": vocabulary.tokenizer_uri,
         "richness_reference": reference_json(encoder["richness_reference"]),
-        **one_encoder(features, plan.logical_date),
+        "text_encoder_id": sources.text_encoder_id,
+        "image_encoder_id": sources.image_encoder_id,
         "config_hash": plan.config_hash,
         "input_fingerprint": plan.input_fingerprint,
     }
@@ -554,20 +579,6 @@ def reference_json(reference: Any) -> str:
     import json
 
     return reference if isinstance(reference, str) else json.dumps(reference, sort_keys=True)
-
-
-def one_encoder(features: DataFrame, logical_date: date) -> dict[str, str | None]:
-    """text_encoder_id and image_encoder_id of the night, None for a modality that nobody has."""
-    from pyspark.sql import functions as F
-
-    names = ("text_encoder_id", "image_encoder_id")
-    found = features.agg(*[F.sort_array(F.collect_set(name)).alias(name) for name in names]).collect()[0]
-    for name in names:
-        if len(found[name]) > 1:
-            raise ContractError(
-                f"more than one {name} in one night", expected="one", found=", ".join(found[name]), where=f"feature.item_feature {logical_date}"
-            )
-    return {name: found[name][0] if found[name] else None for name in names}
 
 
 def outputs(vocabulary: Vocabulary, release: DataFrame, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -594,21 +605,19 @@ def figures(rows: DataFrame, vocabulary: Vocabulary, metrics: Mapping[str, float
     return {
         "code_usage": FigureData(kind="code_usage", data={"slots": list(vocabulary.slots), "counts": [counts_K.tolist() for counts_K in usage]}),
         "churn": FigureData(kind="churn", data=churn),
-        "collisions_by_decile": FigureData(kind="collisions_by_decile", data={"collision_rate": collisions_by_decile(rows, vocabulary.codebook_sizes)}),
+        "collisions_by_decile": FigureData(kind="collisions_by_decile", data={"collision_rate": collisions_by_decile(rows)}),
     }
 
 
-def collisions_by_decile(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> list[float]:
+def collisions_by_decile(rows: DataFrame) -> list[float]:
     """Share of live described items that share their codes, per popularity decile, least popular first; ties may leave a decile empty (0)."""
     from pyspark.sql import functions as F
 
-    judged = with_groups(rows, codebook_sizes).where(F.col("live") & F.col("described"))
+    judged = rows.where(F.col("live") & F.col("described"))
     cuts = judged.approxQuantile("popularity", [share / 10 for share in range(1, 10)], 0.001)
-    decile = sum((F.col("popularity") > cut).cast("int") for cut in cuts) if cuts else F.lit(0)
-    found = (
-        judged.groupBy(F.lit(decile).alias("decile") if isinstance(decile, int) else decile.alias("decile"))
-        .agg(F.avg((F.col("group_size") > 1).cast("int")).alias("rate"))
-        .collect()
-    )
+    decile = F.lit(0)
+    for cut in cuts:
+        decile = decile + (F.col("popularity") > cut).cast("int")
+    found = judged.groupBy(decile.alias("decile")).agg(F.avg((F.col("group_size") > 1).cast("int")).alias("rate")).collect()
     rates = {int(row.decile): float(row.rate) for row in found}
     return [rates.get(index, 0.0) for index in range(10)]

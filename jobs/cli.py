@@ -9,13 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import config, log
@@ -77,7 +78,7 @@ def run(
         reason=reason,
         params=tuple(parse_pair(text) for text in param or ()),
     )
-    stages = selected(what, base)
+    stages = selected(what, base, named_run=bool(run_id))
     if dry_run:
         show_rows(
             [
@@ -92,9 +93,10 @@ def run(
     show_rows([{"stage": outcome["stage"], "status": outcome["status"], "seconds": outcome["seconds"]} for outcome in outcomes], f"{what} {day}")
 
 
-def selected(what: str, ctx: Context) -> tuple[Stage, ...]:
-    """The stages a word names; a single refresh stage is preceded by plan_night when its run has no manifest (ingest always plans anew).
+def selected(what: str, ctx: Context, *, named_run: bool = False) -> tuple[Stage, ...]:
+    """The stages a word names; a single refresh stage is preceded by plan_night when its run has no manifest.
 
+    Ingest by hand always plans anew, so that it sees new files; a run that was named (`--run-id`: a launcher's process, a retry) keeps its manifest.
     Raises: ConfigError for an unknown word.
     """
     if what in GROUPS:
@@ -102,8 +104,8 @@ def selected(what: str, ctx: Context) -> tuple[Stage, ...]:
     if what not in BY_NAME:
         raise ConfigError(f"no stage or group {what!r}", expected=", ".join([*GROUPS, *BY_NAME]), found=what, where="sid run", next_command="sid stages")
     stage = BY_NAME[what]
-    planned = (ctx.staging / "plan_night.json").is_file()
-    needs_plan = stage.group == "refresh" and what != "plan_night" and (what == "ingest" or not planned)
+    planned = ctx.home.root.is_dir() and (ctx.staging / "plan_night.json").is_file()
+    needs_plan = stage.group == "refresh" and what != "plan_night" and not (planned and (named_run or what != "ingest"))
     return (BY_NAME["plan_night"], stage) if needs_plan else (stage,)
 
 
@@ -149,7 +151,7 @@ def show(
     if as_json:
         show_rows([found], "", as_json)
         return
-    console.print(f"[bold]{found['title'] or item}[/bold]  ({item}, {found['popularity_stratum']}, release {found['release']})")
+    console.print(f"[bold]{escape(found['title'] or item)}[/bold]  ({escape(item)}, {found['popularity_stratum']}, release {found['release']})")
     show_rows(found["positions"], "codes")
     show_rows(found["neighbours"], "items that share most codes")
     if lineage:
@@ -255,7 +257,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]], title: str, as_json: bool = Fal
     for name in rows[0]:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*[_cell(value) for value in row.values()])
+        table.add_row(*[escape(_cell(value)) for value in row.values()])  # a title may hold square brackets
     console.print(table)
 
 
@@ -264,10 +266,11 @@ def parse_date(text: str) -> date:
 
     Raises: ContractError for anything else than YYYY-MM-DD.
     """
-    try:
-        return date.fromisoformat(text)
-    except ValueError as error:
-        raise ContractError("not a date", expected="YYYY-MM-DD", found=text, where="--date") from error
+    with suppress(ValueError):
+        found = date.fromisoformat(text)
+        if str(found) == text:  # Python also reads 20261120 and 2026-W47-5
+            return found
+    raise ContractError("not a date", expected="YYYY-MM-DD", found=text, where="--date")
 
 
 def parse_pair(text: str) -> tuple[str, str]:
@@ -307,7 +310,7 @@ def _errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except SidError as error:
-        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {error}", highlight=False, soft_wrap=True)
+        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import logging
 import re
 from collections import defaultdict
@@ -22,7 +23,7 @@ import pyarrow as pa
 from pipeline import config
 from pipeline.context import Context, PlannedFile
 from pipeline.datasets import base, dataset
-from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 from pipeline.stages import StageResult, Write
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ ITEM_TYPES = {
 }
 JUDGED = {"file_date": "date", "source": "string", "reason": "string", "detail": "string", "row": "string"}
 LEDGER_DDL = "file_date date, kind string, path string, sha256 string, bytes bigint, rows_in bigint, rejected bigint, status string"
+IMAGE_DDL = "image_uri string, image_sha256 string, image_reason string, image_detail string"
+NO_COLUMN = ("NULL", "CAST(NULL AS STRING)")
 MAX_URI = 1024
 
 
@@ -73,12 +76,13 @@ def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
     assert inputs.spark is not None
     source = ctx.config.source
     spec = dataset(source.dataset).prepare(source, ctx.home.folder("data"), ctx.config.seed)
+    check_catalogue(source, spec)
     files = checked_files(ctx.plan().files, spec, ctx.logical_date)
     events = judge_events(read_rows(inputs.spark, spec, files, "events"), spec.event_key).persist()
     items = judge_items(read_rows(inputs.spark, spec, files, "items")).persist() if spec.items_path else None
     tallies = {**tally(events, "events"), **(tally(items, "items") if items is not None else {})}
     observed = accepted(items) if items is not None else catalogue_from_events(accepted(events))
-    hashed = hash_content(observed, spec.image_root, params.max_image_bytes).persist()
+    hashed = hash_content(observed, images_of(observed, spec, params.max_image_bytes)).persist()
     rejected = rejected_rows([events] if items is None else [events, items], hashed)
     retired = retired_share(inputs, spec, files, hashed)
     writes = writes_of(inputs, spec, files, events, hashed, rejected, tallies, retired)
@@ -86,6 +90,17 @@ def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
 
 
 # ---------------------------------------------------------------- files
+
+
+def check_catalogue(source: config.Source, spec: SourceSpec) -> None:
+    """Nothing, unless the profile asks for retirement by absence where the data set has no snapshots: later stages go by the profile.
+
+    Raises: ConfigError.
+    """
+    if (source.catalogue == "snapshot") != (spec.catalogue == "snapshot"):
+        raise ConfigError(
+            f"data set {source.dataset} has no such catalogue", expected=f'catalogue = "{spec.catalogue}"', found=source.catalogue, where="source.catalogue"
+        )
 
 
 def checked_files(files: Sequence[PlannedFile], spec: SourceSpec, logical_date: date) -> tuple[PlannedFile, ...]:
@@ -323,7 +338,15 @@ def catalogue_from_events(events: DataFrame) -> DataFrame:
     return counted.withColumn("place", F.row_number().over(best)).where("place = 1").drop("count", "place")
 
 
-def hash_content(items: DataFrame, image_root: str, max_image_bytes: int) -> DataFrame:
+def images_of(items: DataFrame, spec: SourceSpec, max_image_bytes: int) -> DataFrame:
+    """(image_uri, image_sha256, image_reason, image_detail) of every image that an item names; each is read once."""
+    frame = items.select("image_uri").where("trim(image_uri) <> ''").distinct()
+    if spec.item_select.get("image_uri", "NULL").upper() in NO_COLUMN:
+        return items.sparkSession.createDataFrame([], IMAGE_DDL)  # a source without pictures starts no Python worker
+    return frame.mapInArrow(image_reader(spec.image_root, max_image_bytes), IMAGE_DDL)
+
+
+def hash_content(items: DataFrame, images: DataFrame) -> DataFrame:
     """The items with text_hash, image_hash, content_hash, and image_reason / image_detail where a named image cannot be used.
 
     A given vector is part of the hash of its modality, so that a changed vector is a changed content.
@@ -331,10 +354,7 @@ def hash_content(items: DataFrame, image_root: str, max_image_bytes: int) -> Dat
     from pyspark.sql import functions as F
 
     texts = {name: F.when(F.trim(name) != "", F.col(name)) for name in ("title", "text", "category", "image_uri")}
-    frame = items.withColumns(texts)
-    images = frame.select("image_uri").where("image_uri IS NOT NULL").distinct()
-    read = images.mapInArrow(image_reader(image_root, max_image_bytes), "image_uri string, image_sha256 string, image_reason string, image_detail string")
-    frame = frame.join(read, "image_uri", "left")
+    frame = items.withColumns(texts).join(images, "image_uri", "left")
     frame = frame.withColumns(
         {"text_hash": _modality_hash(F.sha2("text", 256), "text_vector"), "image_hash": _modality_hash(F.col("image_sha256"), "image_vector")}
     )
@@ -349,7 +369,7 @@ def _modality_hash(content: Column, vector: str) -> Column:
     return F.when(F.col(vector).isNotNull(), given).otherwise(content)
 
 
-def image_reader(root: str, limit: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def image_reader(root: str, limit: int) -> Callable[[Any], Iterator[pa.RecordBatch]]:
     """A mapInArrow function: image_uri -> sha256 of the bytes, or a reason and what was found."""
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -455,9 +475,8 @@ def retired_share(inputs: Inputs, spec: SourceSpec, files: Sequence[PlannedFile]
     loaded = {file.file_date for file in files if file.kind == "items" and file.status == "present"}
     ledger = inputs.frame("raw.source_file").where("kind = 'items' AND status = 'loaded'").select("file_date").collect()
     days = sorted(({row.file_date for row in ledger} - tonight) | loaded)
-    steps = [(earlier, later) for earlier, later in zip(days, days[1:], strict=False) if {earlier, later} & loaded]
-    before = inputs.frame("raw.item").where("file_date IS NOT NULL")
-    return _largest_loss(before, hashed, tonight, steps)
+    steps = [(earlier, later) for earlier, later in itertools.pairwise(days) if {earlier, later} & loaded]
+    return _largest_loss(inputs.frame("raw.item"), hashed, tonight, steps)
 
 
 def _largest_loss(before: DataFrame, hashed: DataFrame, tonight: Iterable[date], steps: Sequence[tuple[date, date]]) -> float:
@@ -525,7 +544,7 @@ def writes_of(
     event_days, all_days = _days(files, ("events",)), _days(files, ("events", "items"))
     item_days = event_days if spec.items_path is None else _days(files, ("items",))
     ledger = inputs.spark.createDataFrame(ledger_rows(files, tallies), LEDGER_DDL)
-    others = {kind: sorted(set(all_days) - set(_days(files, (kind,)))) for kind in spec.kinds}
+    others: dict[str, list[date]] = {kind: sorted(set(all_days) - set(_days(files, (kind,)))) for kind in spec.kinds}
     if any(others.values()):
         ledger = ledger.unionByName(_unplanned(inputs.frame("raw.source_file"), "file_date", "kind", others))
         earlier = inputs.frame("raw.rejected_row").where("stage = 'ingest'")

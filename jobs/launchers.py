@@ -25,6 +25,7 @@ from pipeline.stages import BY_NAME
 logger = logging.getLogger(__name__)
 ENTRY = Path(__file__).with_name("cli.py")
 Commands = tuple[list[str], ...]  # run one after the other, stopping at the first that fails
+START_SECONDS = 3_600  # a node with a GPU may have to be bought first
 WAIT_SECONDS = 86_400
 PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "MLFLOW_TRACKING_URI")
 
@@ -83,7 +84,13 @@ def kubernetes_commands(ctx: Context, request: Request) -> Commands:
     path.write_text(json.dumps(kubernetes_manifest(ctx, request), indent=1), encoding="utf-8")
     kubectl = ["kubectl", "--namespace", ctx.config.launch.namespace]
     name = f"job/{job_name(ctx)}"
-    return ([*kubectl, "create", "--filename", str(path)], [*kubectl, "wait", name, "--for=jsonpath={.status.terminatingPods}=0", f"--timeout={WAIT_SECONDS}s"])
+    return (
+        [*kubectl, "create", "--filename", str(path)],
+        # Follows the log to the end of the container, whether it succeeds or fails; no single condition of a Job covers both.
+        [*kubectl, "logs", name, "--follow", f"--pod-running-timeout={START_SECONDS}s"],
+        # A log stream may break off early: the pod is done when none is ready any more.
+        [*kubectl, "wait", name, "--for=jsonpath={.status.ready}=0", f"--timeout={WAIT_SECONDS}s"],
+    )
 
 
 def kubernetes_manifest(ctx: Context, request: Request) -> dict[str, Any]:
@@ -97,11 +104,12 @@ def kubernetes_manifest(ctx: Context, request: Request) -> dict[str, Any]:
             "the kubernetes launcher needs a pinned image", expected="launch.image by digest or version", found=image or "nothing", where="section [launch]"
         )
     stage = BY_NAME[ctx.stage]
+    addresses = {**os.environ, "SID_HOME": str(ctx.home.root)}
     container = {
         "name": "stage",
         "image": image,
         "command": ["python", "-m", "jobs.cli", *request.arguments(ctx)],
-        "env": [{"name": name, "value": os.environ[name]} for name in PASSED_ON if name in os.environ],
+        "env": [{"name": name, "value": addresses[name]} for name in PASSED_ON if name in addresses],
         "envFrom": [{"secretRef": {"name": "sidmill", "optional": True}}],
         "resources": {"limits": {"nvidia.com/gpu": "1"}} if stage.gpu else {},
         "securityContext": {"runAsNonRoot": True, "allowPrivilegeEscalation": False},

@@ -53,7 +53,7 @@ def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
     plan, assigned = ctx.plan(), ctx.outcome("assign_sid")["outputs"]
     branch = held_branch(assigned)
     releases = [row.asDict() for row in inputs.frame("sid.release").collect()]
-    decision = decide(plan, releases, assigned["rows_digest"], tags_of_date(inputs.spark, plan))
+    decision = decide(plan, releases, assigned["rows_digest"], bare_tags(inputs.spark, plan, releases))
     with lakehouse.table_locks(ctx.home, ctx.config.lake, [TABLE]):
         snapshot_id = apply(inputs.spark, decision, branch, plan)
     if decision.action == "reused":
@@ -92,15 +92,14 @@ def decide(plan: Plan, releases: Sequence[Row], rows_digest: str, tags: Mapping[
     """What to do with the night's rows.
 
     Args:
-        tags: tags of the date on sid.item_sid -> (snapshot id, digest of the tag's rows).
+        tags: tags of the date on sid.item_sid that no release names -> (snapshot id, digest of the tag's rows).
     """
     of_date = [row for row in releases if row["logical_date"] == plan.logical_date]
     current = next((row for row in of_date if row["status"] == "current"), None)
     if current is not None and current["rows_digest"] == rows_digest:
         return Decision(action="reused", tag=current["tag"], revision=current["revision"], snapshot_id=current["snapshot_id"])
-    released = {row["tag"] for row in of_date}
     revision = max((row["revision"] for row in of_date), default=0) + 1
-    while (tag := tag_name(plan.logical_date, revision)) in tags and tag not in released:
+    while (tag := tag_name(plan.logical_date, revision)) in tags:
         snapshot_id, digest = tags[tag]
         if digest == rows_digest:
             return Decision(action="roll_forward", tag=tag, revision=revision, snapshot_id=snapshot_id)
@@ -157,11 +156,11 @@ def outputs(decision: Decision, plan: Plan, assigned: Mapping[str, Any], rows: S
 # ---------------------------------------------------------------- effects
 
 
-def tags_of_date(spark: SparkSession, plan: Plan) -> dict[str, tuple[int, str]]:
-    """Tags of the date on sid.item_sid -> (snapshot id, digest of their rows of that date)."""
-    first = tag_name(plan.logical_date, 1)
-    found = {name: at for name, at in lakehouse.references(spark, TABLE).items() if name == first or name.startswith(f"{first}_r")}
-    return {name: (at, lakehouse.rows_digest(rows_at(spark, at, plan.logical_date))) for name, at in found.items()}
+def bare_tags(spark: SparkSession, plan: Plan, releases: Sequence[Row]) -> dict[str, tuple[int, str]]:
+    """Tags of the date on sid.item_sid that no release names, as a kill leaves them -> (snapshot id, digest of their rows of that date)."""
+    first, released = tag_name(plan.logical_date, 1), {row["tag"] for row in releases}
+    of_date = {name: at for name, at in lakehouse.references(spark, TABLE).items() if name == first or name.startswith(f"{first}_r")}
+    return {name: (at, lakehouse.rows_digest(rows_at(spark, at, plan.logical_date))) for name, at in of_date.items() if name not in released}
 
 
 def rows_at(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:

@@ -41,6 +41,7 @@ class Launch(Section):
     )
     master: str = Field("local[2]", description="Spark master for inline and submit")
     driver_memory: str = Field("2g", description="Spark driver memory")
+    java_options: str = Field("", description="further JVM options, e.g. '-XX:TieredStopAtLevel=1 -XX:+UseSerialGC' where sessions are short")
     shuffle_partitions: int = Field(4, ge=1, description="Spark shuffle partitions")
     processes: int = Field(2, ge=1, description="processes per node for torchrun")
     threads: int = Field(2, ge=1, description="torch threads per process")
@@ -95,10 +96,12 @@ class ContentEmbedding(Section):
     """Text and image encoders."""
 
     text_encoder: str = Field("minilm", description="minilm | none | precomputed | hf:<model name or folder>")
-    image_encoder: str = Field("none", description="efficientnet_lite0 | none | hf:<model name or folder>")
+    image_encoder: str = Field("none", description="efficientnet_lite0 | none | precomputed | hf:<model name or folder>")
     normalize: bool = Field(True, description="L2-normalise content vectors")
-    text_batch: int = Field(64, ge=2, description="texts per forward pass; short batches are padded")
-    image_batch: int = Field(16, ge=2, description="images per forward pass; short batches are padded")
+    text_batch: int = Field(
+        64, ge=2, description="texts of 16 tokens per forward pass, fewer of longer ones; part of the encoder id: another value encodes anew"
+    )
+    image_batch: int = Field(4, ge=2, description="images per forward pass; part of the encoder id: another value encodes anew")
     image_size: int = Field(224, ge=32, description="pixels per side after resizing")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of one image that are decoded at most")
     max_tokens: int = Field(128, ge=8, description="tokens of one text that are read")
@@ -120,10 +123,10 @@ class SasRec(Section):
     num_blocks: int = Field(2, ge=1, description="attention blocks")
     num_heads: int = Field(2, ge=1, description="attention heads")
     max_length: int = Field(50, ge=2, description="events per training window")
-    dropout: float = Field(0.3, ge=0, lt=1, description="dropout on embeddings, attention and feed-forward")
+    dropout: float = Field(0.3, ge=0, lt=1, description="dropout on embeddings, attention output and feed-forward")
     tied: bool = Field(False, description="one item table for input and output; False = the input table is the behaviour vector")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW step size")
-    batch_size: int = Field(128, ge=1, description="windows per step")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW step size; moved rows start at three times it")
+    batch_size: int = Field(64, ge=1, description="windows per step")
     max_epochs: int = Field(40, ge=1, description="epochs at most")
     patience: int = Field(5, ge=1, description="epochs without better validation NDCG@10")
     sampled_above: int = Field(20_000, ge=1, description="catalogue size above which the softmax is sampled")
@@ -143,6 +146,8 @@ class TrainBehaviorEncoder(Section):
     alpha: float = Field(10.0, gt=0, description="steepness of the alignment strength (eq. 17)")
     beta: float | None = Field(None, description="fixed beta of eq. 17; None = from low_strength_share")
     measure_reliability: bool = Field(True, description="train two half encoders and measure split-half neighbour overlap (needed by richness = reliability)")
+    half_epochs: int = Field(10, ge=1, description="epochs of each half encoder at most")
+    min_spearman: float = Field(0.2, ge=-1, le=1, description="gate at a new generation: rank correlation of richness and split-half overlap")
 
 
 class BehaviorEmbedding(Section):

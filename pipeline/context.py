@@ -155,7 +155,7 @@ class Context:
     def outcome(self, stage: str) -> dict[str, Any]:
         """The outcome document of an earlier stage of this run.
 
-        Raises: UpstreamMissing if that stage has not ended in this run.
+        Raises: UpstreamMissing if that stage has not ended well in this run.
         """
         path = self.staging / f"{stage}.json"
         if not path.is_file():
@@ -166,7 +166,16 @@ class Context:
                 where=f"run {self.run_id}",
                 next_command=f"sid run {stage} --date {self.logical_date}",
             )
-        return read_json(path)
+        found = read_json(path)
+        if found.get("status") == "failed":
+            raise UpstreamMissing(
+                f"stage {stage} failed in this run",
+                expected=f"{stage} done",
+                found=found["error"]["headline"],
+                where=f"run {self.run_id}",
+                next_command=f"sid run {stage} --date {self.logical_date}",
+            )
+        return found
 
     def plan(self) -> Plan:
         """The manifest that plan_night wrote for this run."""

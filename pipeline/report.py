@@ -142,7 +142,7 @@ def weight_by_popularity(*, popularity: Sequence[float], series: Mapping[str, Se
 
 
 def loss_curves(*, curves: Mapping[str, Sequence[float]]) -> Figure:
-    """Loss terms by epoch, on a log axis where all of them are positive.
+    """Loss terms by epoch, on a log axis when they span more than a factor of 30.
 
     Args:
         curves: name -> one value per epoch.
@@ -447,15 +447,18 @@ def _section_figures(content: ReportContent, kinds: tuple[str, ...]) -> list[dic
 
 
 def _figure_card(figure: Mapping[str, Any], index: int, release: Mapping[str, Any]) -> dict[str, Any]:
-    """Title, caption and inline SVG of one figure; ids are made unique because many SVGs share the page."""
+    """Title, caption and inline SVG of one figure; numbers that cannot be drawn cost their picture, not the page."""
+    kind = figure["kind"]
+    title = figure.get("title") or HEADINGS.get(kind, kind.replace("_", " "))
+    card = {"title": title[:1].upper() + title[1:], "caption": figure.get("caption") or (inspect.getdoc(FIGURES[kind]) or "").splitlines()[0]}
     footer = ", ".join(str(release[name]) for name in ("tag", "run_id") if release.get(name))
-    drawn = draw(figure["kind"], figure["data"], footer=footer)
-    prefix = f"{figure['kind']}-{index}-"
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", to_svg(drawn))
-    summary = (inspect.getdoc(FIGURES[figure["kind"]]) or "").splitlines()[0]
-    title = figure.get("title") or HEADINGS.get(figure["kind"], figure["kind"].replace("_", " ").capitalize())
-    wide = drawn.get_size_inches()[0] > 6
-    return {"title": title, "caption": figure.get("caption") or summary, "svg": Markup(svg), "wide": wide}  # noqa: S704 - matplotlib escapes its texts
+    try:
+        drawn = draw(kind, figure["data"], footer=footer)
+        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{kind}-{index}-", to_svg(drawn))  # many SVGs share the page: ids must differ
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning("figure not drawn kind=%s reason=%s", kind, error)
+        return card | {"caption": f"This figure could not be drawn: {error}", "svg": "", "wide": False}
+    return card | {"svg": Markup(svg), "wide": drawn.get_size_inches()[0] > 6}  # noqa: S704 - matplotlib escapes its texts
 
 
 def _facts(release: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -530,7 +533,7 @@ def _number(value: Any, digits: int = 3) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if isinstance(value, float) and not value.is_integer():
-        return f"{value:,.{digits}f}"
+        return f"{value:,.{digits}f}" if abs(value) >= 10.0**-digits else f"{value:.2g}"
     return f"{int(value):,}" if isinstance(value, int | float) else str(value)
 
 

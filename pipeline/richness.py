@@ -64,8 +64,7 @@ def fit_reference(
     richness_N = richness(reference, count_N, norm_N)
     reference["bucket_edges"] = np.quantile(richness_N, np.arange(1, NUM_BUCKETS) / NUM_BUCKETS).tolist()
     reference["mean_richness"] = float(richness_N.mean())
-    low = float(np.quantile(richness_N, low_strength_share))
-    reference["beta"] = float(beta) if beta is not None else beta_for(low, alpha)
+    reference["beta"] = float(beta) if beta is not None else beta_for(share_cut(richness_N, low_strength_share), alpha)
     return reference
 
 
@@ -120,6 +119,16 @@ def beta_for(richness: float, alpha: float) -> float:
     if slope <= 0:
         return MAX_BETA
     return float(min(np.log((1 - LOW_STRENGTH) / slope), MAX_BETA))
+
+
+def share_cut(richness_N: Floats, share: float) -> float:
+    """The richness between two items below which the share of items comes nearest to `share`; items of equal richness stay together."""
+    values, frequency = np.unique(richness_N, return_counts=True)
+    if values.size == 1:
+        return float(values[0])
+    below = np.cumsum(frequency)[:-1] / richness_N.size
+    cut = int(np.argmin(np.abs(below - share)))
+    return float((values[cut] + values[cut + 1]) / 2)
 
 
 def rank_knots(counts: Floats) -> dict[str, list[float]]:

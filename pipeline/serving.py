@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from mlflow.models import set_model  # noqa: TID253 - MLflow itself runs this file
-from mlflow.pyfunc import PythonModel  # noqa: TID253
+from mlflow.pyfunc.model import PythonModel  # noqa: TID253
 
 Columns = dict[str, np.ndarray]
 
@@ -28,9 +28,11 @@ class SidModel(PythonModel):
         self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.state = load_file(folder / "model.safetensors")
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Columns:
-        """Answer columns for input columns (a dict of arrays, or a DataFrame).
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Columns:
+        """Answer columns for input columns.
 
+        Args:
+            model_input: a dict of arrays or a DataFrame; the annotation is the one that MLflow takes without further demands.
         Raises: ValueError for a model that is neither a tokenizer nor a behaviour encoder.
         """
         columns = {name: _column(model_input[name]) for name in model_input}

@@ -435,7 +435,7 @@ def save_bundle(folder: Path, bundle: ModelBundle) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.as_tensor(tensor).detach().cpu().contiguous().clone() for name, tensor in bundle.tensors.items()}
     save_file(tensors, folder / TENSORS)
-    write_json(folder / CONFIG, _plain(dict(bundle.config)))
+    (folder / CONFIG).write_text(json.dumps(_plain(dict(bundle.config)), indent=1), encoding="utf-8")  # keys stay in the model's order
     return folder
 
 

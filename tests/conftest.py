@@ -27,22 +27,22 @@ def spark(_session_home: Home):
     from pipeline import spark as gate
 
     os.environ.pop("SID_WAREHOUSE", None)
-    session = gate.session(_session_home, Lake(), Launch(driver_memory="1g"))
+    session = gate.session(_session_home, Lake(), Launch(driver_memory="1g", shuffle_partitions=2, java_options="-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"))
     lakehouse.create_tables(session)
     yield session
     session.stop()
 
 
 @pytest.fixture
-def lake_home(spark, _session_home: Home) -> Home:
-    """A home whose tables are all empty."""
+def lake_home(spark, _session_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home whose tables are all empty, with an MLflow store of its own (MLflow caches a store per address and process)."""
     import shutil
 
     from pipeline import lakehouse
 
     for folder in ("staging", "mlartifacts"):
         shutil.rmtree(_session_home.root / folder, ignore_errors=True)
-    Path(_session_home.root / "mlflow.db").unlink(missing_ok=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     for table in lakehouse.table_names():
         full = f"lake.{table}"
         if spark.table(full).limit(1).count() or len(lakehouse.references(spark, table)) > 1:

@@ -60,7 +60,7 @@ class ContentEncoder(Protocol):
 
 def encoder_id(options: EncoderOptions, digest: str, *settings: str) -> str:
     """A stable name for everything that decides a vector: name, weights, settings; letters, digits, `.`, `_` and `-` only."""
-    name = re.sub(r"[^A-Za-z0-9._]+", "_", options.name)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", options.name)
     length = "l2" if options.normalize else "raw"
     return "-".join([name, digest[:DIGEST_LENGTH], *settings, f"s{options.size}", f"b{options.batch}", length])
 
@@ -108,9 +108,11 @@ def bucket_of(lengths: NDArray[np.int64], buckets: tuple[int, ...]) -> NDArray[n
 
 
 def padded(rows: Sequence[Any] | NDArray[Any], size: int) -> NDArray[Any]:
-    """The rows followed by zero rows up to `size`: a short pass has the shape of a full one."""
+    """The rows followed by zero rows up to `size`, always a copy in C order: a short pass has the shape and layout of a full one."""
     block = np.asarray(rows)
-    return block if len(block) == size else np.concatenate([block, np.zeros((size - len(block), *block.shape[1:]), dtype=block.dtype)])
+    full = np.zeros((size, *block.shape[1:]), dtype=block.dtype)
+    full[: len(block)] = block
+    return full
 
 
 def finished(vectors: Vectors, *, normalize: bool) -> Vectors:
@@ -119,7 +121,8 @@ def finished(vectors: Vectors, *, normalize: bool) -> Vectors:
         return np.ascontiguousarray(vectors, dtype=np.float32)
     wide = vectors.astype(np.float64)
     norm = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
-    return (wide / np.where(norm > 0, norm, 1.0)).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # an infinite vector becomes NaN here and is refused by `flaws`
+        return (wide / np.where(norm > 0, norm, 1.0)).astype(np.float32)
 
 
 def flaws(vectors: Vectors) -> NDArray[np.str_]:

@@ -36,7 +36,17 @@ FOREIGN = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%
 # What Pillow's parsers raise on damaged files; anything else is our own mistake and must be seen.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, struct.error, zlib.error)
 
-Reason = Literal["image_undecodable", "image_truncated", "image_too_many_pixels", "image_unsupported_format"]
+Reason = Literal[
+    "image_undecodable",
+    "image_truncated",
+    "image_too_many_pixels",
+    "image_unsupported_format",
+    # given by whoever reads the bytes
+    "image_missing",
+    "image_outside_root",
+    "image_too_large",
+    "image_changed",
+]
 
 
 @dataclass(frozen=True)
@@ -253,9 +263,9 @@ def _fold(owner: Any, convolution: str, norm: str) -> None:
     from torch import nn
     from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-    layer, bn = getattr(owner, convolution, None), getattr(owner, norm)
-    if layer is None:  # the first block has no expansion
+    if not hasattr(owner, convolution):  # the first block has no expansion
         return
+    layer, bn = getattr(owner, convolution), getattr(owner, norm)
     layer.weight, layer.bias = fuse_conv_bn_weights(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
     setattr(owner, norm, nn.Identity())
     padding = getattr(layer.static_padding, "padding", None)  # left, right, top, bottom

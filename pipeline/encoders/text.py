@@ -55,6 +55,8 @@ class TextModel:
 
     def encode(self, batch: Sequence[str]) -> Vectors:
         """Vectors (B, D) float32, in the order of the texts."""
+        if not batch:
+            return np.zeros((0, self.dim), dtype=np.float32)
         tokens = self._tokenizer(list(batch), add_special_tokens=True, truncation=True, max_length=self._buckets[-1])["input_ids"]
         lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
         buckets = bucket_of(lengths, self._buckets)
@@ -103,7 +105,7 @@ def pooled(hidden_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
 
 
 def read_pooling(folder: Path) -> str:
-    """mean | cls | last, as 1_Pooling/config.json of the model says; mean when the model does not say.
+    """How tokens become one vector (mean | cls | last), as 1_Pooling/config.json of the model says; mean when the model does not say.
 
     Raises: ConfigError for a pooling that is none of them.
     """

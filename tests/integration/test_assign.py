@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import date, timedelta
 
 import numpy as np
@@ -50,7 +49,7 @@ def released(item_id, codes, number=0, *, weights=(1.0, 1.0), stratum="head", po
 
 
 def encoded_frame(spark, rows):
-    return spark.createDataFrame([(item, list(codes), [1.0] * len(codes)) for item, codes in rows], assign_sid.CODES_SCHEMA)
+    return spark.createDataFrame([(item, list(codes), [1.0] * len(codes), False) for item, codes in rows], assign_sid.CODES_SCHEMA)
 
 
 def by_item(frame, *columns):
@@ -128,11 +127,11 @@ def test_vectors_are_joined_by_reference_and_a_dangling_one_is_refused(spark):
         "text only": ([1.0, 2.0], None, None, False),
         "nothing": (None, None, None, False),
     }
-    assign_sid.check_references(vectors)
     broken = assign_sid.item_vectors(spark.createDataFrame([feature("x", text="unknown"), feature("both", behavior_date=D)], FEATURE), content, behavior, 1)
+    assert by_item(broken, "dangling") == {"x": (True,), "both": (False,)}
     with pytest.raises(ContractError, match="do not exist") as caught:
-        assign_sid.check_references(broken)
-    assert caught.value.found == "none for x"
+        assign_sid.check_references({"dangling": 1.0})
+    assert "1 item" in caught.value.found
 
 
 def test_an_item_without_any_modality_is_masked_without_asking_the_tokenizer(spark):
@@ -140,7 +139,8 @@ def test_an_item_without_any_modality_is_masked_without_asking_the_tokenizer(spa
         for batch in batches:
             codes = pa.array([[int(vector[0].as_py()), 1] for vector in batch.column("text")], pa.list_(pa.int32()))
             yield pa.RecordBatch.from_arrays(
-                [batch.column("item_id"), codes, pa.array([[1.0, 0.5]] * batch.num_rows, pa.list_(pa.float32()))], names=["item_id", "codes", "weights"]
+                [batch.column("item_id"), codes, pa.array([[1.0, 0.5]] * batch.num_rows, pa.list_(pa.float32())), batch.column("dangling")],
+                names=["item_id", "codes", "weights"],
             )
 
     schema = "item_id string, text array<float>, image array<float>, behavior array<float>, richness float, strength float, dangling boolean"
@@ -162,10 +162,10 @@ def test_metrics_count_what_their_names_say(spark):
     )
     parent = spark.createDataFrame([released("a", (1, 2)), released("b", (3, 10), weights=(1.0, 0.0), stratum="tail"), released("retired", (1, 1))], SID)
     encoded = encoded_frame(spark, [("a", (1, 1)), ("b", (3, 4)), ("c", (1, 1)), ("empty", (10, 10)), ("empty too", (10, 10))])
-    encoded = encoded.selectExpr("item_id", "codes", "IF(codes[0] = 10, array(0f, 0f), weights) AS weights")
-    metrics, usage = assign_sid.measure(assign_sid.release_rows(features, encoded, parent, plan()), SIZES)
+    encoded = encoded.selectExpr("item_id", "codes", "IF(codes[0] = 10, array(0f, 0f), weights) AS weights", "item_id = 'c' AS dangling")
+    metrics, usage = assign_sid.measure(assign_sid.with_groups(assign_sid.release_rows(features, encoded, parent, plan()), SIZES), SIZES)
     expected = {
-        "rows": 6, "live": 5, "new_items": 3, "codes_out_of_range": 0, "masked_with_weight": 0, "disambiguators": 3,
+        "rows": 6, "live": 5, "known": 3, "new_items": 3, "dangling": 1, "codes_out_of_range": 0, "masked_with_weight": 0, "disambiguators": 3,
         "collision_rate": 2 / 3,  # a and c of a, b, c: neither the retired nor the masked items count
         "shared_mass": 8 / 10, "masked_share": 2 / 5,
         "churn": 1 / 3, "churn_head": 1 / 2, "churn_tail": 0, "churn_mass": 6 / 8, "unmasked_share": 1 / 3,
@@ -180,30 +180,34 @@ def test_metrics_count_what_their_names_say(spark):
 def test_broken_codes_are_counted(spark):
     features = spark.createDataFrame([feature(name) for name in ("high", "short", "null", "loud", "good")], FEATURE)
     encoded = spark.createDataFrame(
-        [("high", [11, 1], [1.0, 1.0]), ("short", [1], [1.0]), ("null", [1, None], [1.0, 1.0]), ("loud", [10, 1], [0.5, 1.0]), ("good", [10, 9], [0.0, 1.0])],
+        [
+            ("high", [11, 1], [1.0, 1.0], False),
+            ("short", [1], [1.0], False),
+            ("null", [1, None], [1.0, 1.0], False),
+            ("loud", [10, 1], [0.5, 1.0], False),
+            ("good", [10, 9], [0.0, 1.0], False),
+        ],
         assign_sid.CODES_SCHEMA,
     )
-    metrics, _ = assign_sid.measure(assign_sid.release_rows(features, encoded, spark.createDataFrame([], SID), plan(parent=False)), SIZES)
+    rows = assign_sid.release_rows(features, encoded, spark.createDataFrame([], SID), plan(parent=False))
+    metrics, _ = assign_sid.measure(assign_sid.with_groups(rows, SIZES), SIZES)
     assert metrics["codes_out_of_range"] == 3
     assert metrics["masked_with_weight"] >= 1
 
 
-def test_the_churn_budget_holds_within_a_generation_only_and_lost_items_are_counted(spark):
-    features = spark.createDataFrame([feature("a")], FEATURE)
-    parent = spark.createDataFrame([released("a", (1, 1)), released("lost", (1, 2))], SID)
-    measured = {"rows": 1.0, "churn": 0.4, "churn_head": 0.2}
-    within = assign_sid.agreement_with_sources(measured, features, parent, plan())
-    assert within == {"rows_missing": 0.0, "items_lost": 1.0, "budget_churn": 0.4, "budget_churn_head": 0.2}
-    fresh = assign_sid.agreement_with_sources(measured, features, parent, plan(new_generation=True))
-    assert fresh["budget_churn"] == 0.0
-    assert assign_sid.agreement_with_sources(measured, features, parent, plan(parent=False))["items_lost"] == 0.0
+def test_the_churn_budget_holds_within_a_generation_only_and_lost_items_are_counted():
+    measured = {"rows": 1.0, "known": 1.0, "churn": 0.4, "churn_head": 0.2}
+    sources = assign_sid.Sources(items=3, parent_items=2, text_encoder_id="enc", image_encoder_id=None)
+    within = assign_sid.against_sources(measured, sources, plan())
+    assert within == {"rows_missing": 2.0, "items_lost": 1.0, "budget_churn": 0.4, "budget_churn_head": 0.2}
+    assert assign_sid.against_sources(measured, sources, plan(new_generation=True))["budget_churn"] == 0.0
 
 
 def test_collisions_by_decile(spark):
     features = spark.createDataFrame([feature(f"i{number}", popularity=float(number)) for number in range(20)], FEATURE)
     encoded = encoded_frame(spark, [(f"i{number}", (0, 0) if number < 2 else (number % 10, number // 10 + 1)) for number in range(20)])
     rows = assign_sid.release_rows(features, encoded, spark.createDataFrame([], SID), plan(parent=False))
-    rates = assign_sid.collisions_by_decile(rows, SIZES)
+    rates = assign_sid.collisions_by_decile(assign_sid.with_groups(rows, SIZES))
     assert len(rates) == 10
     assert rates[0] == 1.0
     assert sum(rates[1:]) == 0.0
@@ -211,20 +215,19 @@ def test_collisions_by_decile(spark):
 
 def test_two_encoders_of_one_modality_are_refused(spark):
     features = spark.createDataFrame([feature("a"), feature("b")], FEATURE)
-    assert assign_sid.one_encoder(features, D) == {"text_encoder_id": "enc", "image_encoder_id": None}
+    nobody = spark.createDataFrame([], SID)
+    assert assign_sid.read_sources(features, nobody, D) == assign_sid.Sources(items=2, parent_items=0, text_encoder_id="enc", image_encoder_id=None)
     other = features.selectExpr("*").replace("enc", "other", subset=["text_encoder_id"])
     with pytest.raises(ContractError, match="more than one text_encoder_id"):
-        assign_sid.one_encoder(features.unionByName(other), D)
+        assign_sid.read_sources(features.unionByName(other), nobody, D)
 
 
 def test_gate_names_only_metrics_that_somebody_measures(spark):
     from pipeline import quality
 
     contract = quality.read_expectations("sid.item_sid")
-    rows = assign_sid.release_rows(
-        spark.createDataFrame([feature("a")], FEATURE), encoded_frame(spark, [("a", (1, 1))]), spark.createDataFrame([], SID), plan(parent=False)
-    )
-    metrics, _ = assign_sid.measure(rows, SIZES)
+    features = spark.createDataFrame([feature("a")], FEATURE)
+    rows = assign_sid.release_rows(features, encoded_frame(spark, [("a", (1, 1))]), spark.createDataFrame([], SID), plan(parent=False))
+    metrics, _ = assign_sid.measure(assign_sid.with_groups(rows, SIZES), SIZES)
     known = {*contract["metrics"], *metrics, "rows_missing", "items_lost", "budget_churn", "budget_churn_head"}
     assert {rule["metric"] for rule in contract["expect"]} <= known
-    assert json.dumps(metrics)

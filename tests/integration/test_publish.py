@@ -158,7 +158,7 @@ def test_two_nights(spark, lake_home, config, model):
 
     # the second night: two items come, one has a new behaviour row
     items = names(ITEMS + 2)
-    fill(spark, D2, items, moved=["i03"], trained=D1)
+    fill(spark, D2, items, moved=["i03", "i24", "i25"], trained=D1)
     second = night(D2, parent=parent_of(spark, "d20260105"), fingerprint="f2")
     assigned = run(lake_home, config, "assign_sid", second, model, "run2")
     run(lake_home, config, "publish_release", second, model, "run2")

@@ -32,33 +32,49 @@ def event(day: date, user: str, item: str, minute: int, value: float = 5.0, sess
     return (file_date or day, user, item, at(day, minute), "rating", value, session)
 
 
-def fill(spark, events, releases, popularity) -> Inputs:
-    spark.createDataFrame(events, EVENTS).writeTo("lake.raw.interaction").append()
+class Frames(Inputs):
+    """Inputs over frames in memory: the job's rules need no table, and Iceberg is the lake's own test."""
+
+    def frame(self, table: str):
+        return self.snapshots[table]
+
+
+def frames(spark, events, releases, popularity) -> Inputs:
     rows = [(tag, day, 1, 1, "digest", None, 1, "rows", "finger", status, False, None, 3, "test") for tag, day, status in releases]
-    spark.createDataFrame(rows, spark.table("lake.sid.release").schema).writeTo("lake.sid.release").append()
-    rows = [(day, item, 1.0, 0.5, decile, stratum, count, None, None) for day, item, decile, stratum, count in popularity]
-    spark.createDataFrame(rows, POPULARITY).writeTo("lake.feature.item_popularity").append()
-    return inputs(spark)
+    known = [(day, item, 1.0, 0.5, decile, stratum, count, None, None) for day, item, decile, stratum, count in popularity]
+    tables = {
+        "raw.interaction": spark.createDataFrame(events, EVENTS).repartition(2),
+        "sid.release": spark.createDataFrame(rows, spark.table("lake.sid.release").schema),
+        "feature.item_popularity": spark.createDataFrame(known, POPULARITY),
+    }
+    return Frames(home=None, lake=Lake(), snapshots=tables, spark=spark)
 
 
-def inputs(spark) -> Inputs:
-    return Inputs(home=None, lake=Lake(), snapshots=dict.fromkeys(("raw.interaction", "sid.release", "feature.item_popularity")), spark=spark)
+def stored(spark, read: Inputs) -> Inputs:
+    """The same inputs from real tables."""
+    for table, frame in read.snapshots.items():
+        frame.writeTo(f"lake.{table}").append()
+    return Inputs(home=None, lake=Lake(), snapshots=dict.fromkeys(read.snapshots), spark=spark)
 
 
-def run(spark, home, read: Inputs, params: RankExample, release: str = "", order: str = "time"):
+def run(spark, read: Inputs, params: RankExample, release: str = "", order: str = "time"):
     config = Config(rank_example=params, user_sequence=UserSequence(order=order))
-    ctx = Context(config=config, home=home, stage="rank_example", logical_date=D4, run_id="r", params=(("release", release),))
+    ctx = Context(config=config, home=None, stage="rank_example", logical_date=D4, run_id="r", params=(("release", release),))
     result = rank_example.run(read, params, ctx)
-    write = result.writes[0]
-    lakehouse.check_columns(write.frame, spark, write.table)
-    audit = quality.audit(write.frame, write.table, dates=write.dates, equal={}, known=write.metrics, config=config, branch="b", reason="test")
-    assert not audit.failures()
-    rows = sorted(write.frame.collect(), key=lambda row: (row.split, row.user_id, row.event_ts, row.item_id))
-    write.frame.unpersist()
+    frame = result.writes[0].frame
+    lakehouse.check_columns(frame, spark, result.writes[0].table)
+    rows = sorted(frame.collect(), key=lambda row: (row.split, row.user_id, row.event_ts, row.item_id))
+    frame.unpersist()
     return result, rows
 
 
-def test_value_labels_histories_and_strata_at_the_cutoff(spark, lake_home):
+def audit(result, params: RankExample):
+    write = result.writes[0]
+    config = Config(rank_example=params)
+    return quality.audit(write.frame, write.table, dates=write.dates, equal={}, known=write.metrics, config=config, branch="b", reason="test")
+
+
+def test_value_labels_histories_and_strata_at_the_cutoff_from_real_tables(spark, lake_home):
     events = [
         event(D1, "u", "b", 1, 5.0),
         event(D1, "u", "a", 1, 3.0),  # same instant as b: neither is in the other's history
@@ -66,8 +82,9 @@ def test_value_labels_histories_and_strata_at_the_cutoff(spark, lake_home):
         event(D1, "u", "d", 3, 1.0, file_date=D3),  # arrives after the cutoff: a test row, though its instant is early
         event(D3, "u", "new", 9, 5.0),
     ]
-    read = fill(spark, events, [("d20260102", D2, "current")], [(D2, "a", 9, "head", 7), (D2, "b", 4, "torso", 2), (D1, "c", 9, "head", 99)])
-    result, rows = run(spark, lake_home, read, RankExample(min_test_rows=2, max_history=2))
+    read = frames(spark, events, [("d20260102", D2, "current")], [(D2, "a", 9, "head", 7), (D2, "b", 4, "torso", 2), (D1, "c", 9, "head", 99)])
+    params = RankExample(min_test_rows=2, max_history=2)
+    result, rows = run(spark, stored(spark, read), params)
     shown = [(row.split, row.item_id, row.label, row.history, row.popularity_stratum, row.popularity_decile, row.evidence_count) for row in rows]
     assert shown == [
         ("test", "d", 0, ["b", "c"], "tail", 0, 0),
@@ -80,40 +97,41 @@ def test_value_labels_histories_and_strata_at_the_cutoff(spark, lake_home):
     assert {row.logical_date for row in rows} == {D2}
     assert result.outputs["evaluation_release"] == "d20260102"
     assert (result.outputs["train_rows"], result.outputs["test_rows"]) == (3, 2)
+    assert not audit(result, params).failures()
 
 
-def test_walks_back_to_a_release_with_enough_later_events_and_says_when_there_is_none(spark, lake_home):
+def test_walks_back_to_a_release_with_enough_later_events_and_says_when_there_is_none(spark):
     events = [event(day, user, item, minute) for day in (D1, D2, D3) for user in "uv" for minute, item in enumerate("abc")]
     releases = [("d20260101", D1, "superseded"), ("d20260102", D2, "withdrawn"), ("d20260103", D3, "current")]
-    read = fill(spark, events, releases, [(day, "a", 9, "head", 2) for day in (D1, D2, D3)])
-    result, rows = run(spark, lake_home, read, RankExample(min_test_rows=6))
+    read = frames(spark, events, releases, [(day, "a", 9, "head", 2) for day in (D1, D2, D3)])
+    result, rows = run(spark, read, RankExample(min_test_rows=6))
     assert (result.outputs["served_release"], result.outputs["evaluation_release"]) == ("d20260103", "d20260101")
     assert {row.event_ts.date() for row in rows if row.split == "train"} == {D1}
     assert {row.event_ts.date() for row in rows if row.split == "test"} == {D2, D3}
-    result, rows = run(spark, lake_home, read, RankExample(min_test_rows=13))
+    result, rows = run(spark, read, RankExample(min_test_rows=13))
     assert result.outputs["evaluation_release"] == ""
     assert "no AUC" in str(result.outputs["note"])
     assert {row.split for row in rows} == {"train"}
     assert result.writes[0].dates == (D3,)
     with pytest.raises(ContractError, match="withdrawn"):
-        run(spark, lake_home, read, RankExample(), release="d20260102")
+        run(spark, read, RankExample(), release="d20260102")
     with pytest.raises(UpstreamMissing, match="d20250101"):
-        run(spark, lake_home, read, RankExample(), release="d20250101")
+        run(spark, read, RankExample(), release="d20250101")
 
 
-def test_after_cutoff_trains_and_tests_on_periods_the_release_has_not_seen(spark, lake_home):
+def test_after_cutoff_trains_and_tests_on_periods_the_release_has_not_seen(spark):
     events = [event(day, "u", f"i{day.day}{minute}", minute) for day in (D1, D2, D3, D4) for minute in range(3)]
-    read = fill(spark, events, [("d20260101", D1, "current")], [(D1, "i10", 9, "head", 1)])
-    _, rows = run(spark, lake_home, read, RankExample(train_on="after_cutoff", train_days=2, min_test_rows=3))
+    read = frames(spark, events, [("d20260101", D1, "current")], [(D1, "i10", 9, "head", 1)])
+    _, rows = run(spark, read, RankExample(train_on="after_cutoff", train_days=2, min_test_rows=3))
     assert {row.event_ts.date() for row in rows if row.split == "train"} == {D2, D3}
     assert {row.event_ts.date() for row in rows if row.split == "test"} == {D4}
     assert rows[-1].history == ["i10", "i11", "i12", "i20", "i21", "i22", "i30", "i31"]
 
 
-def test_no_popularity_of_the_night_is_said(spark, lake_home):
-    read = fill(spark, [event(D1, "u", "a", 1)], [("d20260101", D1, "current")], [(D2, "a", 9, "head", 1)])
+def test_no_popularity_of_the_night_is_said(spark):
+    read = frames(spark, [event(D1, "u", "a", 1)], [("d20260101", D1, "current")], [(D2, "a", 9, "head", 1)])
     with pytest.raises(UpstreamMissing, match="no popularity"):
-        run(spark, lake_home, read, RankExample())
+        run(spark, read, RankExample())
 
 
 # ---------------------------------------------------------------- next basket
@@ -136,14 +154,15 @@ STRATUM = {f"i{item}": "head" if item < 10 else "torso" if item < 20 else "tail"
 BASKET = RankExample(label="next_basket", min_test_rows=1, negatives=3)
 
 
-def fill_baskets(spark, events) -> Inputs:
+def basket_frames(spark, events) -> Inputs:
     popularity = [(D2, item, 5, stratum, 3) for item, stratum in STRATUM.items() if item != "i39"]  # i39 is new since: counts as tail
-    return fill(spark, events, [("d20260102", D2, "current")], popularity)
+    return frames(spark, events, [("d20260102", D2, "current")], popularity)
 
 
-def test_next_basket_against_a_slow_loop(spark, lake_home):
+def test_next_basket_against_a_slow_loop(spark):
     events = baskets()
-    _, rows = run(spark, lake_home, fill_baskets(spark, events), BASKET)
+    result, rows = run(spark, basket_frames(spark, events), BASKET)
+    assert not audit(result, BASKET).failures()
     bought = defaultdict(lambda: defaultdict(set))
     for _, user, item, moment, *_ in events:
         bought[user][moment].add(item)
@@ -163,9 +182,9 @@ def test_next_basket_against_a_slow_loop(spark, lake_home):
         assert row.history or row.label == 0
 
 
-def test_negatives_come_from_the_own_stratum_seen_before_and_never_the_users_own(spark, lake_home):
+def test_negatives_come_from_the_own_stratum_seen_before_and_never_the_users_own(spark):
     events = baskets(1)
-    _, rows = run(spark, lake_home, fill_baskets(spark, events), BASKET)
+    _, rows = run(spark, basket_frames(spark, events), BASKET)
     debut = {item: min(e[3] for e in events if e[2] == item).date() for item in {e[2] for e in events}}
     strata = defaultdict(lambda: defaultdict(int))
     for row in rows:
@@ -182,26 +201,20 @@ def test_negatives_come_from_the_own_stratum_seen_before_and_never_the_users_own
             assert counts[stratum, 0] <= BASKET.negatives * counts[stratum, 1]
 
 
-def test_same_rows_whatever_the_order_of_files_and_lines(spark, lake_home):
+def test_same_rows_whatever_the_order_of_files_and_lines(spark):
     events = baskets(2)
-    read = fill_baskets(spark, events)
-    first, _ = run(spark, lake_home, read, BASKET)
-    spark.sql("DELETE FROM lake.raw.interaction")
     shuffled = [events[index] for index in np.random.default_rng(5).permutation(len(events))]
-    spark.createDataFrame(shuffled, EVENTS).repartition(3).writeTo("lake.raw.interaction").append()
-    second, _ = run(spark, lake_home, inputs(spark), BASKET)
+    first, _ = run(spark, basket_frames(spark, events), BASKET)
+    second, _ = run(spark, basket_frames(spark, shuffled), BASKET)
     assert first.outputs["digest"] == second.outputs["digest"]
 
 
 @pytest.mark.parametrize("params", [BASKET, RankExample(min_test_rows=1)], ids=["next_basket", "value"])
-def test_nothing_after_the_cutoff_reaches_a_training_row(spark, lake_home, params):
+def test_nothing_after_the_cutoff_reaches_a_training_row(spark, params):
     events = baskets(3)
-    _, before = run(spark, lake_home, fill_baskets(spark, events), params)
-    spark.sql(f"DELETE FROM lake.raw.interaction WHERE file_date > DATE '{D2}'")
-    spark.createDataFrame([event(D3, "u1", "i0", 5, 1.0, "z"), event(D1, "u2", "i3", 1, 1.0, "y", file_date=D3)], EVENTS).writeTo(
-        "lake.raw.interaction"
-    ).append()
-    _, after = run(spark, lake_home, inputs(spark), params)
+    other = [event(D3, "u1", "i0", 5, 1.0, "z"), event(D1, "u2", "i3", 1, 1.0, "y", file_date=D3)]
+    _, before = run(spark, basket_frames(spark, events), params)
+    _, after = run(spark, basket_frames(spark, [row for row in events if row[0] <= D2] + other), params)
     train = [row for row in before if row.split == "train"]
     assert train
     assert [row for row in after if row.split == "train"] == train

@@ -118,12 +118,12 @@ def plan():
     ("rows", "tags", "expected"),
     [
         ([], {}, ("publish", "d20260105", 1)),
-        ([release_row("d20260105", D, digest="same")], {"d20260105": (1, "same")}, ("reused", "d20260105", 1)),
-        ([release_row("d20260105", D, digest="other")], {"d20260105": (1, "other")}, ("publish", "d20260105_r2", 2)),
+        ([release_row("d20260105", D, digest="same")], {}, ("reused", "d20260105", 1)),
+        ([release_row("d20260105", D, digest="other")], {}, ("publish", "d20260105_r2", 2)),
         ([], {"d20260105": (7, "same")}, ("roll_forward", "d20260105", 1)),
         ([], {"d20260105": (7, "other")}, ("publish", "d20260105_r2", 2)),
         ([], {"d20260105": (7, "other"), "d20260105_r2": (8, "same")}, ("roll_forward", "d20260105_r2", 2)),
-        ([release_row("d20260105", D, digest="same", status="withdrawn")], {"d20260105": (1, "same")}, ("publish", "d20260105_r2", 2)),
+        ([release_row("d20260105", D, digest="same", status="withdrawn")], {}, ("publish", "d20260105_r2", 2)),
         ([release_row("d20260104", D - timedelta(days=1), digest="same")], {}, ("publish", "d20260105", 1)),
     ],
 )

@@ -345,6 +345,17 @@ def test_a_release_without_extras_still_makes_a_page(tmp_path: Path) -> None:
     assert "svg" not in page.tags
 
 
+def test_numbers_that_cannot_be_drawn_cost_their_picture_and_not_the_page(tmp_path: Path) -> None:
+    broken = {"kind": "churn", "data": {"by_position": {"a": "x"}}}
+    text, page = parsed(write_report(tmp_path / "page.html", ReportContent(release={"tag": "t", "logical_date": "d"}, figures=[broken])))
+    assert "could not be drawn" in text
+    assert "svg" not in page.tags
+
+
+def test_small_numbers_do_not_become_zero() -> None:
+    assert [report._number(value) for value in (0.25, 0.0004, 0.0, 12345, None, float("nan"))] == ["0.250", "0.0004", "0", "12,345", "-", "-"]
+
+
 def test_a_picture_file_becomes_a_data_uri(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(b"abc")

@@ -23,7 +23,7 @@ SELECT
   i.first_seen,
   i.retired_at
 FROM item_popularity AS p
-INNER JOIN item AS i ON i.item_id = p.item_id
+LEFT JOIN item AS i ON i.item_id = p.item_id
 LEFT JOIN content_key AS t ON t.encoder_id = :text_encoder_id AND t.modality = 'text' AND t.content_hash = i.text_hash
 LEFT JOIN content_key AS m ON m.encoder_id = :image_encoder_id AND m.modality = 'image' AND m.content_hash = i.image_hash
 LEFT JOIN trained AS b ON b.item_id = p.item_id

@@ -14,5 +14,6 @@ TBLPROPERTIES (
   'format-version' = '2',
   'write.metadata.delete-after-commit.enabled' = 'true',
   'write.metadata.previous-versions-max' = '50',
-  'write.distribution-mode' = 'hash'
+  'write.distribution-mode' = 'hash',
+  'write.spark.fanout.enabled' = 'false'
 )

@@ -1,0 +1,145 @@
+"""The night's thin manifest: per item its hashes, masks, counts, richness, alignment strength and where its behaviour row lies.
+
+Under `frozen` only the rows trained tonight get new behaviour fields; all others are the parent's bit by bit, so that a new item moves no other.
+Not here: vectors (readers join them by key) and fitting the richness reference (train_behavior_encoder).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.item_popularity import items_as_of
+from pipeline import config
+from pipeline.context import Context, Plan
+from pipeline.errors import UpstreamMissing
+from pipeline.richness import alignment_strength, richness
+from pipeline.stages import StageResult, Write
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from jobs.inputs import Inputs
+
+TRAINED_DDL = "item_id string, evidence_count bigint, evidence_bucket int, richness float, strength float"
+
+
+def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult:
+    """The night's partition of feature.item_feature.
+
+    Raises: UpstreamMissing when the generation's richness reference is not there.
+    """
+    from pyspark.sql import functions as F
+
+    plan = ctx.plan()
+    encoders = ctx.outcome("content_embedding")["outputs"]
+    reference, base_date = generation_reference(inputs, ctx, plan)
+    popularity = inputs.frame("feature.item_popularity").where(F.col("logical_date") == F.lit(plan.logical_date))
+    first_event = popularity.where("first_event_date IS NOT NULL").select("item_id", "first_event_date")
+    items = items_as_of(inputs.frame("raw.item"), inputs.frame("raw.source_file"), first_event, plan.logical_date, ctx.config.source.catalogue)
+    parent = parent_rows(inputs.frame("feature.item_feature"), plan)
+    frame = inputs.query(
+        "feature.item_feature",
+        {
+            "item": items,
+            "item_popularity": popularity,
+            "content_key": inputs.frame("feature.item_content_vector").select("encoder_id", "modality", "content_hash"),
+            "trained": trained_rows(inputs.frame("feature.item_behavior_vector"), plan, reference),
+            "parent": parent.where(F.lit(not plan.new_generation)),
+        },
+        logical_date=plan.logical_date,
+        generation=plan.generation,
+        text_encoder_id=encoders.get("text_encoder_id"),
+        image_encoder_id=encoders.get("image_encoder_id"),
+    ).persist()
+    write = Write(table="feature.item_feature", frame=frame, dates=(plan.logical_date,))
+    return StageResult(writes=(write,), metrics=measured(frame, parent, plan.logical_date, base_date))
+
+
+def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapping[str, Any], date]:
+    """The generation's frozen richness reference and the night that fitted it.
+
+    Raises: UpstreamMissing when sid.generation does not hold the plan's generation.
+    """
+    if plan.new_generation:
+        return ctx.outcome("train_behavior_encoder")["outputs"]["richness_reference"], plan.logical_date
+    rows = inputs.frame("sid.generation").where(f"generation = {plan.generation:d}").select("richness_reference", "logical_date").collect()
+    if not rows:
+        raise UpstreamMissing(
+            f"generation {plan.generation} is not recorded",
+            expected="one row",
+            found="none",
+            where="sid.generation",
+            next_command="sid repair",
+        )
+    return json.loads(rows[0].richness_reference), rows[0].logical_date
+
+
+def parent_rows(features: DataFrame, plan: Plan) -> DataFrame:
+    """The parent release's rows of feature.item_feature; none on the first night."""
+    from pyspark.sql import functions as F
+
+    if plan.parent is None:
+        return features.limit(0)
+    return features.where((F.col("logical_date") == F.lit(plan.parent.logical_date)) & (F.col("generation") == plan.parent.generation))
+
+
+def trained_rows(vectors: DataFrame, plan: Plan, reference: Mapping[str, Any]) -> DataFrame:
+    """Items whose behaviour row was trained tonight, with richness and strength through the generation's reference."""
+    from pyspark.sql import functions as F
+
+    tonight = vectors.where((F.col("logical_date") == F.lit(plan.logical_date)) & (F.col("generation") == plan.generation))
+    return tonight.select("item_id", "evidence_count", "evidence_bucket", "norm").mapInArrow(richness_mapper(reference), TRAINED_DDL)
+
+
+def richness_mapper(reference: Mapping[str, Any]) -> Callable[[Any], Iterator[pa.RecordBatch]]:
+    """A mapInArrow function: (item_id, evidence_count, evidence_bucket, norm) -> the same without norm, with richness and strength as float32."""
+    alpha, beta = float(reference["alpha"]), float(reference["beta"])
+
+    def map_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            count_N, norm_N = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("evidence_count", "norm"))
+            richness_N = richness(reference, count_N, norm_N)
+            strength_N = alignment_strength(richness_N, alpha, beta)
+            derived = [pa.array(np.asarray(value_N, np.float32)) for value_N in (richness_N, strength_N)]
+            kept = [batch.column(name) for name in ("item_id", "evidence_count", "evidence_bucket")]
+            yield pa.RecordBatch.from_arrays([*kept, *derived], ["item_id", "evidence_count", "evidence_bucket", "richness", "strength"])
+
+    return map_batches
+
+
+def measured(frame: DataFrame, parent: DataFrame, logical_date: date, base_date: date) -> dict[str, float]:
+    """What MLflow shows of the manifest: items, shares with each modality, rows that moved, popularity mass on rows trained after the base.
+
+    `moved_rows` had a behaviour row before and got another tonight; `unmasked_rows` got their first.
+    """
+    from pyspark.sql import functions as F
+
+    def share(condition: Any) -> Any:
+        return F.coalesce(F.avg(condition.cast("double")), F.lit(0.0))
+
+    before = parent.select("item_id", F.lit(True).alias("known"), F.col("behavior_date").alias("behavior_before"))
+    trained, had = F.col("behavior_date") == F.lit(logical_date), F.col("behavior_before").isNotNull()
+    post_base = F.sum(F.when(F.col("behavior_date") > F.lit(base_date), F.col("popularity")))
+    numbers = {
+        "items": F.count(F.lit(1)),
+        "live_items": F.count_if(F.col("status") == "live"),
+        "new_items": F.count_if(F.col("known").isNull()),
+        "text_share": share(F.col("text_hash").isNotNull()),
+        "image_share": share(F.col("image_hash").isNotNull()),
+        "behavior_share": share(F.col("behavior_date").isNotNull()),
+        "trained_rows": F.count_if(trained),
+        "moved_rows": F.count_if(trained & had),
+        "unmasked_rows": F.count_if(trained & ~had),
+        "post_base_mass": F.coalesce(post_base / F.sum("popularity"), F.lit(0.0)),
+        "mean_richness": F.avg(F.when(F.col("behavior_date").isNotNull(), F.col("richness"))),
+        "mean_strength": F.avg(F.when(F.col("behavior_date").isNotNull(), F.col("strength"))),
+    }
+    row = frame.join(before, "item_id", "left").agg(*[number.cast("double").alias(name) for name, number in numbers.items()]).first()
+    assert row is not None, "an aggregate has one row"
+    return {name: value for name, value in row.asDict().items() if value is not None}

@@ -1,0 +1,170 @@
+"""train_tokenizer: fit the SID tokenizer of a new generation on the live items of the night; nothing on a frozen night.
+
+Not here: the tokenizers (pipeline/tokenizers), assigning codes (assign_sid). Under torchrun every process runs this job; process 0 answers for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.context import Context, derive_seed
+from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.log import progress
+from pipeline.stages import FigureData, ModelBundle, StageResult
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+    from jobs.inputs import Inputs
+    from pipeline.config import TrainTokenizer
+    from pipeline.tokenizers.base import FitReport, ItemBatch, Tokenizer
+
+EXAMPLE_ROWS = 2
+
+
+def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
+    """The fitted tokenizer with its curves and code usage; `skipped` when the night keeps its generation.
+
+    Raises: UpstreamMissing without items of the night, ContractError for vectors that are missing, uneven or not finite.
+    """
+    plan = ctx.plan()
+    if not plan.new_generation:
+        return StageResult(status="skipped", outputs={"generation": plan.generation})
+    from pipeline.tokenizers.base import items_from_arrow
+    from pipeline.tokenizers.registry import named
+
+    items = items_from_arrow(read_vectors(inputs, ctx))
+    tokenizer: Tokenizer = named(params.tokenizer)(getattr(params, params.tokenizer))
+    kept = FileCheckpoint(ctx.staging / "train_tokenizer.checkpoint.safetensors")
+    with processes(ctx.config.launch.threads) as rank:
+        report = tokenizer.fit(items, seed=derive_seed(plan.seed, "tokenizer", plan.generation), settings=params, checkpoint=kept, progress=progress)
+    if rank:
+        raise SystemExit(0)  # a helper process: process 0 logs the model and writes the outcome
+    return result(tokenizer, report, items, params.tokenizer, plan.generation)
+
+
+def read_vectors(inputs: Inputs, ctx: Context) -> pa.Table:
+    """Live items of the night with their vectors, sorted by item_id.
+
+    Raises: UpstreamMissing if the night has no live item.
+    """
+    import pyarrow.compute as pc
+
+    from pipeline.tokenizers.base import join_vectors
+
+    feature = inputs.arrow("feature.item_feature", where=f"logical_date == '{ctx.logical_date}' and status == 'live'")
+    if not len(feature):
+        raise UpstreamMissing(
+            "no items to fit a tokenizer on",
+            expected="live rows",
+            found="none",
+            where=f"feature.item_feature logical_date={ctx.logical_date}",
+            next_command=f"sid run item_feature --date {ctx.logical_date}",
+        )
+    content = inputs.arrow("feature.item_content_vector")
+    dates = sorted(day for day in pc.unique(feature["behavior_date"]).to_pylist() if day is not None)
+    named = ", ".join(f"'{day}'" for day in dates) or f"'{ctx.logical_date}'"
+    behavior = inputs.arrow("feature.item_behavior_vector", columns=("logical_date", "item_id", "vector"), where=f"logical_date in ({named})")
+    return join_vectors(feature, content, behavior)
+
+
+def result(tokenizer: Tokenizer, report: FitReport, items: ItemBatch, name: str, generation: int) -> StageResult:
+    """What the runner logs: model, metrics, curves, figures, and the outputs that assign_sid reads."""
+    from pipeline.tokenizers import metrics
+    from pipeline.tokenizers.base import codebook_digest
+
+    digest = codebook_digest(tokenizer.codebooks())
+    codes_NL = tokenizer.encode(items).codes_NL
+    counts = [metrics.code_counts(codes_N, size).tolist() for codes_N, size in zip(codes_NL.unbind(1), tokenizer.codebook_sizes, strict=True)]
+    vocabulary = {"tokenizer": name, "codebook_sizes": list(tokenizer.codebook_sizes), "slots": list(tokenizer.slots), "codebook_digest": digest}
+    figures = {"code_usage": FigureData(kind="code_usage", data={"usage": dict(zip(tokenizer.slots, counts, strict=True))})}
+    if losses := {name: values for name, values in report.curves.items() if name.startswith("loss/")}:
+        figures["loss_curves"] = FigureData(kind="loss_curves", data={"curves": losses})
+    return StageResult(
+        metrics={f"tokenizer/{key}": value for key, value in report.metrics.items() if value == value},  # NaN = not measurable, e.g. an absent modality
+        curves={f"tokenizer/{key}": values for key, values in report.curves.items()},
+        outputs={**vocabulary, "generation": generation, "items": len(items)},
+        figures=figures,
+        model=bundle(tokenizer, items, vocabulary | {"generation": generation}),
+    )
+
+
+def bundle(tokenizer: Tokenizer, items: ItemBatch, vocabulary: dict[str, Any]) -> ModelBundle:
+    """The model with an example of its columns; in them a row of NaN is an item without that modality."""
+    first = items.take(slice(0, EXAMPLE_ROWS))
+    columns = {name: _with_gaps(vectors, first.mask(name)) for name in ("text", "image", "behavior") if (vectors := first.vectors(name)) is not None}
+    columns |= {"richness": first.richness_N.numpy(), "strength": first.strength_N.numpy()}
+    answer = tokenizer.encode(first)
+    return ModelBundle(
+        name="sid_tokenizer",
+        tensors=tokenizer.state(),
+        config={**tokenizer.config(), **vocabulary},
+        example_input=columns,
+        example_output={"codes": answer.codes_NL.numpy(), "weights": answer.weights_NL.numpy()},
+    )
+
+
+def _with_gaps(vectors_ND: Tensor, mask_N: Tensor) -> Any:
+    return vectors_ND.masked_fill(~mask_N[:, None], float("nan")).numpy()
+
+
+@contextmanager
+def processes(threads: int) -> Iterator[int]:
+    """The rank of this process, in a process group when torchrun started several; torch uses `threads` threads meanwhile."""
+    import torch
+    import torch.distributed as dist
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    joined = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        if joined:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        yield dist.get_rank() if joined else 0
+        if joined:
+            dist.barrier()
+    finally:
+        torch.set_num_threads(before)
+        if joined:
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class FileCheckpoint:
+    """A training state in one safetensors file whose header holds the JSON document (`tokenizers.base.Checkpoint`)."""
+
+    path: Path
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last saved state, None if there is none.
+
+        Raises: ContractError if the file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["document"])  # noqa: SIM118 - no mapping
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ContractError(
+                "the training checkpoint is damaged", expected="safetensors", found=str(error), where=str(self.path), next_command=f"rm {self.path}"
+            ) from error
+
+    def save(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+        """Replace the file in one step."""
+        from safetensors.torch import save_file
+
+        temporary = self.path.with_suffix(".partial")
+        save_file(tensors, temporary, metadata={"document": json.dumps(document)})
+        temporary.replace(self.path)
