@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Any
@@ -20,7 +21,7 @@ DEFAULTS: dict[str, Any] = {"retries": 3, "retry_delay": timedelta(minutes=2), "
 
 PARAMS: dict[str, Param] = {
     "date": Param(None, type=["null", "string"], format="date", title="Logical date", description="day to refresh; empty = the run's data interval"),
-    "profile": Param("nightly", type="string", title="Profile", description="a name in pipeline/profiles"),
+    "profile": Param(os.environ.get("SID_PROFILE", "demo"), type="string", title="Profile", description="a name in pipeline/profiles; SID_PROFILE presets it"),
     "overrides": Param([], type="array", title="Overrides", description="section.key=value"),
     "reason": Param("nightly", type="string", minLength=3, title="Reason", description="why this run exists; stored in every snapshot"),
     "release": Param(

@@ -9,7 +9,7 @@ Not here: fitting the tokenizer (train_tokenizer) and publishing (publish_releas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
 
 STRATA = ("head", "torso", "tail")
+FLAGS = ("live", "described", "shared", "known", "changed_from_parent", "unmasked", "encoded", "dangling", "bad_codes", "loud_mask", "parent_stratum")
 CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>, dangling boolean"
 CODEBOOK_SCHEMA = "position int, slot string, code int, vector array<float>"
 _TOKENIZERS: dict[str, Any] = {}  # per worker process: model digest -> tokenizer
@@ -292,18 +293,15 @@ def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, pla
 def disambiguate_frame(rows: DataFrame) -> DataFrame:
     """`rows` with `disambiguator`: `existing` where it is set, else the next number of the code tuple by (first_seen, item_id).
 
-    The same rule as tokenizers.collisions.disambiguate; only code tuples that hold an item without a number are grouped.
+    The same rule as tokenizers.collisions.disambiguate, as one window: the rows are shuffled by code tuple once, which the collision counts use again.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    carried, fresh = rows.where("existing IS NOT NULL"), rows.where("existing IS NULL")
-    touched = fresh.select("codes").distinct()
-    taken = carried.join(touched, "codes", "left_semi").groupBy("codes").agg(F.max("existing").alias("largest"))
-    order = Window.partitionBy("codes").orderBy("first_seen", "item_id")
-    number = (F.coalesce(F.col("largest"), F.lit(-1)) + F.row_number().over(order)).cast("int")
-    numbered = fresh.join(taken, "codes", "left").withColumn("disambiguator", number).drop("largest")
-    return carried.withColumn("disambiguator", F.col("existing").cast("int")).unionByName(numbered)
+    same_codes = Window.partitionBy("codes")
+    fresh_first = same_codes.orderBy(F.col("existing").isNotNull(), "first_seen", "item_id")
+    largest = F.coalesce(F.max("existing").over(same_codes), F.lit(-1))
+    return rows.withColumn("disambiguator", F.coalesce(F.col("existing"), largest + F.row_number().over(fresh_first)).cast("int"))
 
 
 # ---------------------------------------------------------------- measuring
@@ -327,141 +325,108 @@ def measured(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[dict[str
 
 
 def measure(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[dict[str, float], list[np.ndarray]]:
-    """(metrics of the gate, code counts per position over live items) of the rows of `with_groups`, in two aggregations."""
-    columns = {**collision_columns(), **churn_columns(len(codebook_sizes)), **contract_columns(codebook_sizes)}
-    counts = {name: float(value or 0) for name, value in rows.agg(*[column.alias(name) for name, column in columns.items()]).collect()[0].asDict().items()}
-    usage = code_usage(rows, codebook_sizes)
-    return {**ratios(counts, len(codebook_sizes)), **usage_metrics(usage)}, usage
+    """(metrics of the gate, code counts per position over live items) of the rows of `with_groups`, in two aggregations.
+
+    The first counts items and popularity per combination of FLAGS: some dozen groups, from which every share follows.
+    """
+    from pyspark.sql import functions as F
+
+    counted = (F.count(F.lit(1)).alias("items"), F.sum("popularity").alias("mass"), F.max("disambiguator").alias("number"))
+    facts = [row.asDict() for row in rows.groupBy(*FLAGS).agg(*counted).collect()]
+    usage, changed_L = code_usage(rows, codebook_sizes)
+    known = total(facts, "items", known=True)
+    by_position = {f"churn_position_{position}": float(count / known) if known else 0.0 for position, count in enumerate(changed_L)}
+    return {**collision_metrics(facts), **churn_metrics(facts), **by_position, **usage_metrics(usage)}, usage
 
 
 def with_groups(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> DataFrame:
-    """`rows` with live, described (at least one slot not masked), group_size (live described items of the same codes), moved and unmasked.
+    """`rows` with the boolean FLAGS that are measured, and group_size: live described items of the same codes.
 
-    An item without any modality has no codes worth the name: it counts in `masked_share`, not among the collisions.
+    described: at least one slot is not masked; an item without any modality has no codes worth the name, so it counts in `masked_share`, not among
+    the collisions. unmasked: the codes changed because a masked slot got its first code.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    sizes = F.array(*[F.lit(size) for size in codebook_sizes])
-    present = F.zip_with("codes", sizes, lambda code, size: code < size)
-    appeared = F.exists(
-        F.zip_with(
-            F.zip_with("codes", sizes, lambda code, size: code < size), F.zip_with("parent_codes", sizes, lambda code, size: code == size), lambda a, b: a & b
-        ),
-        lambda slot: slot,
-    )
-    counted = (F.col("live") & F.col("described")).cast("int")
-    return (
-        rows.withColumn("live", F.col("status") == "live")
-        .withColumn("described", F.coalesce(F.exists(present, lambda slot: slot), F.lit(False)))
-        .withColumn("group_size", F.sum(counted).over(Window.partitionBy("codes")))
-        .withColumn("unmasked", F.col("changed_from_parent") & F.coalesce(appeared, F.lit(False)))
-        .withColumn("moved", F.col("changed_from_parent") & ~F.col("unmasked"))
-    )
-
-
-def _count(condition: Column) -> Column:
-    from pyspark.sql import functions as F
-
-    return F.sum(F.coalesce(condition, F.lit(False)).cast("long"))
-
-
-def _mass(condition: Column) -> Column:
-    from pyspark.sql import functions as F
-
-    return F.sum(F.when(condition, F.col("popularity")).otherwise(0.0))
-
-
-def collision_columns() -> dict[str, Column]:
-    """Aggregates behind collision_rate, shared_mass and disambiguators."""
-    from pyspark.sql import functions as F
-
-    counted = F.col("live") & F.col("described")
-    shared = counted & (F.col("group_size") > 1)
-    return {
-        "rows": F.count(F.lit(1)),
-        "dangling": _count(F.col("dangling")),
-        "live": _count(F.col("live")),
-        "masked": _count(F.col("live") & ~F.col("described")),
-        "counted": _count(counted),
-        "collided": _count(shared),
-        "live_mass": _mass(F.col("live")),
-        "collided_mass": _mass(shared),
-        "disambiguators": F.max(F.when(F.col("described"), F.col("disambiguator") + 1)),
-    }
-
-
-def churn_columns(positions: int) -> dict[str, Column]:
-    """Aggregates behind churn against the parent: overall, by the parent's stratum, by position, by mass, and over re-encoded items."""
-    from pyspark.sql import functions as F
-
-    known = F.col("parent_codes").isNotNull()
-    again = known & F.col("encoded")
-    columns = {
-        "known": _count(known),
-        "moved": _count(F.col("moved")),
-        "unmasked": _count(F.col("unmasked")),
-        "known_mass": _mass(known),
-        "moved_mass": _mass(F.col("moved")),
-        "reencoded": _count(again),
-        "reencoded_kept": _count(again & ~F.col("changed_from_parent")),
-        "new_items": _count(F.col("is_new")),
-    }
-    for stratum in STRATA:
-        inside = F.col("parent_stratum") == stratum
-        columns |= {f"known_{stratum}": _count(known & inside), f"moved_{stratum}": _count(F.col("moved") & inside)}
-    for position in range(positions):
-        columns[f"changed_{position}"] = _count(known & (F.col("codes")[position] != F.col("parent_codes")[position]))
-    return columns
-
-
-def contract_columns(codebook_sizes: tuple[int, ...]) -> dict[str, Column]:
-    """Counts of rows that break the shape of a SID: codes out of range, or a masked slot that carries weight."""
-    from pyspark.sql import functions as F
-
     sizes, length = F.array(*[F.lit(size) for size in codebook_sizes]), len(codebook_sizes)
     in_range = F.forall(F.zip_with("codes", sizes, lambda code, size: code.between(0, size)), lambda good: F.coalesce(good, F.lit(False)))
-    silent = F.forall(
-        F.zip_with(F.zip_with("codes", sizes, lambda code, size: code == size), "weights", lambda masked, weight: ~masked | (weight == 0)),
-        lambda good: F.coalesce(good, F.lit(False)),
-    )
     complete = (F.size("codes") == length) & (F.size("weights") == length)
-    return {"codes_out_of_range": _count(~(F.coalesce(in_range & complete, F.lit(False)))), "masked_with_weight": _count(~F.coalesce(silent, F.lit(False)))}
+    slots = F.arrays_zip(F.col("codes").alias("c"), F.col("weights").alias("w"), F.col("parent_codes").alias("p"), sizes.alias("k"))
+    counted = (F.col("live") & F.col("described")).cast("int")
+
+    def some(condition: Column) -> Column:
+        return F.coalesce(condition, F.lit(False))
+
+    return (
+        rows.withColumn("live", F.col("status") == "live")
+        .withColumn("described", some(F.exists(slots, lambda slot: slot.c < slot.k)))
+        .withColumn("unmasked", F.col("changed_from_parent") & some(F.exists(slots, lambda slot: (slot.c < slot.k) & (slot.p == slot.k))))
+        .withColumn("loud_mask", some(F.exists(slots, lambda slot: (slot.c == slot.k) & (slot.w != 0))))
+        .withColumn("bad_codes", ~some(in_range & complete))
+        .withColumn("dangling", some(F.col("dangling")))
+        .withColumn("known", ~F.col("is_new"))
+        .withColumn("group_size", F.sum(counted).over(Window.partitionBy("codes")))
+        .withColumn("shared", F.col("live") & F.col("described") & (F.col("group_size") > 1))
+    )
 
 
-def ratios(counts: Mapping[str, float], positions: int) -> dict[str, float]:
-    """Counts of `measure` as the named metrics of the gate; a share of nothing is 0."""
+def total(facts: Iterable[Mapping[str, Any]], what: str, **wanted: bool | str) -> float:
+    """Sum of `items` or `mass` over the groups whose flags are as wanted."""
+    return float(sum(fact[what] or 0 for fact in facts if all(fact[name] == value for name, value in wanted.items())))
 
-    def share(part: str, whole: str) -> float:
-        return counts[part] / counts[whole] if counts[whole] else 0.0
 
-    metrics = {
-        name: counts[name]
-        for name in ("rows", "live", "known", "new_items", "reencoded", "dangling", "disambiguators", "codes_out_of_range", "masked_with_weight")
+def share(facts: list[dict[str, Any]], what: str, whole: Mapping[str, bool | str], **part: bool | str) -> float:
+    """Share of the groups `whole` that are `part` as well; 0 of nothing."""
+    everything = total(facts, what, **whole)
+    return total(facts, what, **whole, **part) / everything if everything else 0.0
+
+
+def collision_metrics(facts: list[dict[str, Any]]) -> dict[str, float]:
+    """Row counts, broken rows, collision_rate and shared_mass; `disambiguators` is the largest number of items on one code tuple."""
+    live = {"live": True}
+    return {
+        "rows": total(facts, "items"),
+        "live": total(facts, "items", live=True),
+        "dangling": total(facts, "items", dangling=True),
+        "codes_out_of_range": total(facts, "items", bad_codes=True),
+        "masked_with_weight": total(facts, "items", loud_mask=True),
+        "collision_rate": share(facts, "items", {**live, "described": True}, shared=True),
+        "shared_mass": share(facts, "mass", live, shared=True),
+        "masked_share": share(facts, "items", live, described=False),
+        "disambiguators": float(max((fact["number"] + 1 for fact in facts if fact["described"] and fact["number"] is not None), default=0)),
     }
-    metrics |= {
-        "collision_rate": share("collided", "counted"),
-        "shared_mass": share("collided_mass", "live_mass"),
-        "masked_share": share("masked", "live"),
-        "churn": share("moved", "known"),
-        "churn_mass": share("moved_mass", "known_mass"),
-        "unmasked_share": share("unmasked", "known"),
-        "reencoded_kept_share": share("reencoded_kept", "reencoded"),
+
+
+def churn_metrics(facts: list[dict[str, Any]]) -> dict[str, float]:
+    """Churn against the parent over the items of both: overall, by mass, by the parent's stratum; first unmaskings and re-encoded items apart."""
+    known: dict[str, bool | str] = {"known": True}
+    moved = {"changed_from_parent": True, "unmasked": False}
+    return {
+        "known": total(facts, "items", known=True),
+        "new_items": total(facts, "items", known=False),
+        "churn": share(facts, "items", known, **moved),
+        "churn_mass": share(facts, "mass", known, **moved),
+        "unmasked_share": share(facts, "items", known, unmasked=True),
+        "reencoded": total(facts, "items", known=True, encoded=True),
+        "reencoded_kept_share": share(facts, "items", {**known, "encoded": True}, changed_from_parent=False),
+        **{f"churn_{stratum}": share(facts, "items", {**known, "parent_stratum": stratum}, **moved) for stratum in STRATA},
     }
-    metrics |= {f"churn_{stratum}": share(f"moved_{stratum}", f"known_{stratum}") for stratum in STRATA}
-    return metrics | {f"churn_position_{position}": share(f"changed_{position}", "known") for position in range(positions)}
 
 
-def code_usage(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """Live items per code, one array of length K per position; masked slots are left out."""
+def code_usage(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
+    """(live items per code, one array of length K per position, masked slots left out; items whose code changed per position)."""
     from pyspark.sql import functions as F
 
-    used = rows.where(F.col("status") == "live").select(F.posexplode("codes").alias("position", "code")).groupBy("position", "code").count().collect()
-    counts = [np.zeros(size, dtype=np.int64) for size in codebook_sizes]
-    for row in used:  # at most L * (K + 1) rows
-        if row.code is not None and row.position < len(counts) and 0 <= row.code < len(counts[row.position]):
-            counts[row.position][row.code] = row["count"]
-    return counts
+    slots = rows.select("live", F.posexplode(F.arrays_zip(F.col("codes").alias("c"), F.col("parent_codes").alias("p"))).alias("position", "slot"))
+    changed = F.sum(F.coalesce(F.col("slot.c") != F.col("slot.p"), F.lit(False)).cast("long")).alias("changed")
+    used = slots.groupBy("position", F.col("slot.c").alias("code")).agg(F.sum(F.col("live").cast("long")).alias("items"), changed).collect()
+    counts, changed_L = [np.zeros(size, dtype=np.int64) for size in codebook_sizes], np.zeros(len(codebook_sizes))
+    for row in used:  # at most L * (K + 1) groups
+        if row.position < len(counts):
+            changed_L[row.position] += row.changed
+            if row.code is not None and 0 <= row.code < len(counts[row.position]):
+                counts[row.position][row.code] = row["items"]
+    return counts, changed_L
 
 
 def usage_metrics(usage: list[np.ndarray]) -> dict[str, float]:
@@ -618,6 +583,6 @@ def collisions_by_decile(rows: DataFrame) -> list[float]:
     decile = F.lit(0)
     for cut in cuts:
         decile = decile + (F.col("popularity") > cut).cast("int")
-    found = judged.groupBy(decile.alias("decile")).agg(F.avg((F.col("group_size") > 1).cast("int")).alias("rate")).collect()
+    found = judged.groupBy(decile.alias("decile")).agg(F.avg(F.col("shared").cast("int")).alias("rate")).collect()
     rates = {int(row.decile): float(row.rate) for row in found}
     return [rates.get(index, 0.0) for index in range(10)]

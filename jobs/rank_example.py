@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from pipeline import lakehouse
@@ -139,12 +140,11 @@ def labelled_rows(inputs: Inputs, events: DataFrame, popularity: DataFrame, para
     return inputs.spark.sql((SQL / namespace / table / f"{params.label}.sql").read_text(encoding="utf-8"), args=arguments)
 
 
-def split_rows(inputs: Inputs, release: Published, split: str, period: Period, popularity: DataFrame, params: RankExample, ctx: Context) -> DataFrame:
-    """Rows of rank.rank_example of one split; only files up to the period's end are read."""
-    baskets = params.label == "next_basket" or ctx.config.user_sequence.order == "basket"
-    events = ordered_events(inputs.frame("raw.interaction"), period.until, baskets=baskets)
-    seed = derive_seed(ctx.config.seed, "rank_example")
-    labelled = labelled_rows(inputs, events, popularity, params, after=period.after, seed=seed)
+def split_rows(
+    inputs: Inputs, events: DataFrame, popularity: DataFrame, release: Published, split: str, after: date, params: RankExample, *, seed: int
+) -> DataFrame:
+    """Rows of rank.rank_example of one split: those of files after `after`, with nothing known but `events`."""
+    labelled = labelled_rows(inputs, events, popularity, params, after=after, seed=seed)
     views = {"labelled": labelled, "event": events, "popularity": popularity}
     return inputs.query(TABLE, views, logical_date=release.logical_date, release=release.tag, split=split, max_history=params.max_history)
 
@@ -181,16 +181,33 @@ def run(inputs: Inputs, params: RankExample, ctx: Context) -> StageResult:
     served = served_release(releases, ctx.param("release"))
     chosen = evaluation_release(candidates(releases, served), events_per_day(inputs), params)
     release = chosen or served
-    train, test = periods(release, params)
     popularity = popularity_at(inputs, release)
-    frame = split_rows(inputs, release, "train", train, popularity, params, ctx)
-    if chosen:
-        frame = frame.unionByName(split_rows(inputs, release, "test", test, popularity, params, ctx))
-    frame = frame.persist()  # counted, digested and written: three readers, one computation
+    baskets = params.label == "next_basket" or ctx.config.user_sequence.order == "basket"
+    seed = derive_seed(ctx.config.seed, "rank_example")
+    splits = dict(zip(("train", "test") if chosen else ("train",), periods(release, params), strict=False))
+    events = {split: ordered_events(inputs.frame("raw.interaction"), period.until, baskets=baskets).persist() for split, period in splits.items()}
+    parts = [split_rows(inputs, events[split], popularity, release, split, period.after, params, seed=seed) for split, period in splits.items()]
+    frame = reduce(type(parts[0]).unionByName, parts).persist()  # counted, digested and written: three readers, one computation
     counts = {row["split"]: int(row["count"]) for row in frame.groupBy("split").count().collect()}
+    for known in events.values():  # the SELECTs read them many times; `frame` now holds what came out
+        known.unpersist()
+    tested = chosen is not None and counts.get("test", 0) > 0  # events need not make rows: a user's first basket has no positive
     outputs = {
         "served_release": served.tag,
-        "evaluation_release": chosen.tag if chosen else "",
+        "evaluation_release": release.tag if tested else "",
+        **_facts(release, params, counts),
+        "digest": lakehouse.rows_digest(frame),
+        "note": "" if tested else f"fewer than {params.min_test_rows} labelled rows after the cutoff of any release in use: the ranker reports no AUC",
+    }
+    logger.info("examples release=%s train=%d test=%d digest=%s", release.tag, outputs["train_rows"], outputs["test_rows"], str(outputs["digest"])[:12])
+    metrics = {f"rank_example/{name}": float(outputs[name]) for name in ("train_rows", "test_rows")}
+    return StageResult(writes=(Write(table=TABLE, frame=frame, dates=(release.logical_date,)),), metrics=metrics, outputs=outputs)
+
+
+def _facts(release: Published, params: RankExample, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Which night's rows these are, their periods and their number, as JSON."""
+    train, test = periods(release, params)
+    return {
         "example_release": release.tag,
         "logical_date": release.logical_date.isoformat(),
         "train_on": params.train_on,
@@ -198,12 +215,7 @@ def run(inputs: Inputs, params: RankExample, ctx: Context) -> StageResult:
         "test_after": test.after.isoformat(),
         "train_rows": counts.get("train", 0),
         "test_rows": counts.get("test", 0),
-        "digest": lakehouse.rows_digest(frame),
-        "note": "" if chosen else f"fewer than {params.min_test_rows} labelled events after the cutoff of any release in use: the ranker reports no AUC",
     }
-    logger.info("examples release=%s train=%d test=%d digest=%s", release.tag, outputs["train_rows"], outputs["test_rows"], str(outputs["digest"])[:12])
-    metrics = {f"rank_example/{split}_rows": float(counts.get(split, 0)) for split in ("train", "test")}
-    return StageResult(writes=(Write(table=TABLE, frame=frame, dates=(release.logical_date,)),), metrics=metrics, outputs=outputs)
 
 
 def events_per_day(inputs: Inputs) -> dict[date, int]:

@@ -54,7 +54,7 @@ class Night:
 
     def events(self) -> pa.Array:
         """Item of every event, users end to end."""
-        return _strings(pc.list_flatten(self.sequences["item_ids"]))
+        return _strings(self.sequences["item_ids"])
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> St
         raise ConfigError("richness = reliability must be measured", expected="true", found="false", where="[train_behavior_encoder] measure_reliability")
     plan, night = ctx.plan(), read_night(inputs, ctx)
     with _threads(ctx.config.launch.threads):
-        return new_generation(inputs, params, plan, night) if plan.new_generation else frozen_night(inputs, params, ctx, plan, night)
+        return new_generation(inputs, params, plan, night) if plan.new_generation else frozen_night(inputs, params, plan, night)
 
 
 def read_night(inputs: Inputs, ctx: Context) -> Night:
@@ -173,7 +173,7 @@ def fit_richness(
         raise ContractError(
             "too few items to measure reliability", expected=f"more than {NEIGHBOURS} items in both halves of the users", found=str(counts_M.size)
         )
-    settings = {"alpha": params.alpha, "low_strength_share": params.low_strength_share, "beta": params.beta}
+    settings: dict[str, Any] = {"alpha": params.alpha, "low_strength_share": params.low_strength_share, "beta": params.beta}
     reference = richness.fit_reference(params.richness, counts_M, norms_M, overlap_M, **settings)
     richness_M = richness.richness(reference, counts_M, norms_M)
     strength_M = richness.alignment_strength(richness_M, reference["alpha"], reference["beta"])
@@ -295,7 +295,7 @@ def base_bundle(
 # ---------------------------------------------------------------- a frozen night
 
 
-def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context, plan: Plan, night: Night) -> StageResult:
+def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, night: Night) -> StageResult:
     """The rows that moved, trained against the generation's base; `skipped` without any."""
     moved, first = moved_items(inputs, params, plan, night)
     moved_ids = night.item_ids.take(moved)
@@ -311,12 +311,15 @@ def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Conte
     kept = moved[seen]
     buckets = richness.evidence_bucket(night.counts[kept])
     names = night.item_ids.take(kept).to_pylist()
-    seeds = [derive_seed(ctx.config.seed, plan.generation, name, bucket) for name, bucket in zip(names, buckets.tolist(), strict=True)]
+    seeds = [derive_seed(plan.seed, plan.generation, name, bucket) for name, bucket in zip(names, buckets.tolist(), strict=True)]
     trained, ids, shift = _train_moved(base, night, night.item_ids.take(kept), np.asarray(seeds, np.int64))
+    metrics |= {"rows": float(len(ids)), **shift["metrics"]}
+    if not len(ids):
+        return StageResult(status="skipped", metrics=metrics, outputs={"generation": plan.generation, "rows": 0})
     vectors_MD = checked((trained.inputs @ base.tensors["rotation"]).numpy(), ids, "train_behavior_encoder")
     about = {"kind": "behavior_rows", "generation": plan.generation}
     return StageResult(
-        metrics={**metrics, "rows": float(len(ids)), **shift["metrics"]},
+        metrics=metrics,
         curves={"row_loss": shift["curve"]},
         outputs={"richness_reference": base.config["richness_reference"], "generation": plan.generation, "rows": len(ids)},
         model=_bundle("behavior_rows", ids.to_pylist(), vectors_MD, {"behavior_vectors": vectors_MD}, about),
@@ -393,10 +396,10 @@ def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str) -> 
 
 def pack_ids(item_ids: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """(UTF-8 bytes end to end, offsets [N + 1]): item ids as tensors."""
-    plain = pa.concat_arrays([item_ids.cast(pa.large_string())])
-    lengths = pc.binary_length(plain).to_numpy(zero_copy_only=False)
-    characters = np.frombuffer("".join(plain.to_pylist()).encode(), np.uint8)
-    return characters.copy(), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    fresh = item_ids.cast(pa.large_string()).take(pa.array(np.arange(len(item_ids))))  # buffers that begin at 0
+    offsets = np.frombuffer(fresh.buffers()[1], np.int64)[: len(item_ids) + 1].copy()
+    characters = fresh.buffers()[2]
+    return (np.frombuffer(characters, np.uint8)[: offsets[-1]].copy() if characters else np.zeros(0, np.uint8)), offsets
 
 
 def unpack_ids(characters: NDArray[np.uint8], offsets: NDArray[np.int64]) -> pa.Array:

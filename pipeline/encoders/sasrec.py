@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -324,16 +325,17 @@ def _loss(hidden_PD: Tensor, targets_P: Tensor, table_ND: Tensor, params: Params
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
     """Random numbers from the seed and deterministic kernels inside; the process's own state is put back after."""
-    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of the time; nothing here reads what it has not written
+        switches.fill_uninitialized_memory = False  # a tenth of the time; nothing here reads what it has not written
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            switches.fill_uninitialized_memory = filled
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -397,13 +399,16 @@ def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows
     What is exact: an item's row is a function of the base, of the windows around its own events and of its own seed. Other moved items stand at their BASE row
     in its windows, items without a base row drop out of them, negatives are the base items (above `sampled_above` a sample that depends on the step
     alone), and Adam works on each element by itself. So the row does not depend on which other items moved, up to the rounding of batched products.
-    differs from training everything: an output row meets negatives only in windows that hold its item.
+    differs from training everything: an output row is pushed down only in windows that hold its item, so with tied tables (where it is the exported row)
+    moved rows score too high as next items; the input row of untied tables is what this is made for.
 
     Args:
         model: the base network, as from `restore`.
         sequences: item_index >= N marks items that the base does not have.
         seeds_M: int64, one per moved item; decides which of its windows each step sees.
     """
+    if not moved_M.numel():
+        return start, []
     sampled = model.num_items > params.sampled_above
     size = max(1, CELLS // (ROW_WINDOWS * params.max_length * (params.num_negatives if sampled else model.num_items)))
     chunks = torch.arange(moved_M.numel()).split(size)

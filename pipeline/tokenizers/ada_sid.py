@@ -32,7 +32,7 @@ from pipeline.tokenizers.quantize import (
     revive_codes,
     straight_through,
 )
-from pipeline.tokenizers.router import SparsityController, behavior_router, sparsity_target
+from pipeline.tokenizers.router import SparsityController, behavior_router
 from pipeline.tokenizers.world import World
 
 AXES_ROWS = 262_144  # items that the principal axes of a modality are fitted on at most
@@ -89,13 +89,23 @@ class ExpertBank(nn.Module):
         super().__init__()
         self.experts = experts
         self.first = nn.Linear(width_in, experts * hidden)
+        self.direct_EDD = nn.Parameter(torch.zeros(experts, width_in, width_out))
         self.second_EHD = nn.Parameter(torch.empty(experts, hidden, width_out).uniform_(-(hidden**-0.5), hidden**-0.5))
         self.second_ED = nn.Parameter(torch.zeros(experts, width_out))
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Latents of the experts, before they are put on the sphere."""
         hidden_EBH = torch.relu(self.first(x_BD)).unflatten(1, (self.experts, -1)).transpose(0, 1)
-        return torch.bmm(hidden_EBH, self.second_EHD).transpose(0, 1) + self.second_ED
+        direct_EBD = torch.matmul(x_BD, self.direct_EDD)
+        return (torch.bmm(hidden_EBH, self.second_EHD) + direct_EBD).transpose(0, 1) + self.second_ED
+
+    @torch.no_grad()
+    def start(self, axes_DW: Tensor, parts: list[list[int]], generator: torch.Generator) -> None:
+        self.second_EHD.mul_(0.1)
+        for direct_DD, part in zip(self.direct_EDD, parts, strict=True):
+            turn_DD = torch.linalg.qr(torch.randn(direct_DD.shape[1], direct_DD.shape[1], generator=generator)).Q[: len(part)]
+            part = part[: len(turn_DD)]
+            direct_DD.copy_(axes_DW[:, part] @ turn_DD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +163,7 @@ class Network(nn.Module):
         self.project = nn.ModuleDict({name: Mlp(width, hidden, settings.projection_dim) for name, width in self.widths.items()})
         inputs = {"shared": settings.projection_dim * len(self.modalities), **self.widths}
         self.expert = nn.ModuleDict({name: ExpertBank(count, inputs[name], hidden, latent) for name, count in self.experts.items() if count})
-        self.gate = nn.ModuleDict({name: Mlp(inputs[name], hidden // 4 or 1, count) for name, count in self.experts.items() if count and name != "shared"})
+        self.gate = nn.ModuleDict({name: Mlp(inputs[name] + (name == "behavior"), hidden // 4 or 1, count) for name, count in self.experts.items() if count and name != "shared"})
         self.decoder = Mlp(latent, hidden, sum(self.widths.values()))
         self.controller = SparsityController(
             settings.sparsity if settings.router == "adaptive" else "off",
@@ -197,8 +207,21 @@ class Network(nn.Module):
                 mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
                 self.get_buffer(f"mean_{name}").copy_(mean_D)
                 self.get_buffer(f"axes_{name}").copy_(axes_DW)
+            prepared = None
             spread = self._input(sample_ND.cpu().float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
             self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
+            import os
+            if os.environ.get("START") and name in self.expert:
+                x = self._input(sample_ND.cpu().float(), name)
+                mean_D, axes_DW = principal_axes(x, x.shape[1])
+                v = ((x - mean_D) @ axes_DW).var(0)
+                E = self.experts[name]
+                parts, load = [[] for _ in range(E)], [0.0] * E
+                cap = -(-x.shape[1] // E)
+                for d in range(len(v)):
+                    k = min((i for i in range(E) if len(parts[i]) < cap), key=lambda i: load[i])
+                    parts[k].append(d); load[k] += float((v[d] / v[-1].clamp(min=1e-6)).log() + 1)
+                self.expert[name].start(axes_DW, parts, torch.Generator().manual_seed(0))
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
         return (vectors_ND - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"axes_{name}") * self.get_buffer(f"scale_{name}")
@@ -256,7 +279,7 @@ class Network(nn.Module):
                 gate_BE = softmax_gate(self.gate[name](x[name]).float())
             elif name == "behavior" and count:
                 if self.settings.router == "adaptive":
-                    gate_BE = behavior_router(self.gate[name](x[name]).float(), batch.richness_N)
+                    gate_BE = behavior_router(self.gate[name](torch.cat([x[name], 4 * batch.richness_N[:, None] - 2], 1)).float(), batch.richness_N)
                 router_BE = gate_BE * mask_B1
             shown.append(mask_B1.expand(-1, count))
             gates.append(gate_BE * mask_B1)
@@ -523,4 +546,3 @@ class AdaSid:
         return tokenizer
 
 
-__all__ = ["AdaSid", "Network", "Training", "export_weight", "fuse", "reconstruction_error", "softmax_gate", "sparsity_target"]

@@ -140,7 +140,7 @@ def test_an_item_without_any_modality_is_masked_without_asking_the_tokenizer(spa
             codes = pa.array([[int(vector[0].as_py()), 1] for vector in batch.column("text")], pa.list_(pa.int32()))
             yield pa.RecordBatch.from_arrays(
                 [batch.column("item_id"), codes, pa.array([[1.0, 0.5]] * batch.num_rows, pa.list_(pa.float32())), batch.column("dangling")],
-                names=["item_id", "codes", "weights"],
+                names=["item_id", "codes", "weights", "dangling"],
             )
 
     schema = "item_id string, text array<float>, image array<float>, behavior array<float>, richness float, strength float, dangling boolean"

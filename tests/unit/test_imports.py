@@ -16,7 +16,8 @@ from pipeline.context import ROOT
 from pipeline.stages import STAGES
 
 HEAVY = {
-    "torch", "pyspark", "mlflow", "pandas", "matplotlib", "airflow", "pyiceberg", "great_expectations", "sklearn", "scipy", "sentence_transformers", "transformers",
+    "torch", "pyspark", "mlflow", "pandas", "matplotlib", "airflow", "pyiceberg", "great_expectations", "sklearn", "scipy",
+    "sentence_transformers", "transformers",
 }  # fmt: skip
 LIGHT = ("pipeline.stages", "pipeline.config", "pipeline.context", "pipeline.errors", "pipeline.log")
 TENSORS = ("encoders", "tokenizers", "retrievers")  # tensors in, tensors out

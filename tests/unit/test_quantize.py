@@ -81,9 +81,7 @@ def test_spherical_kmeans_stays_on_the_sphere():
 
 def test_balanced_fitting_evens_out_skewed_points():
     points = torch.cat([0.2 * torch.randn(900, 3, generator=rng()), 5 + torch.randn(100, 3, generator=rng(1))])
-    spread = [
-        gini(code_counts(quantize.nearest_centroid(points, quantize.kmeans(points, 20, generator=rng(2), balanced=even)), 20)) for even in (True, False)
-    ]
+    spread = [gini(code_counts(quantize.nearest_centroid(points, quantize.kmeans(points, 20, generator=rng(2), balanced=even)), 20)) for even in (True, False)]
     assert spread[0] < 0.6 * spread[1]
 
 

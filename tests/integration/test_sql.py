@@ -1,0 +1,74 @@
+"""Rows in -> rows out of every query under sql/, from tests/sql_cases/<namespace>.<table>.json.
+
+A case names its views (schema and rows as JSON), its parameters and the rows it expects, whatever their order.
+`query` names another file of the table's folder than query.sql.
+"""
+
+import json
+from datetime import date, datetime
+from pathlib import Path
+
+import pytest
+
+from pipeline.context import SQL
+
+CASES = [
+    pytest.param(path.stem, case, id=f"{path.stem}: {case['name']}")
+    for path in sorted((Path(__file__).parent.parent / "sql_cases").glob("*.json"))
+    for case in json.loads(path.read_text(encoding="utf-8"))
+]
+CLOCKLESS = ("rand(", "current_date", "current_timestamp", "now(", "uuid(", "insert ", "merge ")
+
+
+def frame_of(spark, view):
+    from pyspark.sql import functions as F
+
+    rows = spark.createDataFrame([(json.dumps(row),) for row in view["rows"]], "row string")
+    return rows.select(F.from_json("row", view["schema"]).alias("row")).select("row.*")
+
+
+def rows_of(frame):
+    from pyspark.sql import functions as F
+
+    texts = frame.select(F.to_json(F.struct(*frame.columns), {"ignoreNullFields": "false"}).alias("row")).collect()
+    return sorted((json.loads(text.row) for text in texts), key=json.dumps)
+
+
+def parameter(name, value):
+    return {"logical_date": date.fromisoformat, "cutoff": datetime.fromisoformat}.get(name, lambda text: text)(value)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(("table", "case"), CASES)
+def test_rows_in_rows_out(spark, table, case):
+    for name, view in case["views"].items():
+        frame_of(spark, view).createOrReplaceTempView(name)
+    namespace, name = table.split(".")
+    text = (SQL / namespace / name / f"{case.get('query', 'query')}.sql").read_text(encoding="utf-8")
+    found = spark.sql(text, args={key: parameter(key, value) for key, value in case["params"].items()})
+    assert rows_of(found) == sorted((dict(row) for row in case["expect"]), key=json.dumps)
+
+
+@pytest.mark.spark
+def test_a_basket_is_not_ordered_by_item_id(spark):
+    """If an order of ids decided what comes next, every basket below would come out ascending."""
+    rows = [("2011-01-04", f"u{user}", f"item{number}", "2011-01-04 10:00:00", f"s{user}") for user in range(20) for number in range(5)]
+    frame = spark.createDataFrame(rows, "file_date string, user_id string, item_id string, event_ts string, session_id string")
+    frame.selectExpr("date(file_date) file_date", "user_id", "item_id", "timestamp(event_ts) event_ts", "session_id").createOrReplaceTempView("interaction")
+    text = (SQL / "feature" / "user_sequence" / "query.sql").read_text(encoding="utf-8")
+    args = {"logical_date": date(2011, 1, 4), "cutoff": datetime.fromisoformat("2011-01-05T00:00:00+00:00"), "order_by": "basket", "max_events": 50}
+    found = spark.sql(text, args=args).collect()
+    ascending = sum(row.item_ids == sorted(row.item_ids) for row in found)
+    assert len(found) == 20
+    assert ascending <= 3
+    assert all(row.baskets == [0] * 5 for row in found)
+    assert [row.item_ids for row in spark.sql(text, args=args).orderBy("user_id").collect()] == [row.item_ids for row in sorted(found, key=lambda r: r.user_id)]
+
+
+@pytest.mark.parametrize("path", sorted(SQL.glob("*/*/*.sql")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_queries_only_select_and_know_no_clock(path):
+    if path.name == "table.sql":
+        assert path.read_text(encoding="utf-8").count("CREATE TABLE") == 1
+        return
+    text = "\n".join(line.split("--")[0] for line in path.read_text(encoding="utf-8").lower().splitlines())
+    assert not [word for word in CLOCKLESS if word in text]

@@ -1,0 +1,195 @@
+"""Every metric against a slow loop, with ties; intervals against what they should cover."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import evaluation as ev
+
+RNG = np.random.default_rng(0)
+
+
+def slow_rank(scores: list[float], target: int, seen: set[int]) -> float:
+    left = [index for index in range(len(scores)) if index == target or index not in seen]
+    above = sum(scores[index] > scores[target] for index in left)
+    equal = sum(scores[index] == scores[target] for index in left if index != target)
+    return 1 + above + equal / 2
+
+
+def packed(lists: list[list[int]]) -> ev.Packed:
+    return ev.Packed(np.cumsum([0] + [len(part) for part in lists]), np.array([item for part in lists for item in part], np.int64))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranks_equal_a_slow_loop_with_ties_and_history(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ev, "CELLS", 40)  # several chunks
+    scores = RNG.integers(0, 4, (23, 12)).astype(float)
+    targets = RNG.integers(0, 12, 23)
+    lists = [RNG.integers(0, 12, RNG.integers(0, 6)).tolist() for _ in range(23)]
+    found = ev.ranks_in_chunks(lambda rows: torch.from_numpy(scores[rows]), targets, 12, packed(lists) if masked else None)
+    slow = [slow_rank(scores[b].tolist(), int(targets[b]), set(lists[b]) if masked else set()) for b in range(23)]
+    np.testing.assert_allclose(found, slow)
+
+
+def test_a_score_that_is_not_finite_is_refused_and_inputs_stay() -> None:
+    scores = torch.tensor([[1.0, math.nan, 0.0]])
+    with pytest.raises(ValueError, match="finite"):
+        ev.target_ranks(scores, torch.tensor([1]))
+    scores = torch.ones(1, 3)
+    assert ev.target_ranks(scores, torch.tensor([1]), packed([[0, 1]])).tolist() == [1.5]
+    assert torch.equal(scores, torch.ones(1, 3))
+
+
+def test_recall_and_ndcg_equal_their_formulas() -> None:
+    ranks = np.array([1, 2.5, 10, 10.5, 11, 50])
+    assert ev.recall_at(ranks, 10).tolist() == [1, 1, 1, 0, 0, 0]
+    np.testing.assert_allclose(ev.ndcg_at(ranks, 10), [1 / math.log2(r + 1) if r <= 10 else 0 for r in ranks])
+    metrics = ev.ranking_metrics(ranks, (10, 50))
+    assert metrics["recall@10"] == 0.5
+    assert metrics["recall@50"] == 1
+    assert ev.ranking_metrics([], (10,)) == {}
+
+
+def slow_auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    pairs = [(p, n) for p in scores[labels == 1] for n in scores[labels == 0]]
+    return sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs) if pairs else math.nan
+
+
+def test_auc_and_gauc_equal_slow_loops() -> None:
+    labels, users = RNG.integers(0, 2, 300), RNG.integers(0, 40, 300).astype(str)
+    labels[users == "3"] = 1
+    scores = RNG.integers(0, 8, 300) / 8 + labels * 0.1
+    assert ev.auc(labels, scores) == pytest.approx(slow_auc(labels, scores))
+    per_user = {u: slow_auc(labels[users == u], scores[users == u]) for u in np.unique(users)}
+    good = {u: value for u, value in per_user.items() if not math.isnan(value)}
+    expected = sum(value * (users == u).sum() for u, value in good.items()) / sum((users == u).sum() for u in good)
+    value, covered = ev.gauc(labels, scores, users)
+    assert value == pytest.approx(expected)
+    assert covered == pytest.approx(len(good) / len(per_user))
+    result = ev.user_auc(labels, scores, users)
+    assert result.covered == pytest.approx(sum((users == u).sum() for u in good) / 300)
+    assert "3" not in result.users
+
+
+def test_one_class_has_no_auc_and_bad_scores_are_refused() -> None:
+    assert math.isnan(ev.auc([1, 1], [0.1, 0.2]))
+    assert math.isnan(ev.auc([], []))
+    with pytest.raises(ValueError, match="finite"):
+        ev.auc([0, 1], [0.1, math.inf])
+
+
+def test_logloss_equals_its_formula_and_survives_certainty() -> None:
+    assert ev.logloss([1, 0, 1], [0.9, 0.2, 0.5]) == pytest.approx(-(math.log(0.9) + math.log(0.8) + math.log(0.5)) / 3)
+    assert ev.logloss([1, 0], [0.0, 1.0]) == pytest.approx(-math.log(1e-7))
+
+
+def test_slices_hand_over_their_rows() -> None:
+    values = np.array([1.0, 2, 3, 4])
+    assert ev.by_slice(["b", "a", "b", "a"], lambda rows: float(values[rows].sum())) == {"a": 6.0, "b": 4.0}
+
+
+def test_weighted_auc_of_a_resample_equals_repeating_rows() -> None:
+    labels, scores, users = RNG.integers(0, 2, 60), RNG.integers(0, 5, 60) / 5, RNG.integers(0, 9, 60)
+    draws = RNG.integers(0, 3, (4, 9)).astype(float)
+    found = ev._SortedRows(labels, scores, users).auc(draws)
+    for times, value in zip(draws.astype(int), found, strict=True):
+        repeated = np.repeat(np.arange(60), times[users])
+        assert value == pytest.approx(slow_auc(labels[repeated], scores[repeated]), nan_ok=True)
+
+
+def test_paired_bootstrap_equals_a_slow_loop_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    difference, users = RNG.normal(0.1, 1, 50), RNG.integers(0, 12, 50)
+    weights = RNG.uniform(0.5, 2, 50)
+    whole = ev.paired_bootstrap(difference, users, weights=weights, resamples=200, seed=4)
+    monkeypatch.setattr(ev, "CELLS", 60)
+    assert ev.paired_bootstrap(difference, users, weights=weights, resamples=200, seed=4) == whole
+    generator, names = np.random.default_rng(4), np.unique(users)
+    means = []
+    for _ in range(200):
+        rows = np.concatenate([np.flatnonzero(users == names[u]) for u in generator.integers(0, names.size, names.size)])
+        means.append(np.average(difference[rows], weights=weights[rows]))
+    np.testing.assert_allclose([whole.low, whole.high], np.quantile(means, [0.025, 0.975]))
+    assert whole.estimate == pytest.approx(np.average(difference, weights=weights))
+
+
+def test_intervals_decide_for_a_better_arm_and_not_for_equal_ones() -> None:
+    labels, users = RNG.integers(0, 2, 2000), RNG.integers(0, 200, 2000)
+    good, noise = labels + RNG.normal(0, 1, 2000), RNG.normal(0, 1, 2000)
+    for interval in (ev.paired_auc_bootstrap, ev.paired_gauc_bootstrap):
+        better = interval(labels, good, noise, users, resamples=200)
+        assert better.low > 0
+        assert better.decides
+        assert better.low < better.estimate < better.high
+        same = interval(labels, good, good, users, resamples=50)
+        assert (same.estimate, same.low, same.high, same.decides) == (0, 0, 0, False)
+
+
+def test_intervals_without_rows_or_classes_are_nan() -> None:
+    assert math.isnan(ev.paired_bootstrap([]).estimate)
+    assert math.isnan(ev.paired_auc_bootstrap([1, 1], [0, 1], [1, 0], ["a", "b"]).low)
+
+
+def test_spearman_equals_the_library() -> None:
+    from scipy.stats import spearmanr
+
+    a, b = RNG.integers(0, 6, 80).astype(float), RNG.integers(0, 6, 80).astype(float)
+    assert ev.spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    a[3] = math.nan
+    assert ev.spearman(a, b) == pytest.approx(spearmanr(np.delete(a, 3), np.delete(b, 3)).statistic)
+    assert math.isnan(ev.spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_neighbor_overlap_equals_a_slow_loop() -> None:
+    a, b = torch.from_numpy(RNG.normal(size=(30, 4))), torch.from_numpy(RNG.normal(size=(30, 4)))
+
+    def neighbours(table: torch.Tensor, item: int) -> set[int]:
+        cosine = torch.nn.functional.cosine_similarity(table, table[item : item + 1])
+        return set([other for other in cosine.argsort(descending=True).tolist() if other != item][:5])
+
+    slow = [len(neighbours(a, item) & neighbours(b, item)) / 5 for item in range(30)]
+    np.testing.assert_allclose(ev.neighbor_overlap(a, b, k=5), slow)
+    np.testing.assert_allclose(ev.neighbor_overlap(a, b, k=5, rows_B=torch.tensor([4, 20])), [slow[4], slow[20]])
+    q, _ = torch.linalg.qr(torch.from_numpy(RNG.normal(size=(4, 4))))
+    np.testing.assert_allclose(ev.neighbor_overlap(a, a @ q, k=5), 1.0)
+    assert np.isnan(ev.neighbor_overlap(a[:1], b[:1])).all()
+
+
+HISTORIES = [[0, 1, 2, 1], [1, 2], [2, 0, 3], [3], [0, 1, 3]]
+
+
+def test_history_matrix_keeps_the_latest_age() -> None:
+    dense = ev.history_matrix(packed(HISTORIES), 4, decay=0.5).toarray()
+    np.testing.assert_allclose(dense[0], [0.125, 1, 0.5, 0])
+    np.testing.assert_allclose(dense[2], [0.5, 0, 0.25, 1 * 1.0])
+
+
+def test_markov_counts_equal_a_slow_loop() -> None:
+    slow = np.zeros((4, 4))
+    for part in HISTORIES:
+        for before, after in zip(part, part[1:], strict=False):
+            slow[before, after] += 1
+    np.testing.assert_array_equal(ev.markov_counts(packed(HISTORIES), 4).toarray(), slow)
+
+
+def test_ease_weights_solve_the_constrained_ridge_regression() -> None:
+    x = ev.history_matrix(packed(HISTORIES), 4).toarray()
+    found = ev.ease_weights(packed(HISTORIES), 4, l2=0.7)
+    for item in range(4):
+        others = [other for other in range(4) if other != item]
+        ridge = np.linalg.solve(x[:, others].T @ x[:, others] + 0.7 * np.eye(3), x[:, others].T @ x[:, item])
+        np.testing.assert_allclose(found[others, item], ridge, atol=1e-12)
+    assert (np.diag(found) == 0).all()
+
+
+def test_floors_find_what_is_in_the_counts() -> None:
+    lists = [[0, 1, 2], [0, 1, 2], [3, 1, 2], [2, 0, 1], [3, 2, 0]]
+    ranks = ev.floor_ranks(packed(lists), [3, 3, 0, 2, 1], 4, mask_history=False, l2=1.0)
+    assert set(ranks) == {"popularity", "markov", "ease"}
+    assert ranks["markov"][3:].tolist() == [1, 1]  # 1 is always followed by 2, 0 by 1
+    assert ranks["popularity"].tolist() == [4, 4, 2.5, 1, 2.5]
+    masked = ev.floor_ranks(packed(lists), [3, 3, 0, 2, 1], 4, mask_history=True, ease=False)
+    assert masked["popularity"].tolist() == [1, 1, 1, 1, 1]

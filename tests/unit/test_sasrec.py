@@ -1,0 +1,261 @@
+"""SASRec: windows, losses, determinism, what it learns, and rows that are trained against a frozen base."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.config import SasRec as Params
+from pipeline.encoders import sasrec
+
+SMALL = Params(dim=8, num_blocks=1, num_heads=2, max_length=6, dropout=0.1, batch_size=16, max_epochs=3, patience=3, valid_users=10, row_steps=8, learning_rate=0.01)
+
+
+def sequences(lists: list[list[int]], baskets: list[list[int]] | None = None) -> sasrec.Sequences:
+    offsets = torch.tensor(np.cumsum([0] + [len(part) for part in lists]))
+    flat = torch.tensor([item for part in lists for item in part])
+    return sasrec.Sequences(offsets, flat, None if baskets is None else torch.tensor([number for part in baskets for number in part]))
+
+
+def cycles(users: int, num_items: int, length: int, seed: int = 0) -> sasrec.Sequences:
+    """Every user walks the circle of items from another start: the next item is always the same."""
+    starts = np.random.default_rng(seed).integers(0, num_items, users)
+    return sequences([((start + np.arange(length)) % num_items).tolist() for start in starts])
+
+
+def test_every_pair_of_events_lies_in_exactly_one_window() -> None:
+    lists = [list(range(n)) for n in (0, 1, 2, 7, 8, 20)]
+    data = sequences(lists)
+    start, stop = sasrec.window_bounds(data.offsets, 6)
+    covered = [index for low, high in zip(start.tolist(), stop.tolist(), strict=True) for index in range(low, high)]
+    expected = [index for low, high in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True) for index in range(low, high - 1)]
+    assert sorted(covered) == expected
+    assert int((stop - start).max()) <= 6
+
+
+def test_gather_pads_at_the_end() -> None:
+    assert sasrec.gather(torch.arange(5), torch.tensor([0, 3, 5]), torch.tensor([2, 5, 5]), 3, 9).tolist() == [[0, 1, 9], [3, 4, 9], [9, 9, 9]]
+
+
+def test_holdout_takes_the_whole_last_basket_and_asks_for_one_of_it() -> None:
+    data = sequences([[0, 1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 3]], [[0, 0, 1, 1], [0, 1, 2], [0, 0], [0, 0, 0]])
+    rest, questions = sasrec.holdout(data, 10, 6, seed=0)
+    assert questions.users.tolist() == [0, 1]  # the third has no earlier event, the fourth one basket
+    assert questions.targets.tolist() == [2, 6]
+    assert rest.offsets.tolist() == [0, 2, 4, 6, 9]
+    assert rest.items.tolist() == [0, 1, 4, 5, 7, 8, 1, 2, 3]
+    assert [rest.items[a:b].tolist() for a, b in zip(questions.start, questions.stop, strict=True)] == [[0, 1], [4, 5]]
+
+
+def test_holdout_asks_at_most_the_users_it_may() -> None:
+    _, questions = sasrec.holdout(cycles(30, 9, 8), 7, 4, seed=3)
+    assert questions.users.numel() == 7
+    assert (questions.stop - questions.start == 4).all()
+
+
+def test_sequences_of_some_users() -> None:
+    part = sequences([[0, 1], [2], [3, 4, 5]], [[0, 1], [0], [0, 1, 1]]).users(torch.tensor([2, 0]))
+    assert part.offsets.tolist() == [0, 3, 5]
+    assert part.items.tolist() == [3, 4, 5, 0, 1]
+    assert part.baskets is not None
+    assert part.baskets.tolist() == [0, 1, 1, 0, 1]
+
+
+def test_the_losses_equal_slow_loops_and_each_other() -> None:
+    torch.manual_seed(0)
+    hidden, table, targets = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 3, 3, 6, 1])
+    logits = (hidden @ table.T).tolist()
+    slow = [-np.log(np.exp(row[t]) / sum(np.exp(x) for x in row)) for row, t in zip(logits, targets.tolist(), strict=True)]
+    full = sasrec.full_softmax(hidden, targets, table)
+    assert float(full) == pytest.approx(np.mean(slow), rel=1e-5)
+    everything = sasrec.sampled_softmax(hidden, targets, table, torch.arange(7))
+    assert float(everything) == pytest.approx(float(full), rel=1e-5)
+
+
+def test_the_sampled_loss_estimates_the_full_one() -> None:
+    torch.manual_seed(0)
+    hidden, table, targets = torch.randn(64, 8), torch.randn(500, 8) * 0.3, torch.randint(500, (64,))
+    sampled = torch.stack([sasrec.sampled_softmax(hidden, targets, table, torch.randint(500, (200,))) for _ in range(30)]).mean()
+    assert float(sampled) == pytest.approx(float(sasrec.full_softmax(hidden, targets, table)), abs=0.02)
+
+
+def test_attention_is_causal_and_padding_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = sasrec.SasRec(9, SMALL).eval()
+    short = model(torch.tensor([[1, 2, 3, 9, 9, 9]]))
+    longer = model(torch.tensor([[1, 2, 3, 4, 5, 6]]))
+    torch.testing.assert_close(short[:, :3], longer[:, :3])
+    assert not torch.allclose(short[:, 3], longer[:, 3])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_is_bit_deterministic_and_learns(tied: bool) -> None:
+    data = cycles(60, 12, 9)
+    params = SMALL.model_copy(update={"tied": tied, "max_epochs": 25, "patience": 25})
+    before = torch.random.get_rng_state()
+    first, again = sasrec.train(data, 12, params, seed=5), sasrec.train(data, 12, params, seed=5)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert all(torch.equal(first.state[name], again.state[name]) for name in first.state)
+    assert first.curves == again.curves
+    assert not torch.equal(first.item_vectors, sasrec.train(data, 12, params, seed=6).item_vectors)
+    assert first.metrics["valid_recall@10"] == 1
+    assert first.metrics["valid_ndcg@10"] > 0.7
+    assert ("output_rows.weight" in first.state) is not tied
+    assert first.item_vectors.shape == (12, 8)
+    torch.testing.assert_close(first.item_vectors, first.state["input_rows.weight"][:12])
+    assert (first.state["input_rows.weight"][12] == 0).all()
+    assert first.item_vectors.norm(dim=1).std() > 0  # exported as they are, not normalised
+
+
+def test_the_sampled_path_learns_too() -> None:
+    data = cycles(60, 40, 9)
+    params = SMALL.model_copy(update={"sampled_above": 20, "num_negatives": 16, "max_epochs": 25, "patience": 25})
+    result = sasrec.train(data, 40, params, seed=5)
+    assert result.metrics["valid_recall@10"] > 0.5
+    assert result.curves["loss"][-1] < result.curves["loss"][0]
+
+
+def test_early_stopping_keeps_the_best_epoch() -> None:
+    params = SMALL.model_copy(update={"max_epochs": 30, "patience": 2, "learning_rate": 0.05})
+    result = sasrec.train(cycles(30, 12, 7), 12, params, seed=1)
+    scores = result.curves["valid_ndcg@10"]
+    assert result.metrics["valid_ndcg@10"] == max(scores)
+    assert len(scores) == min(30, int(result.metrics["best_epoch"]) + 2)
+
+
+def test_without_questions_all_epochs_run_and_without_pairs_it_refuses() -> None:
+    result = sasrec.train(sequences([[0, 1], [1, 2], [2, 0]]), 3, SMALL, seed=0)
+    assert result.metrics["epochs"] == result.metrics["best_epoch"] == 3
+    with pytest.raises(ValueError, match="two events"):
+        sasrec.train(sequences([[0], [1]]), 2, SMALL, seed=0)
+
+
+def test_answers_may_leave_the_history_out() -> None:
+    data = cycles(40, 12, 9)
+    rest, questions = sasrec.holdout(data, 40, 6, seed=0)
+    model = sasrec.restore(sasrec.train(data, 12, SMALL, seed=0).state, SMALL)
+    free, masked = sasrec.answer(model, rest, questions), sasrec.answer(model, rest, questions, mask_history=True)
+    assert (masked <= free).all()
+    assert masked.max() <= 12 - 7  # the target and at most the 4 items not yet seen
+
+
+# ---------------------------------------------------------------- rows of a frozen generation
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[sasrec.SasRec, Params]:
+    params = SMALL.model_copy(update={"max_epochs": 12, "patience": 12, "row_steps": 30})
+    return sasrec.restore(sasrec.train(cycles(60, 12, 9), 12, params, seed=5).state, params), params
+
+
+def nightly(seed: int = 0) -> sasrec.Sequences:
+    """Items 12 and 13 are new: 12 behaves like 3, 13 appears among others."""
+    lists = [part.tolist() for part in np.split(cycles(40, 12, 9, seed).items.numpy(), 40)]
+    return sequences([[12 if item == 3 and user % 3 == 0 else 13 if item == 8 and user % 4 == 0 else item for item in part] for user, part in enumerate(lists)])
+
+
+def trained(base: tuple[sasrec.SasRec, Params], data: sasrec.Sequences, moved: list[int], seeds: list[int]) -> tuple[sasrec.Rows, list[float]]:
+    model, params = base
+    start, near = sasrec.initial_rows(model, data, torch.tensor(moved))
+    assert near.all()
+    return sasrec.train_rows(model, data, torch.tensor(moved), start, torch.tensor(seeds), params)
+
+
+@pytest.mark.parametrize("sampled_above", [1000, 4])
+def test_a_row_does_not_depend_on_which_others_moved(base: tuple[sasrec.SasRec, Params], sampled_above: int) -> None:
+    model, params = base
+    setting = (model, params.model_copy(update={"sampled_above": sampled_above, "num_negatives": 6}))
+    together, _ = trained(setting, nightly(), [12, 5, 13], [7, 8, 9])
+    for place, (item, seed) in enumerate([(12, 7), (5, 8), (13, 9)]):
+        alone, _ = trained(setting, nightly(), [item], [seed])
+        torch.testing.assert_close(alone.inputs[0], together.inputs[place], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.outputs[0], together.outputs[place], rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_of_moved_items_do_not_matter(base: tuple[sasrec.SasRec, Params], monkeypatch: pytest.MonkeyPatch) -> None:
+    together, _ = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
+    monkeypatch.setattr(sasrec, "CELLS", 1)
+    apart, curve = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
+    torch.testing.assert_close(apart.inputs, together.inputs, rtol=1e-4, atol=1e-5)
+    assert len(curve) == base[1].row_steps
+
+
+def test_rows_are_bit_deterministic_and_follow_their_seed(base: tuple[sasrec.SasRec, Params]) -> None:
+    first, _ = trained(base, nightly(), [12, 13], [1, 2])
+    again, _ = trained(base, nightly(), [12, 13], [1, 2])
+    other, _ = trained(base, nightly(), [12, 13], [3, 2])
+    assert torch.equal(first.inputs, again.inputs)
+    assert not torch.equal(first.inputs[0], other.inputs[0])
+    torch.testing.assert_close(first.inputs[1], other.inputs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_stays_as_it_was_and_rows_learn(base: tuple[sasrec.SasRec, Params]) -> None:
+    model, _ = base
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows, curve = trained(base, nightly(), [12], [1])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert np.mean(curve[-5:]) < np.mean(curve[:5])
+    closest = F.cosine_similarity(rows.inputs, model.input_table()).argmax()
+    assert int(closest) == 3  # the item it stands in for
+
+
+def test_a_tied_table_has_one_row_for_both() -> None:
+    params = SMALL.model_copy(update={"tied": True})
+    model = sasrec.restore(sasrec.train(cycles(60, 12, 9), 12, params, seed=5).state, params)
+    rows, _ = trained((model, params), nightly(), [12, 4], [1, 2])
+    assert torch.equal(rows.inputs, rows.outputs)
+
+
+def test_a_known_item_starts_from_its_row_and_a_new_one_from_its_neighbours(base: tuple[sasrec.SasRec, Params]) -> None:
+    model, _ = base
+    rows, near = sasrec.initial_rows(model, sequences([[1, 12, 2], [13, 14], [12, 13]]), torch.tensor([2, 12, 13]))
+    torch.testing.assert_close(rows.inputs[0], model.input_table()[2])
+    torch.testing.assert_close(rows.inputs[1], model.input_table()[[1, 2]].mean(0))
+    assert near.tolist() == [True, True, False]
+    assert (rows.inputs[2] == 0).all()
+
+
+def test_nothing_moved_is_nothing_to_train(base: tuple[sasrec.SasRec, Params]) -> None:
+    model, params = base
+    nothing = sasrec.Rows(torch.zeros(0, 8), torch.zeros(0, 8))
+    rows, curve = sasrec.train_rows(model, nightly(), torch.tensor([], dtype=torch.int64), nothing, torch.tensor([], dtype=torch.int64), params)
+    assert rows.inputs.shape == (0, 8)
+    assert curve == []
+
+
+def test_an_item_without_events_cannot_be_trained(base: tuple[sasrec.SasRec, Params]) -> None:
+    model, params = base
+    start = sasrec.Rows(torch.zeros(1, 8), torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="no event"):
+        sasrec.train_rows(model, sequences([[0, 1, 2]]), torch.tensor([5]), start, torch.tensor([1]), params)
+
+
+def test_windows_hold_the_item_and_drop_what_the_base_lacks(base: tuple[sasrec.SasRec, Params]) -> None:
+    model, params = base
+    data = sequences([[0, 13, 12, 1, 14, 2, 3, 4, 5, 12]])
+    task = sasrec._RowTask(model, data, torch.tensor([12]), torch.tensor([0]), params)
+    pad, own = 12, 13
+    assert task.tokens(torch.tensor([2]), torch.tensor([12])).tolist() == [[0, own, 1, 2, 3, pad, pad]]
+    assert task.tokens(torch.tensor([9]), torch.tensor([12])).tolist() == [[1, 2, 3, 4, 5, own, pad]]
+
+
+def test_numbers_of_a_seed_are_its_own_and_uniform() -> None:
+    together = sasrec._uniform(np.array([3, 4, 2**31 - 1]), 4000)
+    np.testing.assert_array_equal(together[1], sasrec._uniform(np.array([4]), 4000)[0])
+    assert together.min() >= 0
+    assert together.max() < 1
+    np.testing.assert_allclose(np.histogram(together, 10, (0, 1))[0] / together.size, 0.1, atol=0.012)
+    assert abs(np.corrcoef(together[0], together[1])[0, 1]) < 0.05
+
+
+def test_procrustes_finds_a_rotation_again_and_keeps_norms() -> None:
+    torch.manual_seed(0)
+    target, rotation = torch.randn(50, 6), torch.linalg.qr(torch.randn(6, 6)).Q
+    found = sasrec.procrustes(target @ rotation.T, target)
+    torch.testing.assert_close(found, rotation, rtol=1e-4, atol=1e-5)
+    noisy = sasrec.procrustes(torch.randn(50, 6), target)
+    torch.testing.assert_close(noisy @ noisy.T, torch.eye(6), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((target @ noisy).norm(dim=1), target.norm(dim=1))
