@@ -351,7 +351,7 @@ def with_groups(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> DataFrame:
     sizes, length = F.array(*[F.lit(size) for size in codebook_sizes]), len(codebook_sizes)
     in_range = F.forall(F.zip_with("codes", sizes, lambda code, size: code.between(0, size)), lambda good: F.coalesce(good, F.lit(False)))
     complete = (F.size("codes") == length) & (F.size("weights") == length)
-    slots = F.arrays_zip(F.col("codes").alias("c"), F.col("weights").alias("w"), F.col("parent_codes").alias("p"), sizes.alias("k"))
+    slots = F.arrays_zip(F.col("codes").alias("c"), F.col("weights").alias("w"), before(length).alias("p"), sizes.alias("k"))
     counted = (F.col("live") & F.col("described")).cast("int")
 
     def some(condition: Column) -> Column:
@@ -368,6 +368,13 @@ def with_groups(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> DataFrame:
         .withColumn("group_size", F.sum(counted).over(Window.partitionBy("codes")))
         .withColumn("shared", F.col("live") & F.col("described") & (F.col("group_size") > 1))
     )
+
+
+def before(length: int) -> Column:
+    """The parent's codes; an array of nulls for an item that is not in the parent (arrays_zip with a null array would give null)."""
+    from pyspark.sql import functions as F
+
+    return F.coalesce("parent_codes", F.array(*[F.lit(None).cast("int")] * length))
 
 
 def total(facts: Iterable[Mapping[str, Any]], what: str, **wanted: bool | str) -> float:
@@ -417,7 +424,7 @@ def code_usage(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> tuple[list[n
     """(live items per code, one array of length K per position, masked slots left out; items whose code changed per position)."""
     from pyspark.sql import functions as F
 
-    slots = rows.select("live", F.posexplode(F.arrays_zip(F.col("codes").alias("c"), F.col("parent_codes").alias("p"))).alias("position", "slot"))
+    slots = rows.select("live", F.posexplode(F.arrays_zip(F.col("codes").alias("c"), before(len(codebook_sizes)).alias("p"))).alias("position", "slot"))
     changed = F.sum(F.coalesce(F.col("slot.c") != F.col("slot.p"), F.lit(False)).cast("long")).alias("changed")
     used = slots.groupBy("position", F.col("slot.c").alias("code")).agg(F.sum(F.col("live").cast("long")).alias("items"), changed).collect()
     counts, changed_L = [np.zeros(size, dtype=np.int64) for size in codebook_sizes], np.zeros(len(codebook_sizes))

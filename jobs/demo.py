@@ -6,6 +6,7 @@ No web server and no scheduler: the DAG runs are made here, everything inside th
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ def run(*, dataset: str, nights: int, dataset_path: str, overrides: tuple[str, .
     story = _begin(dataset, dataset_path, overrides, console)
     spec = _prepare_data(story)
     airflow_home.prepare(story.home)
+    _show_progress(story)
     for night in _nights(spec, nights):
         _night(story, night)
     announced = airflow_home.newest_event()
@@ -79,6 +81,27 @@ def _prepare_data(story: Story) -> SourceSpec:
     source = story.loaded.source
     story.say(f"data set [bold]{source.dataset}[/bold]: fetching or checking it")
     return dataset(source.dataset).prepare(source, story.home.folder("data"), story.loaded.seed)
+
+
+class _Progress(logging.Handler):
+    """Shows what the stages log, on the demo's own console (Airflow takes stdout and stderr of a task for itself)."""
+
+    def __init__(self, story: Story) -> None:
+        super().__init__(logging.INFO)
+        self.story = story
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        self.story.say(f"[dim]{record.getMessage()}[/dim]")
+
+
+def _show_progress(story: Story) -> None:
+    assert sys.__stdout__ is not None
+    story.console.file = sys.__stdout__  # a fixed stream: the console would else follow the redirections of a task
+    handler = _Progress(story)
+    for name in ("jobs", "pipeline"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(handler)
 
 
 def _nights(spec: SourceSpec, count: int) -> list[date]:

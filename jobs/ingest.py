@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
+import json
 import logging
 import re
 from collections import defaultdict
@@ -156,7 +157,7 @@ def read_rows(spark: SparkSession, spec: SourceSpec, files: Sequence[PlannedFile
         groups[_layout(Path(file.path), spec.format(kind))].append(file)
     frames = [_judged(_read_group(spark, spec, kind, layout, group), spec, kind) for layout, group in sorted(groups.items())]
     if not frames:
-        return spark.createDataFrame([], _judged_ddl(spec, kind))
+        return local_frame(spark, [], _judged_ddl(spec, kind))
     result = frames[0]
     for frame in frames[1:]:
         result = result.unionByName(frame)
@@ -197,9 +198,8 @@ def _read_group(spark: SparkSession, spec: SourceSpec, kind: Kind, layout: tuple
         frame = reader.schema(f"{base.schema_ddl(spec, kind)}, {CORRUPT} STRING").json(paths)
     else:
         frame = spark.read.parquet(*paths).withColumn(CORRUPT, F.lit(None).cast("string"))
-    days = spark.createDataFrame(
-        [(Path(file.path).as_uri(), file.file_date, f"{kind}/{Path(file.path).name}") for file in files], "__uri string, __file_date date, __source string"
-    )
+    places = [{"__uri": Path(file.path).as_uri(), "__file_date": file.file_date, "__source": f"{kind}/{Path(file.path).name}"} for file in files]
+    days = local_frame(spark, places, "__uri string, __file_date date, __source string")
     uri = F.regexp_replace(F.col("_metadata.file_path"), "^file:/+", "file:///")
     return frame.withColumn("__uri", uri).join(F.broadcast(days), "__uri").drop("__uri")
 
@@ -209,6 +209,14 @@ def _judged_ddl(spec: SourceSpec, kind: Kind) -> str:
     if kind == "events" and spec.catalogue == "from_events":
         columns["catalogue"] = f"struct<{', '.join(f'{name}: {type_}' for name, type_ in ITEM_TYPES.items())}>"
     return ", ".join(f"{name} {type_}" for name, type_ in columns.items())
+
+
+def local_frame(spark: SparkSession, rows: Sequence[Mapping[str, Any]], ddl: str) -> DataFrame:
+    """A few rows as a DataFrame that the JVM makes by itself; `createDataFrame` of a list would start Python workers to read them back."""
+    from pyspark.sql import functions as F
+
+    text = F.lit(json.dumps(list(rows), default=str))
+    return spark.range(1).select(F.explode(F.from_json(text, f"array<struct<{ddl}>>")).alias("row")).select("row.*")
 
 
 # ---------------------------------------------------------------- judging
@@ -342,7 +350,7 @@ def images_of(items: DataFrame, spec: SourceSpec, max_image_bytes: int) -> DataF
     """(image_uri, image_sha256, image_reason, image_detail) of every image that an item names; each is read once."""
     frame = items.select("image_uri").where("trim(image_uri) <> ''").distinct()
     if spec.item_select.get("image_uri", "NULL").upper() in NO_COLUMN:
-        return items.sparkSession.createDataFrame([], IMAGE_DDL)  # a source without pictures starts no Python worker
+        return local_frame(items.sparkSession, [], IMAGE_DDL)  # a source without pictures starts no Python worker
     return frame.mapInArrow(image_reader(spec.image_root, max_image_bytes), IMAGE_DDL)
 
 
@@ -488,7 +496,7 @@ def _largest_loss(before: DataFrame, hashed: DataFrame, tonight: Iterable[date],
     wanted = [F.lit(day) for day in sorted({day for step in steps for day in step} - set(tonight))]
     kept = before.where(F.col("file_date").isin(wanted)) if wanted else before.limit(0)
     seen = kept.select("file_date", "item_id").unionByName(hashed.select("file_date", "item_id"))
-    pairs = hashed.sparkSession.createDataFrame(list(steps), "file_date date, later date")
+    pairs = local_frame(hashed.sparkSession, [{"file_date": earlier, "later": later} for earlier, later in steps], "file_date date, later date")
     here = seen.select(F.col("file_date").alias("later"), "item_id", F.lit(0.0).alias("lost"))
     lost = (
         seen.join(F.broadcast(pairs), "file_date")
@@ -519,13 +527,13 @@ def rejected_rows(judged: Sequence[DataFrame], hashed: DataFrame) -> DataFrame:
     return result.withColumnRenamed("file_date", "logical_date").withColumn("stage", F.lit("ingest"))
 
 
-def ledger_rows(files: Sequence[PlannedFile], tallies: Tallies) -> list[tuple[Any, ...]]:
+def ledger_rows(files: Sequence[PlannedFile], tallies: Tallies) -> list[dict[str, Any]]:
     """Rows of raw.source_file, one per planned file."""
     rows = []
     for file in files:
         entry = tallies.get((file.file_date, file.kind), Tally())
-        status = "loaded" if file.status == "present" else file.status
-        rows.append((file.file_date, file.kind, file.path, file.sha256, file.bytes, entry.rows_in, entry.rejected, status))
+        counts = {"rows_in": entry.rows_in, "rejected": entry.rejected}
+        rows.append({**file.model_dump(), **counts, "status": "loaded" if file.status == "present" else file.status})
     return rows
 
 
@@ -543,7 +551,7 @@ def writes_of(
     assert inputs.spark is not None
     event_days, all_days = _days(files, ("events",)), _days(files, ("events", "items"))
     item_days = event_days if spec.items_path is None else _days(files, ("items",))
-    ledger = inputs.spark.createDataFrame(ledger_rows(files, tallies), LEDGER_DDL)
+    ledger = local_frame(inputs.spark, ledger_rows(files, tallies), LEDGER_DDL)
     others: dict[str, list[date]] = {kind: sorted(set(all_days) - set(_days(files, (kind,)))) for kind in spec.kinds}
     if any(others.values()):
         ledger = ledger.unionByName(_unplanned(inputs.frame("raw.source_file"), "file_date", "kind", others))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import TYPE_CHECKING
 
+from jobs.ingest import local_frame
 from pipeline import config
 from pipeline.context import SQL, Context
 from pipeline.stages import StageResult, Write
@@ -65,7 +66,7 @@ def day_stats(inputs: Inputs, pending: Sequence[tuple[date, str]]) -> DataFrame:
     from pyspark.sql import functions as F
 
     assert inputs.spark is not None
-    days = inputs.spark.createDataFrame(list(pending), "logical_date date, sha256 string")
+    days = local_frame(inputs.spark, [{"logical_date": day, "sha256": digest} for day, digest in pending], "logical_date date, sha256 string")
     events = inputs.frame("raw.interaction").where(F.col("file_date").isin([F.lit(day) for day, _ in pending]))
     return inputs.query("feature.item_day_stat", {"interaction": events, "pending": F.broadcast(days)})
 

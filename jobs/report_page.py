@@ -44,7 +44,7 @@ def content(lake: Lake, release: Row) -> ReportContent:
     return ReportContent(
         release=facts(release, rows, vocabulary, config, outcomes),
         gates=gates(outcomes, config),
-        figures=figures(outcomes),
+        figures=[*figures(outcomes), *lake_figures(lake, release, rows, vocabulary)],
         slots=vocabulary["slots"],
         codebook_sizes=vocabulary["codebook_sizes"],
         examples=examples(lake, release, rows),
@@ -106,6 +106,54 @@ def figures(outcomes: Mapping[str, Row]) -> list[Row]:
     ]
 
 
+def lake_figures(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> list[Row]:
+    """Alignment strength by stratum and router weights against popularity, from the release's own rows."""
+    import numpy as np
+
+    home, config = lake
+    features = lakehouse.read_arrow(
+        home,
+        config.lake,
+        "feature.item_feature",
+        columns=("strength", "popularity_stratum", "behavior_date"),
+        where=f"logical_date == '{release['logical_date']}'",
+    )
+    strength, stratum = features["strength"].to_numpy(), features["popularity_stratum"].to_numpy(zero_copy_only=False)
+    edges = np.linspace(0.0, 1.0, 21)
+    counts = {name: np.histogram(strength[stratum == name], edges)[0].tolist() for name in ("head", "torso", "tail")}
+    strengths = {
+        "kind": "strength_by_stratum",
+        "data": {"edges": edges.tolist(), "counts": counts},
+        "title": "Alignment strength by stratum",
+        "caption": "How strongly behaviour is aligned to content (eq. 17); rare items lie near zero by design.",
+    }
+    behavior = [number for number, slot in enumerate(vocabulary["slots"]) if slot.startswith("behavior")]
+    if not behavior:
+        return [strengths]
+    return [strengths, _router_figure(rows, behavior)]
+
+
+def _router_figure(rows: pa.Table, behavior: Sequence[int]) -> Row:
+    """Mean router weight and share of active behaviour codes by popularity quantile."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    weights = pc.list_flatten(rows["weights"]).to_numpy().reshape(rows.num_rows, -1)[:, list(behavior)]
+    popularity = rows["popularity"].to_numpy()
+    groups = np.array_split(np.argsort(popularity, kind="stable"), min(10, rows.num_rows))
+    series = {
+        "mean router weight": [float(weights[group].mean()) for group in groups],
+        "share of behaviour codes on": [float((weights[group] > 0).mean()) for group in groups],
+    }
+    data = {"popularity": [float(np.median(popularity[group])) for group in groups], "series": series, "label": "behaviour codes"}
+    return {
+        "kind": "weight_by_popularity",
+        "data": data,
+        "title": "Behaviour router against popularity",
+        "caption": "Ten groups of equal size, least to most popular.",
+    }
+
+
 def examples(lake: Lake, release: Row, rows: pa.Table) -> list[Row]:
     """The most popular live items with the items that share most codes with them, with titles and pictures."""
     import pyarrow.compute as pc
@@ -113,7 +161,7 @@ def examples(lake: Lake, release: Row, rows: pa.Table) -> list[Row]:
     live = rows.filter(pc.equal(rows["status"], "live")).sort_by([("popularity", "descending"), ("item_id", "ascending")])
     codes = {row["item_id"]: row for row in rows.select(["item_id", "codes", "weights"]).to_pylist()}
     titles = views.titles(lake, release["logical_date"])
-    pictures = dict(zip(titles["item_id"].to_pylist(), titles["image_uri"].to_pylist(), strict=True))
+    pictures = _pictures(lake, titles)
     found = [views.item(lake, item_id, release["tag"]) for item_id in live["item_id"].to_pylist()[:EXAMPLES]]
     return [_example(item, codes, pictures) for item in found]
 
@@ -186,6 +234,16 @@ def _example(item: Row, codes: Mapping[str, Row], pictures: Mapping[str, str | N
         "weights": own["weights"],
         "neighbours": near,
     }
+
+
+def _pictures(lake: Lake, titles: pa.Table) -> dict[str, str | None]:
+    """item_id -> complete address of its picture."""
+    from pipeline.datasets import dataset
+
+    home, config = lake
+    root = dataset(config.source.dataset).prepare(config.source, home.folder("data"), config.seed).image_root
+    addresses = [str(Path(root) / uri) if uri and root and "://" not in uri else uri for uri in titles["image_uri"].to_pylist()]
+    return dict(zip(titles["item_id"].to_pylist(), addresses, strict=True))
 
 
 def _picture(uri: str | None) -> str:

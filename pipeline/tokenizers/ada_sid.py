@@ -25,6 +25,7 @@ from pipeline.tokenizers.fit import Trainer, generator_for
 from pipeline.tokenizers.quantize import (
     codebook_loss,
     commitment_loss,
+    deal_axes,
     gather_codes,
     kmeans,
     nearest_code,
@@ -32,7 +33,7 @@ from pipeline.tokenizers.quantize import (
     revive_codes,
     straight_through,
 )
-from pipeline.tokenizers.router import SparsityController, behavior_router
+from pipeline.tokenizers.router import SparsityController, behavior_router, router_feature
 from pipeline.tokenizers.world import World
 
 AXES_ROWS = 262_144  # items that the principal axes of a modality are fitted on at most
@@ -80,9 +81,10 @@ class Mlp(nn.Sequential):
 
 
 class ExpertBank(nn.Module):
-    """E two-layer experts that read the same input, as two matrix products: (B, D_in) -> (B, E, D).
+    """E experts that read the same input, each a linear map plus a two-layer perceptron: (B, D_in) -> (B, E, D).
 
-    Source: ADC-SID eq. (4), (6); differs: (6) prints the text expert for behaviour, read here as the behaviour expert.
+    Source: ADC-SID eq. (4), (6); differs: (6) prints the text expert for behaviour, read here as the behaviour expert; the linear map lets experts of
+    one modality start on different axes of it (`start_on`), without it their code books say much the same.
     """
 
     def __init__(self, experts: int, width_in: int, hidden: int, width_out: int) -> None:
@@ -96,16 +98,33 @@ class ExpertBank(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Latents of the experts, before they are put on the sphere."""
         hidden_EBH = torch.relu(self.first(x_BD)).unflatten(1, (self.experts, -1)).transpose(0, 1)
-        direct_EBD = torch.matmul(x_BD, self.direct_EDD)
-        return (torch.bmm(hidden_EBH, self.second_EHD) + direct_EBD).transpose(0, 1) + self.second_ED
+        latents_EBD = torch.bmm(hidden_EBH, self.second_EHD) + torch.matmul(x_BD, self.direct_EDD)
+        return latents_EBD.transpose(0, 1) + self.second_ED
 
     @torch.no_grad()
-    def start(self, axes_DW: Tensor, parts: list[list[int]], generator: torch.Generator) -> None:
+    def start_on(self, points_ND: Tensor) -> None:
+        """Begin as a linear read-out: each expert sees its own part of the inputs' principal axes, randomly turned into the latent space."""
+        mean_D, axes_DD = principal_axes(points_ND, points_ND.shape[1])
+        variance_D = ((points_ND.cpu() - mean_D) @ axes_DD).var(0, correction=0)
+        width = self.direct_EDD.shape[2]
+        for direct_DD, part in zip(self.direct_EDD, deal_axes(variance_D, self.experts), strict=True):
+            turn_DD = torch.linalg.qr(torch.randn(width, width)).Q[: len(part)]
+            direct_DD.copy_(axes_DD[:, part[:width]] @ turn_DD)
         self.second_EHD.mul_(0.1)
-        for direct_DD, part in zip(self.direct_EDD, parts, strict=True):
-            turn_DD = torch.linalg.qr(torch.randn(direct_DD.shape[1], direct_DD.shape[1], generator=generator)).Q[: len(part)]
-            part = part[: len(turn_DD)]
-            direct_DD.copy_(axes_DW[:, part] @ turn_DD)
+
+
+class Decoder(nn.Module):
+    """The reconstruction of all modalities from the fused vector: a linear map plus a two-layer perceptron, (B, D) -> (B, sum of widths)."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.direct = nn.Linear(width_in, width_out, bias=False)
+        self.bent = Mlp(width_in, hidden, width_out)
+
+    def forward(self, fused_BD: Tensor) -> Tensor:
+        """Estimates of the modalities side by side."""
+        estimate: Tensor = self.direct(fused_BD) + self.bent(fused_BD)
+        return estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +182,12 @@ class Network(nn.Module):
         self.project = nn.ModuleDict({name: Mlp(width, hidden, settings.projection_dim) for name, width in self.widths.items()})
         inputs = {"shared": settings.projection_dim * len(self.modalities), **self.widths}
         self.expert = nn.ModuleDict({name: ExpertBank(count, inputs[name], hidden, latent) for name, count in self.experts.items() if count})
-        self.gate = nn.ModuleDict({name: Mlp(inputs[name] + (name == "behavior"), hidden // 4 or 1, count) for name, count in self.experts.items() if count and name != "shared"})
-        self.decoder = Mlp(latent, hidden, sum(self.widths.values()))
+        self.gate = nn.ModuleDict(
+            {name: Mlp(inputs[name] + (name == "behavior"), max(1, hidden // 4), count) for name, count in self.experts.items() if count and name != "shared"}
+        )
+        self.decoder = Decoder(latent, hidden, sum(self.widths.values()))
+        if "behavior" in self.gate:
+            nn.init.ones_(self.gate["behavior"][2].bias)  # open at first: an expert that is off for everybody gets no gradient and stays off
         self.controller = SparsityController(
             settings.sparsity if settings.router == "adaptive" else "off",
             settings.sparsity_buckets,
@@ -194,7 +217,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def fit_inputs(self, items: ItemBatch) -> None:
-        """Freeze the inputs' axes and one scale per modality, chosen so that an input's mean variance is 1.
+        """Freeze the inputs' axes and one scale per modality, chosen so that an input's mean variance is 1; start the experts on the inputs' axes.
 
         Content is centred and turned to its principal axes; behaviour is neither, because its norm carries meaning.
         """
@@ -207,21 +230,10 @@ class Network(nn.Module):
                 mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
                 self.get_buffer(f"mean_{name}").copy_(mean_D)
                 self.get_buffer(f"axes_{name}").copy_(axes_DW)
-            prepared = None
             spread = self._input(sample_ND.cpu().float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
             self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
-            import os
-            if os.environ.get("START") and name in self.expert:
-                x = self._input(sample_ND.cpu().float(), name)
-                mean_D, axes_DW = principal_axes(x, x.shape[1])
-                v = ((x - mean_D) @ axes_DW).var(0)
-                E = self.experts[name]
-                parts, load = [[] for _ in range(E)], [0.0] * E
-                cap = -(-x.shape[1] // E)
-                for d in range(len(v)):
-                    k = min((i for i in range(E) if len(parts[i]) < cap), key=lambda i: load[i])
-                    parts[k].append(d); load[k] += float((v[d] / v[-1].clamp(min=1e-6)).log() + 1)
-                self.expert[name].start(axes_DW, parts, torch.Generator().manual_seed(0))
+            if name in self.expert:
+                self.expert[name].start_on(self._input(sample_ND.cpu().float(), name))
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
         return (vectors_ND - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"axes_{name}") * self.get_buffer(f"scale_{name}")
@@ -279,7 +291,8 @@ class Network(nn.Module):
                 gate_BE = softmax_gate(self.gate[name](x[name]).float())
             elif name == "behavior" and count:
                 if self.settings.router == "adaptive":
-                    gate_BE = behavior_router(self.gate[name](torch.cat([x[name], 4 * batch.richness_N[:, None] - 2], 1)).float(), batch.richness_N)
+                    logit_BE = self.gate[name](torch.cat([x[name], router_feature(batch.richness_N)], 1))
+                    gate_BE = behavior_router(logit_BE.float(), batch.richness_N)
                 router_BE = gate_BE * mask_B1
             shown.append(mask_B1.expand(-1, count))
             gates.append(gate_BE * mask_B1)
@@ -544,5 +557,3 @@ class AdaSid:
         tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
         tokenizer.network.load_state_dict(state)
         return tokenizer
-
-

@@ -169,6 +169,21 @@ def residual_codes(points_ND: Tensor, codebook_LKD: Tensor) -> tuple[Tensor, Ten
     return torch.stack(codes, 1), points_ND - rest_ND
 
 
+def deal_axes(variance_D: Tensor, parts: int) -> list[list[int]]:
+    """The axes dealt to `parts` hands of about equal size and equal product of variances, most spread first (as optimised product quantisation does).
+
+    Args:
+        variance_D: variance along each principal axis, descending.
+    """
+    log_D = (variance_D.clamp(min=1e-12) / variance_D.clamp(min=1e-12).min()).log() + 1.0
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    most = -(-len(variance_D) // parts)
+    for axis in range(len(variance_D)):
+        poorest = min((hand for hand in hands if len(hand) < most), key=lambda hand: float(log_D[hand].sum()))
+        poorest.append(axis)
+    return hands
+
+
 def principal_axes(points_ND: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Mean and the leading principal axes of the points, (D,) and (D, W), W = min(width, D), as float32.
 

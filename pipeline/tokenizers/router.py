@@ -20,14 +20,20 @@ LOG_LAMBDA_MIN = math.log(1e-10)
 GAIN = 20.0  # proportional part of the controller: 5 points off target change lambda e-fold at once
 
 
+def router_feature(richness_B: Tensor) -> Tensor:
+    """Richness as the router's perceptron reads it beside e_b, (B, 1), in [-2, 2]."""
+    return 4.0 * richness_B[:, None] - 2.0
+
+
 def behavior_router(logit_BE: Tensor, richness_B: Tensor) -> Tensor:
     """Weight R of each behaviour expert per item, (B, E), in [0, 0.74): exactly 0 where an expert is off.
 
     Args:
-        logit_BE: MLP_b(e_b) + b.
+        logit_BE: MLP_b(e_b, N) + b.
         richness_B: N in [0, 1].
     Source: ADC-SID eq. (22), sigmoid(N) relu(MLP); differs: relu(tanh(MLP)), because unbounded gates beside softmax gates grew to a mean of 14 and drowned
-    the content codes.
+    the content codes; the perceptron reads N beside e_b, because norms of a SASRec table hardly tell rich from poor and no lambda could then hold
+    the buckets at their targets.
     """
     return torch.sigmoid(richness_B)[:, None] * torch.relu(torch.tanh(logit_BE))
 

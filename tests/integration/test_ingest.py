@@ -37,7 +37,7 @@ class Nights:
     """A source folder and a lake, driven as the runner drives them."""
 
     def __init__(self, spark, home, root, **source):
-        self.spark, self.home, self.root = spark, home, root
+        self.spark, self.home, self.root, self.frames = spark, home, root, {}
         root.mkdir(parents=True, exist_ok=True)
         given = {"catalogue": "delta", "events_pattern": "events/{date}.csv", "items_pattern": "items/{date}.csv", **source}
         self.config = config.parse(
@@ -74,22 +74,35 @@ class Nights:
 
     def run(self, ctx, job=ingest):
         """The job, its audits and its publishing, without MLflow; returns the job's metrics."""
-        stage = BY_NAME[ctx.stage]
-        snapshots = {table: lakehouse.snapshot(self.spark, table) for table in stage.inputs}
-        inputs = Inputs(self.home, self.config.lake, snapshots, self.spark)
-        result = job.run(inputs, getattr(self.config, stage.section), ctx)
-        runner._write_all(self.spark, ctx, result.writes, snapshots, runner.Ledger())
+        inputs = self._inputs(ctx.stage)
+        result = job.run(inputs, getattr(self.config, ctx.stage), ctx)
+        runner._write_all(self.spark, ctx, result.writes, inputs.snapshots, runner.Ledger())
         self.spark.catalog.clearCache()
         return result.metrics
 
     def load(self, *days, **plan):
+        """Ingest the days (default D) and publish."""
         return self.run(self.plan(*days, **plan))
+
+    def judge(self, *days, **plan):
+        """Ingest the days (default D) without publishing; `rows` then reads what the job would write."""
+        self.spark.catalog.clearCache()
+        result = ingest.run(self._inputs("ingest"), self.config.ingest, self.plan(*days, **plan))
+        self.frames = {write.table: write.frame for write in result.writes}
+        return result.metrics
 
     def count(self, last=D):
         return self.run(dataclasses.replace(self.plan(last), stage="item_popularity"), item_popularity)
 
     def rows(self, table, *columns, where="true"):
-        return sorted(tuple(row) for row in self.spark.table(f"lake.{table}").where(where).selectExpr(*columns).collect())
+        """Rows as sorted tuples, nulls last."""
+        frame = self.frames[table] if table in self.frames else self.spark.table(f"lake.{table}")
+        rows = (tuple(row) for row in frame.where(where).selectExpr(*columns).collect())
+        return sorted(rows, key=lambda row: [(value is None, value) for value in row])
+
+    def _inputs(self, stage):
+        snapshots = {table: lakehouse.snapshot(self.spark, table) for table in BY_NAME[stage].inputs}
+        return Inputs(self.home, self.config.lake, snapshots, self.spark)
 
     def reasons(self):
         return [reason for (reason,) in self.rows("raw.rejected_row", "reason")]
@@ -109,7 +122,7 @@ def test_every_bad_event_is_quarantined_with_its_reason_and_none_is_lost(nights)
     ]  # fmt: skip
     nights.events(*rows)
     nights.items(["a", "Title, with comma", "line\nbreak", "c", ""])
-    metrics = nights.load()
+    metrics = nights.judge()
     assert nights.reasons() == [
         "bad_time", "bad_value", "bad_value", "duplicate_event", "future_event", "malformed_row", "malformed_row", "missing_item", "missing_user",
     ]  # fmt: skip
@@ -156,7 +169,7 @@ def test_many_days_are_one_load_and_columns_are_matched_by_name(nights):
         row = event(user=f"u{number}", moment=f"{day} 01:00:00")
         nights.events(row if number != 1 else row[::-1], day=day, header=header)
     nights.config = nights.config.model_copy(update={"source": nights.config.source.model_copy(update={"absent": "declared_empty"})})
-    metrics = nights.load(*days)
+    metrics = nights.judge(*days)
     assert nights.rows("raw.interaction", "file_date", "user_id", "session_id") == [(days[2], "u2", "s1"), (days[1], "u1", "s1"), (days[0], "u0", "s1")]
     assert nights.rows("raw.source_file", "file_date", where="kind = 'events' AND status = 'declared_empty'") == [(days[3],)]
     assert (metrics["files_loaded"], metrics["files_declared_empty"]) == (3, 5)
@@ -167,7 +180,7 @@ def test_repeated_and_conflicting_catalogue_rows(nights):
     nights.items(
         ["a", "A", "t", "", ""], ["a", "A", "t", "", ""], ["b", "one", "", "", ""], ["b", "two", "", "", ""], ["", "x", "", "", ""], ["c", "", "", "", ""]
     )
-    nights.load()
+    nights.judge()
     assert nights.reasons() == ["conflicting_item", "conflicting_item", "duplicate_item", "missing_item"]
     assert nights.rows("raw.item", "item_id", "title") == [("a", "A"), ("c", None)]
     assert nights.rows("raw.item", "text_hash IS NULL") == [(False,), (True,)]
@@ -183,7 +196,7 @@ def test_unusable_images_are_quarantined_and_their_items_go_on(nights):
     nights.limits(max_rejected_share=0.0, max_image_bytes=10)
     nights.events(event())
     nights.items(*([name, "T", "", "", uri] for name, uri in (("a", "ok.jpg"), ("b", "big.jpg"), ("c", "none.jpg"), ("d", "../secret"), ("e", ""), ("f", "."))))
-    metrics = nights.load()
+    metrics = nights.judge()
     assert nights.rows("raw.rejected_row", "reason", "get_json_object(row, '$.item_id')") == [
         ("image_missing", "c"), ("image_missing", "f"), ("image_outside_root", "d"), ("image_too_large", "b"),
     ]  # fmt: skip
@@ -207,9 +220,9 @@ def test_formats_give_the_same_rows(nights, tmp_path):
         elif suffix == "parquet":
             pq.write_table(pa.Table.from_pylist(records), path)
         other.config = other.config.model_copy(update={"source": other.config.source.model_copy(update={"item_columns": {"title": "event_type"}})})
-        other.load()
-        digests.append(lakehouse.rows_digest(nights.spark.table("lake.raw.interaction")))
-        assert nights.reasons() == ["missing_user"]
+        other.judge()
+        digests.append(lakehouse.rows_digest(other.frames["raw.interaction"]))
+        assert other.reasons() == ["missing_user"]
     assert len(set(digests)) == 1
 
 
@@ -224,7 +237,7 @@ def test_a_catalogue_from_events_takes_the_most_frequent_description(nights):
         event(item="b", user="v", kind="Y"),
         event(item="c", kind=""),
     )
-    nights.load(kinds=("events",))
+    nights.judge(kinds=("events",))
     assert nights.rows("raw.item", "item_id", "title") == [("a", "MUG"), ("b", "Y")]
 
 
@@ -294,10 +307,10 @@ def test_the_same_files_give_the_same_rows(nights):
     nights.events(*(event(user=f"u{number % 7}", item=f"i{number % 3}", value=str(number % 5)) for number in range(60)))
     nights.items(["i0", "A", "", "", ""])
     tables = ("raw.interaction", "raw.item", "raw.rejected_row", "raw.source_file")
-    nights.load()
-    first = [lakehouse.rows_digest(nights.spark.table(f"lake.{table}")) for table in tables]
-    nights.load()
-    assert [lakehouse.rows_digest(nights.spark.table(f"lake.{table}")) for table in tables] == first
+    nights.judge()
+    first = [lakehouse.rows_digest(nights.frames[table]) for table in tables]
+    nights.judge()
+    assert [lakehouse.rows_digest(nights.frames[table]) for table in tables] == first
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_a_record_breaking_new_item_moves_no_other_row(kind: str, values: list[i
 @settings(deadline=None)
 @given(kinds, counts)
 def test_richness_is_in_the_unit_interval_and_grows_with_evidence(kind: str, values: list[int]) -> None:
-    reference, count_N, norm_N = fitted(kind, values)
+    reference, count_N, _norm_N = fitted(kind, values)
     grid = np.sort(np.concatenate([count_N, np.geomspace(0.5, 1e7, 50)]))
     value_G = r.richness(reference, grid, np.sqrt(grid))
     assert value_G.min() >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_history_matrix_keeps_the_latest_age() -> None:
 def test_markov_counts_equal_a_slow_loop() -> None:
     slow = np.zeros((4, 4))
     for part in HISTORIES:
-        for before, after in zip(part, part[1:], strict=False):
+        for before, after in itertools.pairwise(part):
             slow[before, after] += 1
     np.testing.assert_array_equal(ev.markov_counts(packed(HISTORIES), 4).toarray(), slow)
 

@@ -10,7 +10,18 @@ from torch.nn import functional as F
 from pipeline.config import SasRec as Params
 from pipeline.encoders import sasrec
 
-SMALL = Params(dim=8, num_blocks=1, num_heads=2, max_length=6, dropout=0.1, batch_size=16, max_epochs=3, patience=3, valid_users=10, row_steps=8, learning_rate=0.01)
+SMALL = Params(
+    dim=8, num_blocks=1, num_heads=2, max_length=6, dropout=0.1, batch_size=16, max_epochs=3, patience=3, valid_users=10, row_steps=8, learning_rate=0.01
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny networks on a busy machine: a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def sequences(lists: list[list[int]], baskets: list[list[int]] | None = None) -> sasrec.Sequences:

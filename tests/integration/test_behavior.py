@@ -1,0 +1,330 @@
+"""Behaviour vectors from sequences to table: a new generation, a frozen night, a night on which nothing moved, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs import behavior_embedding, runner
+from jobs import train_behavior_encoder as job
+from pipeline import config as profile
+from pipeline import lakehouse, richness, tracking
+from pipeline.context import Context, Home, Plan, Release, read_json, write_json
+from pipeline.errors import ConfigError, ContractError, GateFailed, UpstreamMissing
+
+D1, D2 = date(2026, 1, 5), date(2026, 1, 6)
+ITEMS, USERS, LENGTH = 30, 60, 10
+SASREC = {
+    "dim": 8,
+    "num_blocks": 1,
+    "num_heads": 1,
+    "max_length": 8,
+    "max_epochs": 6,
+    "batch_size": 32,
+    "row_steps": 10,
+    "learning_rate": 0.01,
+    "valid_users": 20,
+}
+SECTION = {"sasrec": SASREC, "half_epochs": 4, "min_spearman": -1.0, "n_min": 5}
+
+
+@pytest.fixture
+def config():
+    return profile.parse({"seed": 3, "train_behavior_encoder": SECTION, "launch": {"threads": 1}}, where="test")
+
+
+def walks(extra: dict[int, list[str]] | None = None) -> dict[str, list[str]]:
+    """Users walking a circle of items, more often near its beginning; `extra` adds events at the end of some users."""
+    rng = np.random.default_rng(0)
+    starts = np.minimum(rng.geometric(0.15, USERS) - 1, ITEMS - 1)
+    lists = [[f"i{(start + step) % ITEMS:02d}" for step in range(LENGTH)] for start in starts]
+    return {f"u{user:03d}": [*items, *(extra or {}).get(user, [])] for user, items in enumerate(lists)}
+
+
+def tables(day: date, users: dict[str, list[str]]) -> dict[str, pa.Table]:
+    """feature.user_sequence and feature.item_popularity of a day."""
+    names, counts = np.unique(np.concatenate([np.asarray(items) for items in users.values()]), return_counts=True)
+    strata = np.where(counts >= np.quantile(counts, 0.8), "head", np.where(counts <= np.median(counts), "tail", "torso"))
+    sequence = {
+        "logical_date": [day] * len(users),
+        "user_id": list(users),
+        "item_ids": list(users.values()),
+        "baskets": pa.array([list(range(len(items))) for items in users.values()], pa.list_(pa.int32())),
+        "num_events": pa.array([len(items) for items in users.values()], pa.int32()),
+    }
+    popularity = {"logical_date": [day] * len(names), "item_id": names.tolist(), "evidence_count": counts, "popularity_stratum": strata.tolist()}
+    return {"feature.user_sequence": pa.table(sequence), "feature.item_popularity": pa.table(popularity)}
+
+
+class Lake:
+    """The tables that a test has made, behind the part of `Inputs` that torch jobs use; `where` is left to the test."""
+
+    def __init__(self, **tables: pa.Table) -> None:
+        self.tables = {name.replace("__", "."): table for name, table in tables.items()}
+
+    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "") -> pa.Table:
+        return self.tables[table].select(list(columns))
+
+    def model(self, uri: str) -> Path:
+        return Path(uri)
+
+
+def plan(day: date, *, generation: int = 1, parent: Release | None = None, new: bool = True) -> Plan:
+    return Plan(
+        logical_date=day, tag=f"d{day:%Y%m%d}", revision=1, generation=generation, new_generation=new, reason="test", parent=parent, files=(),
+        input_fingerprint="f", config_hash="c", seed=3,
+    )  # fmt: skip
+
+
+def context(home: Home, config: profile.Config, stage: str, night: Plan, run_id: str = "run") -> Context:
+    ctx = Context(config=config, home=home, stage=stage, logical_date=night.logical_date, run_id=run_id)
+    write_json(ctx.staging / "plan_night.json", {"outputs": night.model_dump(mode="json")})
+    return ctx
+
+
+def first_night(tmp_path: Path, config: profile.Config, users: dict[str, list[str]] | None = None, **changes: object):
+    """(result, folder of its bundle) of the first generation."""
+    data = tables(D1, users or walks())
+    lake = Lake(feature__user_sequence=data["feature.user_sequence"], feature__item_popularity=data["feature.item_popularity"])
+    result = job.run(lake, config.train_behavior_encoder.model_copy(update=changes), context(Home(tmp_path), config, "train_behavior_encoder", plan(D1)))
+    return result, tracking.save_bundle(tmp_path / "base", result.model)
+
+
+def feature_rows(result, buckets: dict[str, int] | None = None) -> pa.Table:
+    """The parent's item_feature: every exported item with the bucket that trained it."""
+    names = result.model.config["item_ids"]
+    counts = dict(zip(*np.unique([item for items in walks().values() for item in items], return_counts=True), strict=True))
+    found = {name: int(richness.evidence_bucket(counts[name])) for name in names} | (buckets or {})
+    return pa.table({"item_id": list(found), "evidence_bucket": pa.array(list(found.values()), pa.int32())})
+
+
+def second_night(tmp_path: Path, config: profile.Config, users: dict[str, list[str]], base: Path, features: pa.Table):
+    data = tables(D2, users)
+    lake = Lake(
+        feature__user_sequence=data["feature.user_sequence"],
+        feature__item_popularity=data["feature.item_popularity"],
+        feature__item_feature=features,
+        sid__generation=pa.table({"generation": [1], "encoder_uri": [str(base)]}),
+    )
+    night = plan(D2, parent=Release(tag="d20260105", logical_date=D1, revision=1, generation=1, snapshot_id=1), new=False)
+    return job.run(lake, config.train_behavior_encoder, context(Home(tmp_path), config, "train_behavior_encoder", night, "run2"))
+
+
+def test_a_new_generation_exports_warm_items_and_a_frozen_reference(tmp_path: Path, config: profile.Config) -> None:
+    users = walks({0: ["rare", "rare", "rare", "rare"]})
+    result, folder = first_night(tmp_path, config, users)
+    state, kept = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    counts = dict(zip(*np.unique([item for items in users.values() for item in items], return_counts=True), strict=True))
+    assert kept["item_ids"] == sorted(name for name, count in counts.items() if count >= 5)
+    assert "rare" not in kept["item_ids"]
+    assert job.unpack_ids(state["vocabulary_bytes"].numpy(), state["vocabulary_offsets"].numpy()).to_pylist() == sorted(counts)
+    places = [sorted(counts).index(name) for name in kept["item_ids"]]
+    torch.testing.assert_close(state["behavior_vectors"], state["network.input_rows.weight"][places])
+    assert torch.equal(state["rotation"], torch.eye(8))
+    assert {f"richness_spearman/{kind}" for kind in richness.KINDS} <= set(result.metrics)
+    assert {"floor/popularity_recall@10", "floor/markov_recall@10", "valid_recall@10", "low_strength_share", "spearman_norm_count"} <= set(result.metrics)
+    reference = json.loads(json.dumps(result.outputs["richness_reference"]))
+    assert reference == kept["richness_reference"]
+    assert sum(map(sum, result.figures["strength_by_stratum"].data["counts"].values())) == len(kept["item_ids"])
+    assert result.outputs["gate"] == {}  # so few items decide nothing
+
+
+def test_a_rerun_and_another_order_of_rows_give_the_same_bits(tmp_path: Path, config: profile.Config) -> None:
+    users = walks()
+    first, _ = first_night(tmp_path / "a", config, users, measure_reliability=False)
+    again, _ = first_night(tmp_path / "b", config, dict(sorted(users.items(), reverse=True)), measure_reliability=False)
+    assert first.model.config == again.model.config
+    assert first.metrics == again.metrics
+    assert all(np.asarray(tensor).tobytes() == np.asarray(again.model.tensors[name]).tobytes() for name, tensor in first.model.tensors.items())
+
+
+def test_a_frozen_night_trains_only_rows_whose_bucket_rose(tmp_path: Path, config: profile.Config) -> None:
+    result, base = first_night(tmp_path, config)
+    features = feature_rows(result, {"i00": 1, "i05": -1})
+    users = walks({user: ["new", "i20"] for user in range(6)} | {7: ["young", "young"]})
+    night = second_night(tmp_path, config, users, base, features)
+    counts = dict(zip(*np.unique([item for items in users.values() for item in items], return_counts=True), strict=True))
+    before = dict(zip(features["item_id"].to_pylist(), features["evidence_bucket"].to_pylist(), strict=True))
+    expected = sorted(name for name, count in counts.items() if count >= 5 and richness.evidence_bucket(count) > before.get(name, -1))
+    assert night.model.config["item_ids"] == expected
+    assert {"i00", "i05", "new"} <= set(expected)
+    assert "young" not in expected
+    assert night.metrics["first_rows"] == len([name for name in expected if before.get(name, -1) < 0])
+    assert night.outputs["richness_reference"] == result.outputs["richness_reference"]
+    assert night.model.name == "behavior_rows"
+
+
+def test_a_moved_row_is_a_function_of_its_own_events(tmp_path: Path, config: profile.Config) -> None:
+    result, base = first_night(tmp_path, config)
+    some = {user: ["new"] for user in range(6)}
+    alone = second_night(tmp_path, config, walks(some), base, feature_rows(result))
+    # another new item, in users who never met the first, and a further item that moves
+    more = second_night(tmp_path, config, walks(some | {user: ["other"] for user in range(20, 27)}), base, feature_rows(result, {"i00": 0}))
+    assert "other" in more.model.config["item_ids"]
+    assert len(more.model.config["item_ids"]) > len(alone.model.config["item_ids"])
+
+    def row(night):
+        return night.model.tensors["behavior_vectors"][night.model.config["item_ids"].index("new")]
+
+    np.testing.assert_allclose(row(alone), row(more), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_moved_is_skipped(tmp_path: Path, config: profile.Config) -> None:
+    result, base = first_night(tmp_path, config)
+    night = second_night(tmp_path, config, walks(), base, feature_rows(result))
+    assert (night.status, night.model, night.metrics["moved_items"]) == ("skipped", None, 0)
+
+
+def test_a_second_generation_is_brought_back_to_the_first(tmp_path: Path, config: profile.Config) -> None:
+    _, base = first_night(tmp_path, config)
+    data = tables(D2, walks({user: ["i01", "i02"] for user in range(9)}))
+    lake = Lake(
+        feature__user_sequence=data["feature.user_sequence"],
+        feature__item_popularity=data["feature.item_popularity"],
+        sid__generation=pa.table({"generation": [1], "encoder_uri": [str(base)]}),
+    )
+    night = plan(D2, generation=2, parent=Release(tag="d20260105", logical_date=D1, revision=1, generation=1, snapshot_id=1))
+    result = job.run(lake, config.train_behavior_encoder, context(Home(tmp_path), config, "train_behavior_encoder", night))
+    assert result.metrics["procrustes/cosine_after"] > result.metrics["procrustes/cosine_before"] + 0.1
+    rotation = result.model.tensors["rotation"]
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(8), rtol=1e-4, atol=1e-5)
+    exported = np.linalg.norm(result.model.tensors["behavior_vectors"], axis=1)
+    own = result.model.tensors["network.input_rows.weight"].norm(dim=1).numpy()
+    assert np.isclose(exported[:, None], own[None, :], rtol=1e-4).any(1).all()
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path, config: profile.Config) -> None:
+    section = config.train_behavior_encoder
+    with pytest.raises(ConfigError, match="unknown behaviour encoder"):
+        first_night(tmp_path, config, encoder="ngcf")
+    with pytest.raises(ConfigError, match="must be measured"):
+        first_night(tmp_path, config, richness="reliability", measure_reliability=False)
+    with pytest.raises(ContractError, match="enough events"):
+        first_night(tmp_path, config, n_min=10_000)
+    with pytest.raises(UpstreamMissing, match="two events"):
+        first_night(tmp_path, config, {"u": ["a"]})
+    data = tables(D1, walks())
+    short = data["feature.item_popularity"].slice(2)
+    lake = Lake(feature__user_sequence=data["feature.user_sequence"], feature__item_popularity=short)
+    with pytest.raises(ContractError, match="item_popularity lacks"):
+        job.run(lake, section, context(Home(tmp_path), config, "train_behavior_encoder", plan(D1)))
+
+
+def test_item_ids_survive_packing() -> None:
+    ids = pa.array(["x", "", "a long id \u00e9", "z"], pa.large_string())
+    assert job.unpack_ids(*job.pack_ids(ids.slice(1))).to_pylist() == ["", "a long id \u00e9", "z"]
+    assert job.unpack_ids(*job.pack_ids(ids.slice(0, 0))).to_pylist() == []
+
+
+def test_vectors_that_are_not_finite_name_their_items(tmp_path: Path, config: profile.Config) -> None:
+    result, _ = first_night(tmp_path, config)
+    vectors = np.array(result.model.tensors["behavior_vectors"])
+    vectors[3, 2] = np.nan
+    with pytest.raises(ContractError, match=result.model.config["item_ids"][3]):
+        job.checked(vectors, pa.array(result.model.config["item_ids"]), "test")
+    broken = SimpleNamespace(tensors={"behavior_vectors": vectors}, config=result.model.config)
+    with pytest.raises(ContractError, match="not finite"):
+        behavior_embedding.bundle_rows(tracking.save_bundle(tmp_path / "broken", broken))
+
+
+# ---------------------------------------------------------------- through the runner, on Iceberg
+
+
+@pytest.fixture
+def _without_mlflow(monkeypatch, tmp_path):
+    """Records stay in staging, models go to a folder."""
+    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
+    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tracking, "log_model", lambda ctx, bundle: str(tracking.save_bundle(tmp_path / ctx.run_id, bundle)))
+
+
+def append(spark, name: str, rows: pa.Table) -> None:
+    """Rows of some of a table's columns; the others are null."""
+    fields = spark.table(f"lake.{name}").schema.fields
+    frame = spark.createDataFrame(rows.to_pylist(), ", ".join(f"{f.name} {f.dataType.simpleString()}" for f in fields if f.name in rows.column_names))
+    full = [f.name if f.name in rows.column_names else f"cast(null as {f.dataType.simpleString()}) as {f.name}" for f in fields]
+    frame.selectExpr(*full).writeTo(f"lake.{name}").append()
+
+
+def fill(spark, day: date, users: dict[str, list[str]]) -> None:
+    for name, table in tables(day, users).items():
+        append(spark, name, table)
+
+
+def stages(home: Home, config: profile.Config, night: Plan, run_id: str) -> list[str]:
+    """How train_behavior_encoder and behavior_embedding of a night ended."""
+    return [runner.run_stage(context(home, config, stage, night, run_id))["status"] for stage in ("train_behavior_encoder", "behavior_embedding")]
+
+
+def vectors_of(spark, day: date) -> dict[str, tuple]:
+    rows = spark.table("lake.feature.item_behavior_vector").where(f"logical_date = date'{day}'").collect()
+    return {row.item_id: (row.vector, row.norm, row.evidence_count, row.evidence_bucket, row.generation) for row in rows}
+
+
+@pytest.mark.spark
+@pytest.mark.usefixtures("_without_mlflow")
+def test_two_nights_on_the_lake_and_an_empty_one_in_place_of_a_full_one(spark, lake_home: Home, config: profile.Config) -> None:
+    fill(spark, D1, walks())
+    assert stages(lake_home, config, plan(D1), "night1") == ["done", "done"]
+    base = vectors_of(spark, D1)
+    counts = dict(zip(*np.unique([item for items in walks().values() for item in items], return_counts=True), strict=True))
+    assert set(base) == {name for name, count in counts.items() if count >= 5}
+    for name, (vector, norm, evidence, bucket, generation) in base.items():
+        assert (len(vector), evidence, bucket, generation) == (8, counts[name], int(richness.evidence_bucket(counts[name])), 1)
+        assert norm == pytest.approx(float(np.linalg.norm(vector)), rel=1e-5)
+
+    model_uri = read_json(lake_home.folder("staging") / "night1" / "train_behavior_encoder.json")["outputs"]["model_uri"]
+    append(spark, "sid.generation", pa.table({"generation": [1], "logical_date": [D1], "encoder_uri": [model_uri]}))
+    buckets = {"item_id": list(base), "evidence_bucket": [row[3] for row in base.values()]}
+    append(spark, "feature.item_feature", pa.table({"logical_date": [D1] * len(base), "generation": [1] * len(base), **buckets}))
+    fill(spark, D2, walks({user: ["new"] for user in range(6)}))
+    night = plan(D2, parent=Release(tag="d20260105", logical_date=D1, revision=1, generation=1, snapshot_id=1), new=False)
+    assert stages(lake_home, config, night, "night2") == ["done", "done"]
+    moved = vectors_of(spark, D2)
+    assert set(moved) == {"new"}
+    assert moved["new"][2:] == (6, 2, 1)
+    assert vectors_of(spark, D1) == base
+
+    append(spark, "feature.item_feature", pa.table({"logical_date": [D1], "generation": [1], "item_id": ["new"], "evidence_bucket": [2]}))
+    assert stages(lake_home, config, night, "night2b") == ["skipped", "done"]
+    assert vectors_of(spark, D2) == {}
+    assert vectors_of(spark, D1) == base
+
+
+@pytest.mark.spark
+@pytest.mark.usefixtures("_without_mlflow")
+def test_bad_vectors_leave_the_table_as_it_was(spark, lake_home: Home, config: profile.Config, tmp_path: Path) -> None:
+    fill(spark, D1, walks())
+    stages(lake_home, config, plan(D1), "night1")
+    before = lakehouse.references(spark, "feature.item_behavior_vector")
+    ctx = context(lake_home, config, "behavior_embedding", plan(D1), "night1")
+    outcome = read_json(ctx.staging / "train_behavior_encoder.json")
+    folder = Path(outcome["outputs"]["model_uri"])
+    ids = json.loads((folder / "config.json").read_text())["item_ids"]
+    whole = load_file(folder / "model.safetensors")["behavior_vectors"]
+
+    def run_with(vectors: torch.Tensor, names: list[str]) -> None:
+        bundle = SimpleNamespace(tensors={"behavior_vectors": vectors}, config={"item_ids": names})
+        outcome["outputs"]["model_uri"] = str(tracking.save_bundle(tmp_path / "bad", bundle))
+        write_json(ctx.staging / "train_behavior_encoder.json", outcome)
+        runner.run_stage(ctx)
+
+    spoilt = whole.clone()
+    spoilt[0, 0] = float("inf")
+    with pytest.raises(ContractError, match="not finite"):
+        run_with(spoilt, ids)
+    with pytest.raises(GateFailed, match="norm_ratio"):
+        run_with(whole * 1000, ids)
+    with pytest.raises(GateFailed, match="repeated_items"):
+        run_with(whole, [ids[1], *ids[1:]])
+    with pytest.raises(GateFailed, match="without_evidence"):
+        run_with(whole, ["never seen", *ids[1:]])
+    assert lakehouse.references(spark, "feature.item_behavior_vector")["main"] == before["main"]

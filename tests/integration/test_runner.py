@@ -1,0 +1,254 @@
+"""The runner on real stages: outcomes, gates, conflicts, and a process killed between write and publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import runner, views
+from pipeline import config, lakehouse
+from pipeline.context import ROOT, Context, Home, read_json, write_json
+from pipeline.datasets import dataset
+from pipeline.errors import ContractError, GateFailed, PublishConflict, UpstreamMissing
+from pipeline.stages import BY_NAME, StageResult, Write
+
+pytestmark = pytest.mark.spark
+TINY = config.load("tiny")
+TABLES = BY_NAME["ingest"].outputs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated shop, made once."""
+    folder = tmp_path_factory.mktemp("data")
+    dataset("shop").prepare(TINY.source, folder, TINY.seed)
+    return folder
+
+
+@pytest.fixture
+def home(lake_home: Home, data: Path) -> Home:
+    """The process's home with empty tables and the shop's files in it."""
+    if not (lake_home.root / "data").exists():
+        (lake_home.root / "data").symlink_to(data)
+    return lake_home
+
+
+def first_day(data: Path) -> date:
+    return dataset("shop").prepare(TINY.source, data, TINY.seed).first_date
+
+
+def run(home: Home, stage: str, day: date, run_id: str = "night", *overrides: str, **changes: Any) -> dict[str, Any]:
+    """One stage through the runner, in this process."""
+    return runner.run_stage(Context(config=config.load("tiny", overrides), home=home, stage=stage, logical_date=day, run_id=run_id, **changes))
+
+
+def digests(home: Home) -> dict[str, str]:
+    """Table -> digest of the rows ingest publishes, in any order; where a file lies is not part of its content."""
+    return {table: _digest(home, table) for table in TABLES}
+
+
+def _digest(home: Home, table: str) -> str:
+    rows = lakehouse.read_arrow(home, TINY.lake, table)
+    names = sorted(set(rows.column_names) - {"path"})
+    lines = sorted(json.dumps(row, default=str, sort_keys=True) for row in rows.select(names).to_pylist())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def counts(home: Home) -> dict[str, int]:
+    return {table: lakehouse.read_arrow(home, TINY.lake, table).num_rows for table in TABLES}
+
+
+def references(home: Home) -> dict[str, set[str]]:
+    """Table -> names of its branches and tags, without a JVM."""
+    return {table: set(lakehouse.open_table(home, TINY.lake, table).metadata.refs) for table in TABLES}
+
+
+# ---------------------------------------------------------------- a night, twice, and with another writer
+
+
+def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark: Any, home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    day = first_day(data)
+    planned = run(home, "plan_night", day)
+    assert (planned["status"], planned["outputs"]["tag"], planned["outputs"]["new_generation"]) == ("done", f"d{day:%Y%m%d}", True)
+    loaded = run(home, "ingest", day, reason="for the test")
+    _check_outcome(home, loaded)
+    _check_traceable(spark, home, loaded)
+    before = digests(home)
+
+    again = run(home, "plan_night", day, "again")
+    assert again["outputs"]["input_fingerprint"] == planned["outputs"]["input_fingerprint"], "what was loaded counts like what will be"
+
+    publish, moved = lakehouse.publish, []
+
+    def publish_late(session: Any, table: str, branch: str, tag: str = "") -> int:
+        if table == "raw.source_file" and not moved:  # three tables are published already
+            moved.append(table)
+            session.table(f"lake.{table}").limit(0).writeTo(f"lake.{table}").append()
+        return publish(session, table, branch, tag)
+
+    monkeypatch.setattr(lakehouse, "publish", publish_late)
+    outcome = run(home, "ingest", day, "again")
+    assert moved == ["raw.source_file"]
+    assert outcome["status"] == "done"
+    assert digests(home) == before, "the same rows after a conflict and a second try"
+    assert all(names == {"main"} for names in references(home).values()), "no audit branch is left"
+
+    moved.clear()
+    monkeypatch.setattr(runner, "TRIES", 1)
+    with pytest.raises(PublishConflict):
+        run(home, "ingest", day, "again", attempt=2)
+    failed = read_json(home.folder("staging") / "again" / "ingest.json")
+    assert (failed["status"], failed["retry"], failed["error"]["class"]) == ("failed", True, "PublishConflict")
+    assert digests(home) == before
+
+
+def _check_outcome(home: Home, outcome: dict[str, Any]) -> None:
+    assert read_json(home.folder("staging") / "night" / "ingest.json") == json.loads(json.dumps(outcome, default=str))
+    assert outcome["status"] == "done"
+    assert outcome["seconds"] > 0
+    assert set(outcome["snapshots"]) == set(TABLES)
+    rows = counts(home)
+    assert rows["raw.interaction"] > 200
+    assert rows["raw.item"] > 100
+    assert rows["raw.rejected_row"] > 0
+    assert rows["raw.source_file"] == 2
+    assert outcome["metrics"]["rows_in"] == outcome["metrics"]["rows_accepted"] + outcome["metrics"]["rows_rejected"]
+    assert outcome["metrics"]["raw.interaction/rows"] == rows["raw.interaction"]
+
+
+def _check_traceable(spark: Any, home: Home, outcome: dict[str, Any]) -> None:
+    for table, snapshot in outcome["snapshots"].items():
+        assert lakehouse.current_snapshot(home, TINY.lake, table) == snapshot
+        (row,) = spark.table(f"lake.{table}.snapshots").where(f"snapshot_id = {snapshot}").select("summary").collect()
+        said = row.summary
+        assert (said["sid.stage"], said["sid.run_id"], said["sid.reason"]) == ("ingest", "night", "for the test")
+        assert said["sid.config_hash"] == TINY.digest()
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def test_a_gate_that_fails_leaves_main_untouched_and_the_branch_for_inspection(spark: Any, home: Home, data: Path) -> None:
+    day, strict = first_day(data), "ingest.max_rejected_share=0.0"
+    run(home, "plan_night", day, "night", strict)
+    with pytest.raises(GateFailed) as caught:
+        run(home, "ingest", day, "night", strict)
+    assert "rejected_share <= 0 (observed 0.0" in caught.value.found
+    assert counts(home) == dict.fromkeys(TABLES, 0)
+    failed = read_json(home.folder("staging") / "night" / "ingest.json")
+    assert (failed["status"], failed["retry"], failed["error"]["class"], failed["snapshots"]) == ("failed", False, "GateFailed", {})
+    branch = caught.value.next_command.removeprefix("sid inspect ")
+    assert branch in references(home)["raw.source_file"]
+
+    looked = views.branch((home, config.load("tiny", (strict,))), branch)
+    broken = [row for row in looked if not row["holds"]]
+    assert [row["check"] for row in broken] == ["rejected_share <= 0"]
+    assert broken[0]["observed"] > 0
+
+    with pytest.raises(UpstreamMissing, match="ingest failed"):
+        Context(config=TINY, home=home, stage="item_popularity", logical_date=day, run_id="night").outcome("ingest")
+
+
+# ---------------------------------------------------------------- outcomes without rows
+
+
+def test_a_date_before_the_data_is_refused_and_written_down(home: Home, data: Path) -> None:
+    day = first_day(data) - timedelta(days=1)
+    with pytest.raises(ContractError, match="before the data"):
+        run(home, "plan_night", day)
+    failed = read_json(home.folder("staging") / "night" / "plan_night.json")
+    assert (failed["status"], failed["retry"], failed["error"]["class"]) == ("failed", False, "ContractError")
+
+
+def test_a_stage_without_a_manifest_and_one_with_another_nights_do_not_start(home: Home, data: Path) -> None:
+    day = first_day(data)
+    with pytest.raises(UpstreamMissing, match="plan_night"):
+        run(home, "ingest", day)
+    run(home, "plan_night", day)
+    with pytest.raises(ContractError, match="another date"):
+        run(home, "ingest", day + timedelta(days=1))
+    assert counts(home) == dict.fromkeys(TABLES, 0)
+
+
+def test_a_night_that_is_published_already_writes_nothing(home: Home, data: Path) -> None:
+    day = first_day(data)
+    planned = run(home, "plan_night", day)
+    path = home.folder("staging") / "night" / "plan_night.json"
+    write_json(path, {**read_json(path), "outputs": {**planned["outputs"], "reuse": "d20260101"}})
+    for stage in ("ingest", "train_tokenizer", "publish_release"):
+        outcome = run(home, stage, day)
+        assert (outcome["status"], outcome["outputs"], outcome["snapshots"]) == ("reused", {"tag": "d20260101"}, {})
+    assert counts(home) == dict.fromkeys(TABLES, 0)
+
+
+def test_a_table_that_was_not_declared_is_not_written(spark: Any, home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import maintain
+
+    frame = spark.table("lake.raw.source_file")
+    monkeypatch.setattr(maintain, "run", lambda inputs, params, ctx: StageResult(writes=(Write(table="raw.source_file", frame=frame),)))
+    with pytest.raises(ContractError, match="did not declare"):
+        run(home, "maintain", first_day(data))
+    assert references(home)["raw.source_file"] == {"main"}
+
+
+def test_an_old_success_does_not_outlive_a_defect(home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import maintain
+
+    day = first_day(data)
+    path = home.folder("staging") / "night" / "maintain.json"
+    assert run(home, "maintain", day, params=(("dry_run", "true"),))["status"] == "skipped"
+    assert path.is_file()
+    monkeypatch.setattr(maintain, "run", lambda inputs, params, ctx: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(home, "maintain", day)
+    assert not path.exists()
+
+
+# ---------------------------------------------------------------- killed
+
+
+def sid(home: Home, day: date, kill_at: str = "") -> subprocess.CompletedProcess[str]:
+    """`sid run ingest` of the run `k` in a process of its own."""
+    words = ["run", "ingest", "--profile", "tiny", "--date", str(day), "--run-id", "k", "--inline"]
+    given = {**os.environ, "SID_HOME": str(home.root), "SID_KILL_AT": kill_at}
+    return subprocess.run([sys.executable, "-m", "jobs.cli", *words], env=given, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_stage_killed_between_write_and_publish_leaves_main_and_ends_the_same_when_run_again(home: Home, data: Path, tmp_path: Path) -> None:
+    day = first_day(data)
+    run(home, "plan_night", day)
+    run(home, "ingest", day)
+    undisturbed = digests(home)
+
+    other = Home(tmp_path / "killed")
+    other.root.mkdir()
+    (other.root / "data").symlink_to(data)
+    outcome = other.root / "staging" / "k" / "ingest.json"
+
+    killed = sid(other, day, "ingest:after_audit")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert counts(other) == dict.fromkeys(TABLES, 0), "written and audited, not published"
+    assert all(len(names) == 2 for names in references(other).values()), "each table has its audit branch"
+    assert not outcome.exists()
+
+    killed = sid(other, day, "ingest:after_publish_1")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    rows = counts(other)
+    assert rows["raw.interaction"] > 0
+    assert rows["raw.source_file"] == 0, "without its marker the day does not count as loaded"
+    assert not outcome.exists()
+
+    done = sid(other, day)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert digests(other) == undisturbed
+    assert read_json(outcome)["status"] == "done"
+    assert all(names == {"main"} for names in references(other).values())
