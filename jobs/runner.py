@@ -100,6 +100,15 @@ def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None]) -> tu
     job: Callable[..., StageResult] = importlib.import_module(f"jobs.{stage.name}").run
     step(ctx, "before_job")
     result = job(inputs, getattr(ctx.config, stage.section), ctx)
+    try:
+        return _effects(stage, ctx, spark, result, snapshots)
+    finally:
+        if spark is not None:
+            spark.catalog.clearCache()  # one session serves all stages of an inline run; what a job kept in memory goes with it
+
+
+def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: StageResult, snapshots: Mapping[str, int | None]) -> tuple[StageResult, Ledger]:
+    """The job's writes published and its model logged."""
     ledger = Ledger()
     if result.writes:
         assert spark is not None, "only Spark stages write tables"

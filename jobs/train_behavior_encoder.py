@@ -151,11 +151,10 @@ def new_generation(inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Pl
     reference, found, figure = fit_richness(params, counts_N[rows_M], np.linalg.norm(vectors_MD, axis=1), overlap_M, strata_N[rows_M])
     metrics = {**encoder.metrics, **floors(sequences, len(vocabulary), params.sasrec, seed), **drift, **found}
     model = base_bundle(params, plan, encoder, rotation_DD, vocabulary, rows_M, vectors_MD, reference)
-    gate = {name: metrics[name] for name in ("richness_spearman", "low_strength_share", "mean_strength") if name in metrics and rows_M.size >= ENOUGH_ITEMS}
     return StageResult(
         metrics={"vocabulary": float(len(vocabulary)), "vectors": float(rows_M.size), **metrics},
         curves={name: [value for value in values if np.isfinite(value)] for name, values in encoder.curves.items()},
-        outputs={"richness_reference": reference, "generation": plan.generation, "rows": int(rows_M.size), "gate": gate},
+        outputs={"richness_reference": reference, "generation": plan.generation, "rows": int(rows_M.size), "gate": gated(found, rows_M.size)},
         figures={"strength_by_stratum": figure, "loss_curves": FigureData(kind="loss_curves", data={"curves": {"behaviour": encoder.curves["loss"]}})},
         model=model,
     )
@@ -189,11 +188,19 @@ def fit_richness(
             other = richness.richness(richness.fit_reference(kind, counts_M, norms_M, overlap_M, **settings), counts_M, norms_M)
             metrics[f"richness_spearman/{kind}"] = evaluation.spearman(other, overlap_M)
         metrics |= {"richness_spearman": metrics[f"richness_spearman/{params.richness}"], "split_half_overlap": float(np.nanmean(overlap_M))}
-        metrics["kappa"] = reference["kappa"]
+        metrics |= {"kappa": reference["kappa"], "measured_items": float(np.isfinite(overlap_M).sum())}
     edges = np.linspace(0, 1, 21)
     counts = {str(name): np.histogram(strength_M[strata_M == name], edges)[0].tolist() for name in ("head", "torso", "tail")}
     figure = FigureData(kind="strength_by_stratum", data={"edges": edges.tolist(), "counts": counts})
     return reference, {name: value for name, value in metrics.items() if np.isfinite(value)}, figure
+
+
+def gated(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
+    """The metrics that behavior_embedding's audit judges; from fewer than ENOUGH_ITEMS items nothing is judged."""
+    judged = ["low_strength_share", "mean_strength"] if rows >= ENOUGH_ITEMS else []
+    if metrics.get("measured_items", 0) >= ENOUGH_ITEMS:
+        judged.append("richness_spearman")
+    return {name: metrics[name] for name in judged if name in metrics}
 
 
 def split_half_overlap(sequences: Sequences, num_items: int, rows_M: NDArray[np.int64], params: config.TrainBehaviorEncoder, seed: int) -> Floats:

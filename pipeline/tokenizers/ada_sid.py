@@ -187,7 +187,7 @@ class Network(nn.Module):
         )
         self.decoder = Decoder(latent, hidden, sum(self.widths.values()))
         if "behavior" in self.gate:
-            nn.init.ones_(self.gate["behavior"][2].bias)  # open at first: an expert that is off for everybody gets no gradient and stays off
+            nn.init.ones_(list(self.gate["behavior"].parameters())[-1])  # open at first: an expert that is off for everybody gets no gradient and stays off
         self.controller = SparsityController(
             settings.sparsity if settings.router == "adaptive" else "off",
             settings.sparsity_buckets,
@@ -232,8 +232,9 @@ class Network(nn.Module):
                 self.get_buffer(f"axes_{name}").copy_(axes_DW)
             spread = self._input(sample_ND.cpu().float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
             self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
-            if name in self.expert:
-                self.expert[name].start_on(self._input(sample_ND.cpu().float(), name))
+            bank = dict(self.expert.items()).get(name)
+            if isinstance(bank, ExpertBank):
+                bank.start_on(self._input(sample_ND.cpu().float(), name))
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
         return (vectors_ND - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"axes_{name}") * self.get_buffer(f"scale_{name}")
@@ -496,7 +497,7 @@ class AdaSid:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = Network(self.settings, raw_widths)
-        network.fit_inputs(items)
+            network.fit_inputs(items)
         network.controller.fit_buckets(items.richness_N[items.behavior_N])
         prepared = network.prepare(items)
         strength_N = controlled_strength(items.strength_N, prepared.behavior_N, self.settings.strength, generator=generator_for(seed, "strength"))

@@ -69,7 +69,8 @@ def test_parameters_are_typed_titled_and_pass_their_own_defaults(bag: Any, dag_i
 
 
 @pytest.mark.parametrize(
-    ("name", "bad"), [("date", "2026-13-01"), ("date", "soon"), ("reason", ""), ("overrides", "seed=1"), ("release", "latest"), ("release", "d2026"), ("profile", None)]
+    ("name", "bad"),
+    [("date", "2026-13-01"), ("date", "soon"), ("reason", ""), ("overrides", "seed=1"), ("release", "latest"), ("release", "d2026"), ("profile", None)],
 )
 def test_a_bad_parameter_is_refused_before_anything_runs(bag: Any, name: str, bad: Any) -> None:
     from airflow.sdk.exceptions import ParamValidationError
@@ -254,7 +255,7 @@ def test_a_release_that_became_the_newest_is_announced_with_its_facts(airflow: H
     from jobs.airflow_task import NEW_RELEASE, RELEASE
 
     given = context()
-    execute("publish_release", given, monkeypatch, None or {"outputs": PUBLISHED})
+    execute("publish_release", given, monkeypatch, {"outputs": PUBLISHED})
     ((asset, extra),) = given["outlet_events"][NEW_RELEASE].added
     assert asset == RELEASE
     assert extra == {"release": "d20260301", "tag": "d20260301", "logical_date": "2026-03-01", "codebook_digest": "c", "generation": 1}
@@ -268,7 +269,9 @@ def test_a_release_that_became_the_newest_is_announced_with_its_facts(airflow: H
         ("assign_sid", {"outputs": PUBLISHED}),
     ],
 )
-def test_an_older_or_reused_release_and_other_stages_announce_nothing(stage: str, outcome: dict[str, Any], airflow: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_or_reused_release_and_other_stages_announce_nothing(
+    stage: str, outcome: dict[str, Any], airflow: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = context()
     execute(stage, given, monkeypatch, outcome)
     assert given["outlet_events"] == {}

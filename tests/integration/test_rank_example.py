@@ -159,9 +159,16 @@ def basket_frames(spark, events) -> Inputs:
     return frames(spark, events, [("d20260102", D2, "current")], popularity)
 
 
-def test_next_basket_against_a_slow_loop(spark):
+@pytest.fixture(scope="module")
+def drawn(spark):
+    """Events, result and rows of one next-basket run that several tests look at."""
     events = baskets()
     result, rows = run(spark, basket_frames(spark, events), BASKET)
+    return events, result, rows
+
+
+def test_next_basket_against_a_slow_loop(drawn):
+    events, result, rows = drawn
     assert not audit(result, BASKET).failures()
     bought = defaultdict(lambda: defaultdict(set))
     for _, user, item, moment, *_ in events:
@@ -182,9 +189,8 @@ def test_next_basket_against_a_slow_loop(spark):
         assert row.history or row.label == 0
 
 
-def test_negatives_come_from_the_own_stratum_seen_before_and_never_the_users_own(spark):
-    events = baskets(1)
-    _, rows = run(spark, basket_frames(spark, events), BASKET)
+def test_negatives_come_from_the_own_stratum_seen_before_and_never_the_users_own(drawn):
+    events, _, rows = drawn
     debut = {item: min(e[3] for e in events if e[2] == item).date() for item in {e[2] for e in events}}
     strata = defaultdict(lambda: defaultdict(int))
     for row in rows:
@@ -201,19 +207,18 @@ def test_negatives_come_from_the_own_stratum_seen_before_and_never_the_users_own
             assert counts[stratum, 0] <= BASKET.negatives * counts[stratum, 1]
 
 
-def test_same_rows_whatever_the_order_of_files_and_lines(spark):
-    events = baskets(2)
+def test_same_rows_whatever_the_order_of_files_and_lines(spark, drawn):
+    events, first, _ = drawn
     shuffled = [events[index] for index in np.random.default_rng(5).permutation(len(events))]
-    first, _ = run(spark, basket_frames(spark, events), BASKET)
     second, _ = run(spark, basket_frames(spark, shuffled), BASKET)
     assert first.outputs["digest"] == second.outputs["digest"]
 
 
 @pytest.mark.parametrize("params", [BASKET, RankExample(min_test_rows=1)], ids=["next_basket", "value"])
-def test_nothing_after_the_cutoff_reaches_a_training_row(spark, params):
-    events = baskets(3)
+def test_nothing_after_the_cutoff_reaches_a_training_row(spark, drawn, params):
+    events = drawn[0]
     other = [event(D3, "u1", "i0", 5, 1.0, "z"), event(D1, "u2", "i3", 1, 1.0, "y", file_date=D3)]
-    _, before = run(spark, basket_frames(spark, events), params)
+    before = drawn[2] if params is BASKET else run(spark, basket_frames(spark, events), params)[1]
     _, after = run(spark, basket_frames(spark, [row for row in events if row[0] <= D2] + other), params)
     train = [row for row in before if row.split == "train"]
     assert train

@@ -66,7 +66,7 @@ def test_weights_are_one_for_content_and_bounded_for_behaviour(fitted):
     behavior = out.weights_NL[:, 3:]
     assert (behavior >= 0).all()
     assert (behavior <= 2).all()
-    assert ((behavior == 0).any(), (behavior > 0).any()) == (True, True)
+    assert float(behavior[behavior > 0].mean()) > 0.5
 
 
 @pytest.mark.parametrize("present", [("text",), ("behavior",), ("text", "behavior"), ("image", "behavior")])
@@ -120,7 +120,7 @@ def test_state_and_config_rebuild_the_tokenizer(fitted):
     assert torch.equal(one.codes_NL, two.codes_NL)
     assert torch.equal(one.weights_NL, two.weights_NL)
     assert codebook_digest(fitted.codebooks()) == codebook_digest(again.codebooks())
-    stored["decoder.0.weight"] = stored["decoder.0.weight"][:3]
+    stored["decoder.direct.weight"] = stored["decoder.direct.weight"][:3]
     with pytest.raises(RuntimeError, match="decoder"):
         from_state(fitted.config(), stored)
 
@@ -225,7 +225,7 @@ def test_training_brings_the_error_down_and_uses_the_codes():
 
 
 def test_buckets_have_targets_that_fall_with_richness_and_ties_share_one():
-    made, prepared = network()
+    made, _ = network()
     target = made.controller.target_Q
     assert (target[:-1] > target[1:]).all()
     assert made.controller.bucket(torch.zeros(5)).unique().numel() == 1

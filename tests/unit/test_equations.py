@@ -108,6 +108,10 @@ def test_router():
     close(router.behavior_router(logit, richness), slow)
 
 
+def test_the_router_reads_richness_on_a_fixed_scale():
+    close(router.router_feature(torch.tensor([0.0, 0.5, 1.0])), [[-2.0], [0.0], [2.0]])
+
+
 @equation("zero_share")
 def test_zero_share_counts_gates_that_are_off():
     weights = torch.tensor([[0.0, 0.2, 0.0], [0.1, 0.2, 0.3], [0.0, 0.0, 0.0]])
@@ -207,14 +211,16 @@ def test_alignment_v2_anchors_behaviour_on_the_sum_of_contents():
 
 @equation("ExpertBank")
 def test_expert_bank_runs_each_expert_on_its_own():
-    bank = ada_sid.ExpertBank(2, 3, 5, 4)
+    bank = ada_sid.ExpertBank(2, 3, 5, 4).requires_grad_(False)
+    bank.start_on(rand(20, 3, seed=1))
     x = rand(6, 3)
     out = bank(x)
     for e in range(2):
         first, bias = bank.first.weight[5 * e : 5 * e + 5], bank.first.bias[5 * e : 5 * e + 5]
         for b in range(6):
             hidden = [max(0.0, float(first[j] @ x[b] + bias[j])) for j in range(5)]
-            slow = [sum(hidden[j] * float(bank.second_EHD[e, j, d]) for j in range(5)) + float(bank.second_ED[e, d]) for d in range(4)]
+            straight = [sum(float(x[b, i] * bank.direct_EDD[e, i, d]) for i in range(3)) for d in range(4)]
+            slow = [straight[d] + sum(hidden[j] * float(bank.second_EHD[e, j, d]) for j in range(5)) + float(bank.second_ED[e, d]) for d in range(4)]
             close(out[b, e], slow)
 
 

@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_a_clear_error(tmp_path):
 
 
 def test_training_stops_when_nothing_gets_better():
-    report = AdaSid(ada_settings()).fit(tiny_items(), seed=0, settings=training(max_epochs=60, patience=1, learning_rate=1e-8, revive_until=0.0))
+    report = AdaSid(ada_settings()).fit(tiny_items(), seed=0, settings=training(max_epochs=60, patience=1, learning_rate=0.3, revive_until=0.0))
     epochs = {len(values) for name, values in report.curves.items() if name.startswith(("nmse", "held_out", "loss/total"))}
     assert max(epochs) < 20
     assert len(epochs) == 1

@@ -80,9 +80,28 @@ def test_spherical_kmeans_stays_on_the_sphere():
 
 
 def test_balanced_fitting_evens_out_skewed_points():
-    points = torch.cat([0.2 * torch.randn(900, 3, generator=rng()), 5 + torch.randn(100, 3, generator=rng(1))])
-    spread = [gini(code_counts(quantize.nearest_centroid(points, quantize.kmeans(points, 20, generator=rng(2), balanced=even)), 20)) for even in (True, False)]
-    assert spread[0] < 0.6 * spread[1]
+    points = torch.randn(1500, 6, generator=rng()) * torch.linspace(0.2, 2.0, 1500)[:, None]
+    spread = [gini(code_counts(quantize.nearest_centroid(points, quantize.kmeans(points, 40, generator=rng(2), balanced=even)), 40)) for even in (True, False)]
+    assert spread[0] < 0.8 * spread[1]
+
+
+def test_prices_fill_every_code_about_equally():
+    points, centroids = torch.randn(1000, 3, generator=rng()), torch.randn(10, 3, generator=rng(1))
+    price = torch.zeros(10)
+    for _ in range(8):
+        codes, price = quantize.balanced_codes(points, centroids, price)
+    counts = code_counts(codes, 10)
+    assert int(counts.max()) < 1.5 * int(counts.min())
+
+
+def test_axes_are_dealt_in_equal_hands_of_like_spread():
+    variance = torch.tensor([64.0, 32, 16, 8, 4, 2, 1, 1, 1])
+    hands = quantize.deal_axes(variance, 3)
+    assert sorted(axis for hand in hands for axis in hand) == list(range(9))
+    assert {len(hand) for hand in hands} == {3}
+    product = [float(variance[hand].prod()) for hand in hands]
+    assert max(product) / min(product) < 16
+    assert quantize.deal_axes(variance, 1) == [list(range(9))]
 
 
 def test_nearest_centroid_in_blocks_equals_the_distance_matrix(monkeypatch):

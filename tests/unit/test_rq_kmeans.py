@@ -41,7 +41,7 @@ def test_each_level_leaves_less_over():
     report = RqKmeans(rq_settings()).fit(tiny_items(400), seed=0, settings=training())
     lost = report.curves["loss/reconstruction"]
     assert lost == sorted(lost, reverse=True)
-    assert lost[-1] < 0.5 * lost[0]
+    assert lost[-1] < 0.6 * lost[0]
     assert report.metrics["nmse/text"] < 0.6
 
 
