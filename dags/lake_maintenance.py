@@ -22,7 +22,7 @@ Owner: the data engineer on call for the recommendation lake.
 with DAG(
     dag_id="lake_maintenance",
     schedule=CronDataIntervalTimetable("0 6 * * 0", timezone="UTC"),
-    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    start_date=datetime(1970, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULTS | {"owner": "data-engineering"},

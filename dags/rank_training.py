@@ -23,7 +23,7 @@ Owner: the ranking engineer.
 with DAG(
     dag_id="rank_training",
     schedule=[RELEASE],
-    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    start_date=datetime(1970, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULTS | {"owner": "ranking"},

@@ -47,15 +47,15 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
     bag = DagBag(str(ROOT / "dags"))
     if bag.import_errors:
         raise ContractError("a DAG file cannot be read", expected="no import errors", found=str(bag.import_errors), where="dags/")
-    done = bag.dags[dag_id].test(logical_date=logical_date, run_conf=conf)
-    failed = sorted(task.task_id for task in done.get_task_instances() if task.state == "failed")
-    if failed:
+    done = bag.dags[dag_id].test(logical_date=logical_date, run_after=logical_date, run_conf=conf)
+    unfinished = sorted((task.state != "failed", task.task_id, str(task.state)) for task in done.get_task_instances() if task.state != "success")
+    if unfinished:  # those that failed themselves first, then those that could not start
         raise ContractError(
             f"DAG {dag_id} failed",
             expected="every task green",
-            found=", ".join(failed),
+            found=", ".join(f"{name} ({state})" for _, name, state in unfinished),
             where=done.run_id,
-            next_command=f"see staging/{done.run_id}/{failed[0]}.json",
+            next_command=f"see {unfinished[0][1]}.json of this run below staging/ of SID_HOME",
         )
     return str(done.run_id)
 

@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import date
+from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,7 @@ def main_options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="
 def run(
     what: Annotated[str, typer.Argument(help="A stage, or the group refresh, consumers or maintenance.")],
     day: Day,
+    through: Annotated[str, typer.Option("--through", help="Last date of a range that starts at --date; the nights run one after the other.")] = "",
     profile: Profile = "demo",
     sets: Sets = None,
     reason: Reason = "by hand",
@@ -62,7 +64,7 @@ def run(
     param: Annotated[list[str] | None, typer.Option("--param", help="Run parameter, e.g. release=d19980421.")] = None,
     inline: Annotated[bool, typer.Option("--inline", help="Run in this process, whatever the profile's launcher.")] = False,
 ) -> None:
-    """Run one stage, or every stage of a group in order, for one date."""
+    """Run one stage, or every stage of a group in order, for one date or, with --through, for each date of a range."""
     from jobs import launchers
 
     loaded = config.load(profile, tuple(sets or ()))
@@ -73,24 +75,38 @@ def run(
         home=Home.from_environment(),
         stage="plan_night",
         logical_date=parse_date(day),
-        run_id=run_id or f"cli__{loaded.name}__{day}",
+        run_id=run_id,
         attempt=attempt,
         reason=reason,
         params=tuple(parse_pair(text) for text in param or ()),
     )
-    stages = selected(what, base, named_run=bool(run_id))
-    if dry_run:
-        show_rows(
-            [
-                {"stage": stage.name, "engine": stage.engine, "reads": ", ".join(stage.inputs), "writes": ", ".join(stage.outputs) or "MLflow"}
-                for stage in stages
-            ],
-            "would run",
-        )
-        return
     request = launchers.Request(profile=profile, overrides=tuple(sets or ()))
-    outcomes = [announced(launchers.launch(with_stage(base, stage.name), request)) for stage in stages]
-    show_rows([{"stage": outcome["stage"], "status": outcome["status"], "seconds": outcome["seconds"]} for outcome in outcomes], f"{what} {day}")
+    outcomes = []
+    for night in nights(base.logical_date, parse_date(through) if through else base.logical_date):
+        ctx = replace(base, logical_date=night, run_id=run_id or f"cli__{loaded.name}__{night}")
+        stages = selected(what, ctx, named_run=bool(run_id))
+        if dry_run:
+            show_rows(
+                [
+                    {"stage": stage.name, "engine": stage.engine, "reads": ", ".join(stage.inputs), "writes": ", ".join(stage.outputs) or "MLflow"}
+                    for stage in stages
+                ],
+                f"would run for {night}",
+            )
+        else:
+            outcomes += [{"night": night, **announced(launchers.launch(replace(ctx, stage=stage.name), request))} for stage in stages]
+    if outcomes:
+        show_rows([{name: outcome[name] for name in ("night", "stage", "status", "seconds")} for outcome in outcomes], what)
+
+
+def nights(first: date, last: date) -> list[date]:
+    """Every day from the first to the last, both included.
+
+    Raises: ContractError when the last lies before the first.
+    """
+    if last < first:
+        raise ContractError("the range of dates is empty", expected=f"{first} or later", found=str(last), where="--through")
+    return [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
 
 
 def selected(what: str, ctx: Context, *, named_run: bool = False) -> tuple[Stage, ...]:
@@ -107,11 +123,6 @@ def selected(what: str, ctx: Context, *, named_run: bool = False) -> tuple[Stage
     planned = ctx.home.root.is_dir() and (ctx.staging / "plan_night.json").is_file()
     needs_plan = stage.group == "refresh" and what != "plan_night" and not (planned and (named_run or what != "ingest"))
     return (BY_NAME["plan_night"], stage) if needs_plan else (stage,)
-
-
-def with_stage(ctx: Context, stage: str) -> Context:
-    """The same run, another stage."""
-    return Context(**{**vars(ctx), "stage": stage})
 
 
 def announced(outcome: dict[str, Any]) -> dict[str, Any]:

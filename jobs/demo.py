@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jobs import airflow_home, launchers
@@ -92,7 +93,7 @@ class _Progress(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        self.story.say(f"[dim]{record.getMessage()}[/dim]")
+        self.story.say(f"[dim]{escape(record.getMessage())}[/dim]")
 
 
 def _show_progress(story: Story) -> None:
@@ -210,11 +211,11 @@ def _famous_items(lake: tuple[Home, config.Config], tag: str) -> list[str]:
 
 def _item(story: Story, found: Mapping[str, Any]) -> None:
     codes = "  ".join(
-        f"{position['position']}=[bold]{'-' if position['code'] is None else position['code']}[/bold]·{position['weight']:.2f}"
+        f"{position['position']}=[bold]{'-' if position['code'] is None else position['code']}[/bold]|{position['weight']:.2f}"
         for position in found["positions"]
     )
-    story.console.print(f"[bold cyan]{found['title'] or found['item_id']}[/bold cyan]  {codes}", highlight=False)
-    near = ", ".join(f"{other['title'] or other['item_id']} ({other['shared']})" for other in found["neighbours"][:5])
+    story.console.print(f"[bold cyan]{escape(found['title'] or found['item_id'])}[/bold cyan]  {codes}", highlight=False)
+    near = ", ".join(f"{escape(other['title'] or other['item_id'])} ({other['shared']})" for other in found["neighbours"][:5])
     story.console.print(f"   shares most codes with: {near or 'nothing'}", highlight=False)
 
 
@@ -258,7 +259,7 @@ def _where_to_look(story: Story, page: Path) -> None:
     story.console.rule()
     story.console.print(f"report   {page}", soft_wrap=True, highlight=False)
     story.console.print(f"MLflow   mlflow ui --backend-store-uri {story.home.tracking_uri} --host 127.0.0.1", soft_wrap=True, highlight=False)
-    story.console.print(f"look     sid releases   ·   sid show 50   ·   sid stages      (SID_HOME={story.home.root})", soft_wrap=True, highlight=False)
+    story.console.print(f"look     sid releases   |   sid show 50   |   sid stages      (SID_HOME={story.home.root})", soft_wrap=True, highlight=False)
     story.say("done")
 
 

@@ -75,6 +75,7 @@ def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
     Raises: UpstreamMissing for an open day without a file; ContractError for a file that changed since it was planned or cannot be read.
     """
     assert inputs.spark is not None
+    inputs.spark.catalog.clearCache()  # Spark knows cached rows of a file by its path: a retry on a corrected file would read the old ones
     source = ctx.config.source
     spec = dataset(source.dataset).prepare(source, ctx.home.folder("data"), ctx.config.seed)
     check_catalogue(source, spec)

@@ -27,6 +27,7 @@ ENTRY = Path(__file__).with_name("cli.py")
 Commands = tuple[list[str], ...]  # run one after the other, stopping at the first that fails
 START_SECONDS = 3_600  # a node with a GPU may have to be bought first
 WAIT_SECONDS = 86_400
+DISTRIBUTED = frozenset({"train_tokenizer"})  # their jobs join a process group; any other would do its work once per process
 PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "MLFLOW_TRACKING_URI")
 
 
@@ -70,8 +71,8 @@ def submit_commands(ctx: Context, request: Request) -> Commands:
 
 
 def torchrun_commands(ctx: Context, request: Request) -> Commands:
-    """Command of the `torchrun` launcher: several processes for torch stages, `submit` for the others."""
-    if BY_NAME[ctx.stage].engine != "torch":
+    """Command of the `torchrun` launcher: several processes for the stages whose training is spread over them, `submit` for the others."""
+    if ctx.stage not in DISTRIBUTED:
         return submit_commands(ctx, request)
     processes = ctx.config.launch.processes
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -66,6 +66,8 @@ def run_stage(ctx: Context) -> dict[str, Any]:
         step(ctx, "before_alias")
         derived.align(ctx.home, ctx.config)
     outcome = _outcome(stage, result.status, started, result, ledger)
+    if os.environ.get("RANK", "0") != "0":
+        return outcome  # under torchrun the first process speaks for all
     write_json(path, outcome)
     _remember(stage, ctx, outcome)
     _track(stage, ctx, result, result.status, outcome, snapshots, None)

@@ -171,13 +171,13 @@ class AdaSid(Section):
     num_image: int = Field(1, ge=0, description="N_v image experts; dropped when the data set has no images")
     num_behavior: int = Field(3, ge=0, description="N_b behaviour experts")
     codebook_size: int = Field(100, ge=2, description="K codes per expert")
-    latent_dim: int = Field(64, ge=2, description="d, width of latents and codes")
+    latent_dim: int = Field(128, ge=2, description="d, width of latents and codes")
     projection_dim: int = Field(128, ge=2, description="d_h, width of the projections that are aligned")
     hidden_dim: int = Field(256, ge=2, description="hidden width of experts, projections and decoder")
     latent_scale: float = Field(4.0, gt=0, description="norm of latents and code rows")
     temperature: float = Field(0.07, gt=0, description="tau of the contrastive terms")
     align_weight: float = Field(0.1, ge=0, description="mu of the alignment terms")
-    codebook_weight: float = Field(1.0, ge=0, description="weight of the codebook term")
+    codebook_weight: float = Field(0.25, ge=0, description="weight of the codebook term")
     commitment: float = Field(0.05, ge=0, description="weight of the commitment term")
     strength: Literal["adaptive", "mean", "shuffled", "one", "zero", "inverted"] = Field(
         "adaptive", description="alignment strength w: adaptive is the method, the others are controls"
@@ -186,12 +186,12 @@ class AdaSid(Section):
     sparsity: Literal["bucket", "scalar", "off"] = Field("bucket", description="lambda per richness bucket, one scalar (paper), or none")
     sparsity_buckets: int = Field(8, ge=1, description="richness buckets (quantiles, frozen with the generation) that have a lambda each")
     active_share: float = Field(0.6, gt=0, le=1, description="share of behaviour gates on for the poorest items (N = 0); theta = 1 - active share")
-    lambda_init: float = Field(1e-4, gt=0, description="first lambda of the sparsity controller")
+    lambda_init: float = Field(1e-3, gt=0, description="first lambda of the sparsity controller")
     lambda_step: float = Field(1.02, gt=1, description="factor by which lambda moves per step")
     lambda_max: float = Field(10.0, gt=0, description="largest lambda")
     behavior_dropout: float = Field(0.2, ge=0, lt=1, description="share of items whose behaviour is hidden in a step")
     content_dropout: float = Field(0.1, ge=0, lt=1, description="share of items whose text or image is hidden in a step")
-    warmup_epochs: int = Field(10, ge=0, description="epochs without quantisation before k-means initialisation")
+    warmup_epochs: int = Field(8, ge=0, description="epochs without quantisation before k-means initialisation")
     detach_behavior: bool = Field(False, description="stop the gradient into h_b in the alignment terms")
     code_gradient: bool = Field(True, description="let the decoder's gradient reach the code rows")
     text_dim: int = Field(128, ge=1, description="PCA width of text vectors before the tokenizer")
@@ -214,7 +214,7 @@ class TrainTokenizer(Section):
     ada_sid: AdaSid = AdaSid()
     rq_kmeans: RqKmeans = RqKmeans()
     learning_rate: float = Field(1e-3, gt=0, description="AdamW step size")
-    batch_size: int = Field(512, ge=2, description="items per step, over all processes")
+    batch_size: int = Field(256, ge=2, description="items per step at most, over all processes; a small catalogue takes smaller steps")
     max_epochs: int = Field(60, ge=1, description="epochs at most, warm-up included")
     patience: int = Field(10, ge=1, description="epochs without a better validation loss, after warm-up")
     valid_share: float = Field(0.05, ge=0, lt=1, description="share of items held out for early stopping; catalogues under 2,000 items hold out none")
@@ -370,9 +370,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"cannot read the override {override!r}", expected="section.key=value", found=override, where="--set")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text
+        read = {"value": text}
+    if set(read) != {"value"}:
+        raise ConfigError(f"cannot read the override {override!r}", expected="one value", found=", ".join(read), where="--set")
+    value = read["value"]
     *sections, name = key.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})

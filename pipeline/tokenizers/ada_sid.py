@@ -136,7 +136,7 @@ class Pass:
         z_BLD / zq_BLD: latents and their code rows, norm `latent_scale`.
         codes_BL: nearest codes, before masking.
         gate_BL: weights in the fused sum, 0 where masked; shown_BL: positions the item has.
-        router_BE: R of eq. (22), masked rows 0.
+        router_BE: R of eq. (22), masked rows 0; logit_BE: what it was made of.
         quantized_BD: fused code rows, eq. (11).
         estimate: reconstruction by modality.
     """
@@ -148,6 +148,7 @@ class Pass:
     gate_BL: Tensor
     shown_BL: Tensor
     router_BE: Tensor
+    logit_BE: Tensor
     quantized_BD: Tensor
     estimate: dict[str, Tensor]
 
@@ -261,7 +262,7 @@ class Network(nn.Module):
         h = {name: self.project[name](x[name]) for name in self.modalities}
         inputs = {"shared": torch.cat(list(h.values()), 1), **x}
         z_BLD = self._on_sphere(torch.cat([bank(inputs[name]) for name, bank in self.expert.items()], 1))
-        shown_BL, gate_BL, router_BE = self._gates(batch, x)
+        shown_BL, gate_BL, router_BE, logit_BE = self._gates(batch, x)
         with torch.autocast(z_BLD.device.type, enabled=False):
             codes_BL = nearest_code(z_BLD.detach(), self.codebook_LKD.detach())
             zq_BLD = gather_codes(codes_BL, self.code_rows)
@@ -276,15 +277,16 @@ class Network(nn.Module):
             gate_BL=gate_BL,
             shown_BL=shown_BL,
             router_BE=router_BE,
+            logit_BE=logit_BE,
             quantized_BD=fused_BD,
             estimate=dict(zip(self.widths, (part.float() for part in estimates), strict=True)),
         )
 
-    def _gates(self, batch: ItemBatch, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions shown, gate per position, and R."""
+    def _gates(self, batch: ItemBatch, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Positions shown, gate per position, R and its logits."""
         anything_B = torch.stack([batch.mask(name) for name in self.modalities]).any(0)
         shown, gates = [], []
-        router_BE = torch.zeros(len(batch), 0, device=anything_B.device)
+        router_BE = logit_BE = torch.zeros(len(batch), 0, device=anything_B.device)
         for name, count in self.experts.items():
             mask_B1 = (anything_B if name == "shared" else batch.mask(name))[:, None]
             gate_BE = torch.ones(len(batch), count, device=mask_B1.device)
@@ -292,12 +294,12 @@ class Network(nn.Module):
                 gate_BE = softmax_gate(self.gate[name](x[name]).float())
             elif name == "behavior" and count:
                 if self.settings.router == "adaptive":
-                    logit_BE = self.gate[name](torch.cat([x[name], router_feature(batch.richness_N)], 1))
-                    gate_BE = behavior_router(logit_BE.float(), batch.richness_N)
+                    logit_BE = self.gate[name](torch.cat([x[name], router_feature(batch.richness_N)], 1)).float()
+                    gate_BE = behavior_router(logit_BE, batch.richness_N)
                 router_BE = gate_BE * mask_B1
             shown.append(mask_B1.expand(-1, count))
             gates.append(gate_BE * mask_B1)
-        return torch.cat(shown, 1), torch.cat(gates, 1), router_BE
+        return torch.cat(shown, 1), torch.cat(gates, 1), router_BE, logit_BE
 
 
 def _experts(settings: profile.AdaSid, modalities: tuple[str, ...]) -> dict[str, int]:
@@ -318,16 +320,15 @@ class Training:
         """Reconstruction, codebook, commitment, alignment and gate terms, and their weighted `total`."""
         shown = self._hide(batch, noise_BU)
         made = self.network(shown, quantise=quantise)
-        terms = {"reconstruction": self._reconstruction(batch, made, world)}
+        terms = {"reconstruction": self._reconstruction(batch, made, world), **self._code_terms(made, world)}
         total = terms["reconstruction"]
         if quantise:
-            terms |= self._code_terms(made, world)
             total = total + self.settings.codebook_weight * terms["codebook"] + self.settings.commitment * terms["commitment"]
         align = self._alignment(shown, made, world)
         if align and self.settings.align_weight:
             total = total + self.settings.align_weight * torch.stack(list(align.values())).sum()
         if made.router_BE.shape[1]:
-            terms["gate"] = self.network.controller.penalty(made.router_BE, shown.richness_N, shown.behavior_N, world)
+            terms["gate"] = self.network.controller.penalty(made.router_BE, made.logit_BE, shown.richness_N, shown.behavior_N, world)
             total = total + terms["gate"]
         return {**terms, **align, "total": total}
 
@@ -382,6 +383,7 @@ class Training:
     def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
         """K-means of the latents per position; items that mask a position or switch it off are left out of it."""
         made = self._latents(items, generator)
+        self.network.usage_LK.zero_()  # what the warm-up counted concerns other codes
         for at, codebook_KD in enumerate(self.network.codebook_LKD):
             on_B = made.gate_BL[:, at] > 0
             points_BD = F.normalize(made.z_BLD[:, at][on_B if bool(on_B.any()) else slice(None)], dim=1)

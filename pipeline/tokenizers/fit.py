@@ -25,6 +25,7 @@ from pipeline.tokenizers.world import World
 logger = logging.getLogger(__name__)
 NOISE_COLUMNS = 8  # uniform numbers per item and step a model may use, drawn for the whole batch whatever the number of processes
 MONITOR_ITEMS = 65_536  # items of the catalogue that an epoch's code metrics are taken on
+STEPS_LEAST, ITEMS_LEAST = 16, 64  # a small catalogue takes at least 16 steps an epoch, as long as a step has 64 items
 HOLD_OUT_FROM = 2_000  # catalogues below this size train on every item and stop early on them
 FINAL_RATE = 0.05  # share of the learning rate left at the end of the cosine schedule
 
@@ -82,6 +83,11 @@ def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[held:].sort().values, order[:held].sort().values
 
 
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Steps that `count` items are split into: by the batch size, but not fewer than a small catalogue needs to learn anything in an epoch."""
+    return max(1, round(count / batch_size), min(STEPS_LEAST, count // ITEMS_LEAST))
+
+
 def learning_rate(settings: TrainTokenizer, progress: float) -> float:
     """Step size at a share of the run in [0, 1]: cosine from the set rate down to `FINAL_RATE` of it."""
     return settings.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -115,7 +121,7 @@ class Trainer:
         self.items = items
         self.rows, self.held = hold_out(len(items), settings.valid_share, seed)
         self.monitor = torch.arange(0, len(items), max(1, math.ceil(len(items) / MONITOR_ITEMS)))
-        self.steps = max(1, round(len(self.rows) / settings.batch_size))
+        self.steps = steps_per_epoch(len(self.rows), settings.batch_size)
         self.optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         self.best: dict[str, Tensor] = {}
         self.state = Run()

@@ -17,7 +17,9 @@ from pipeline.tokenizers.world import World
 
 Sparsity = Literal["bucket", "scalar", "off"]
 LOG_LAMBDA_MIN = math.log(1e-10)
-GAIN = 20.0  # proportional part of the controller: 5 points off target change lambda e-fold at once
+GAIN = 20.0  # proportional part of the controller: 5 points off target change lambda e-fold at once,
+GAIN_MOST = 2.0  # but never raise it more than this many e-folds
+WAKE = 0.1  # strength of the pull on closed gates of a bucket that has too few open ones
 
 
 def router_feature(richness_B: Tensor) -> Tensor:
@@ -72,6 +74,14 @@ def gate_penalty(weight_BE: Tensor, load_E: Tensor, lambda_B: Tensor) -> Tensor:
     return lambda_B * (weight_BE.abs() * load_E.detach()).sum(1)
 
 
+def wake_penalty(logit_BE: Tensor, pull_B: Tensor) -> Tensor:
+    """Loss per item, (B,), that lifts the logits of its closed gates: pull times their mean depth below zero; open gates feel nothing.
+
+    Source: ADC-SID eq. (23); differs: not in the paper, where a gate once closed gets no gradient, so that an overshoot of lambda closed gates for good.
+    """
+    return pull_B * torch.relu(-logit_BE).mean(1)
+
+
 def lambda_step(log_lambda_Q: Tensor, target_Q: Tensor, current_Q: Tensor, *, step: float, most: float) -> Tensor:
     """The next log lambda per bucket: up while too few experts are off, down while too many are.
 
@@ -119,7 +129,7 @@ class SparsityController(nn.Module):
         """Bucket of each item, (B,) int64."""
         return torch.bucketize(richness_B, self.edge_Q, right=True)
 
-    def penalty(self, weight_BE: Tensor, richness_B: Tensor, mask_B: Tensor, world: World) -> Tensor:
+    def penalty(self, weight_BE: Tensor, logit_BE: Tensor, richness_B: Tensor, mask_B: Tensor, world: World) -> Tensor:
         """The share of this process in the mean sparsity loss over the items that show behaviour; also moves the averages the next lambda is set from."""
         if self.kind == "off":
             return weight_BE.sum() * 0.0
@@ -133,12 +143,19 @@ class SparsityController(nn.Module):
         if self.training:
             self._observe(seen_Q, on_Q)
         loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.acting_lambda()[bucket_B])
-        return world.mean(loss_B, mask_B)
+        return world.mean(loss_B + wake_penalty(logit_BE, self.pull()[bucket_B]), mask_B)
 
     def acting_lambda(self) -> Tensor:
         """Lambda per bucket as it acts now, (Q,): the integrated lambda, raised or lowered at once by the distance to the target."""
-        error_Q = torch.where(self.seen_Q > 0, self.target_Q - (1.0 - self.active_Q), torch.zeros_like(self.target_Q))
-        return (self.log_lambda_Q + GAIN * error_Q).clamp(max=math.log(self.most)).exp()
+        return (self.log_lambda_Q + (GAIN * self._too_many_on()).clamp(max=GAIN_MOST)).clamp(max=math.log(self.most)).exp()
+
+    def pull(self) -> Tensor:
+        """Strength per bucket that closed gates are lifted with, (Q,): 0 on target, `WAKE` from 5 points below it."""
+        return WAKE * (-self._too_many_on() / 0.05).clamp(0.0, 1.0)
+
+    def _too_many_on(self) -> Tensor:
+        """Share of experts on beyond the target per bucket, (Q,), negative where too few are; 0 for a bucket not seen yet."""
+        return torch.where(self.seen_Q > 0, self.target_Q - (1.0 - self.active_Q), torch.zeros_like(self.target_Q))
 
     def _per_bucket(self, bucket_B: Tensor, mask_B: Tensor, on_B: Tensor) -> Tensor:
         """Items shown and their mean share on, summed per bucket, as one vector of 2 Q."""

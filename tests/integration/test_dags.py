@@ -312,7 +312,9 @@ def test_a_night_that_fails_names_the_stage_and_leaves_the_later_ones_alone(bag:
     monkeypatch.setattr(launchers, "launch", launch)
     with pytest.raises(ContractError) as caught:
         airflow_home.run_dag("sid_refresh", datetime(2026, 3, 4, tzinfo=UTC), {"profile": "tiny", "date": "2026-03-04"})
-    assert caught.value.found == "item_popularity"
+    assert caught.value.found.startswith("item_popularity (failed), ")
+    assert caught.value.next_command.endswith("/item_popularity.json")
+    assert "publish_release (upstream_failed)" in caught.value.found
     assert order.count("item_popularity") == 1
     assert "item_feature" not in order
     assert "publish_release" not in order

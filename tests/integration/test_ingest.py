@@ -11,7 +11,7 @@ import pytest
 from jobs import ingest, item_popularity, runner
 from jobs.inputs import Inputs
 from pipeline import config, lakehouse
-from pipeline.context import Context, Plan, write_json
+from pipeline.context import Context, Home, Plan, write_json
 from pipeline.datasets import base, dataset
 from pipeline.errors import ConfigError, ContractError, GateFailed, UpstreamMissing
 from pipeline.stages import BY_NAME
@@ -50,6 +50,9 @@ class Nights:
 
     def limits(self, **limits):
         self.config = self.config.model_copy(update={"ingest": config.Ingest(**limits)})
+
+    def source(self, **changes):
+        self.config = self.config.model_copy(update={"source": self.config.source.model_copy(update=changes)})
 
     def events(self, *rows, day=D, header=EVENT_HEADER):
         write_csv(self.root / "events" / f"{day}.csv", header, rows)
@@ -109,36 +112,44 @@ class Nights:
 
 
 @pytest.fixture
+def files(spark, tmp_path):
+    """For tests that publish nothing."""
+    return Nights(spark, Home(tmp_path / "home"), tmp_path / "my data [1] {x}")
+
+
+@pytest.fixture
 def nights(spark, lake_home, tmp_path):
-    return Nights(spark, lake_home, tmp_path / "my data [1] {x}")
+    """For tests that publish: the lake is empty."""
+    return Nights(spark, lake_home, tmp_path / "source")
 
 
-def test_every_bad_event_is_quarantined_with_its_reason_and_none_is_lost(nights):
+def test_every_bad_event_is_quarantined_with_its_reason_and_none_is_lost(files):
     late = f"{D - timedelta(days=3)} 23:00:00"
     rows = [
         event(), event(), event(value="2", moment=f"{D} 23:59:59"), event(moment=late),
         event(user=" "), event(item=""), event(moment="yesterday"), event(moment=f"{D + timedelta(days=1)} 00:00:00"),
         event(value="many"), event(value="NaN"), ["u9", "a"], [*event(), "one column too many"],
     ]  # fmt: skip
-    nights.events(*rows)
-    nights.items(["a", "Title, with comma", "line\nbreak", "c", ""])
-    metrics = nights.judge()
-    assert nights.reasons() == [
+    files.events(*rows)
+    files.items(["a", "Title, with comma", "line\nbreak", "c", ""])
+    metrics = files.judge()
+    assert files.reasons() == [
         "bad_time", "bad_value", "bad_value", "duplicate_event", "future_event", "malformed_row", "malformed_row", "missing_item", "missing_user",
     ]  # fmt: skip
-    assert nights.rows("raw.source_file", "kind", "rows_in", "rejected", "status") == [("events", 12, 9, "loaded"), ("items", 1, 0, "loaded")]
-    assert len(nights.rows("raw.interaction", "item_id")) == 3
+    assert files.rows("raw.source_file", "kind", "rows_in", "rejected", "status") == [("events", 12, 9, "loaded"), ("items", 1, 0, "loaded")]
+    assert len(files.rows("raw.interaction", "item_id")) == 3
     assert metrics["late_events"] == 1
     assert metrics["rejected/bad_value"] == 2
     assert metrics["rejected_share"] == pytest.approx(9 / 13)
-    kept = dict(nights.rows("raw.rejected_row", "reason", "row", where="reason IN ('bad_time', 'malformed_row')"))
+    kept = dict(files.rows("raw.rejected_row", "reason", "row", where="reason IN ('bad_time', 'malformed_row')"))
     assert json.loads(kept["bad_time"])["event_ts"] == "yesterday"
     assert "u9,a" in kept["malformed_row"] or "one column too many" in kept["malformed_row"]
-    assert nights.rows("raw.item", "title", "text") == [("Title, with comma", "line\nbreak")]
+    assert files.rows("raw.item", "title", "text") == [("Title, with comma", "line\nbreak")]
 
 
 def test_a_corrected_file_replaces_its_own_rows_and_an_empty_rerun_of_a_full_day_empties_it(nights):
     before = D - timedelta(days=1)
+    nights.source(absent="declared_empty")
     nights.events(event(user="old", moment=f"{before} 10:00:00"), day=before)
     nights.events(event(user="wrong"), event(user=""))
     nights.items(["a", "A", "", "", ""])
@@ -150,7 +161,8 @@ def test_a_corrected_file_replaces_its_own_rows_and_an_empty_rerun_of_a_full_day
     assert nights.rows("raw.interaction", "user_id", "item_id") == [("old", "a"), ("right", "a"), ("right", "b")]
     assert nights.reasons() == []
     assert nights.count()["files_counted"] == 1
-    assert nights.count()["files_counted"] == 0
+    ledger, counted = (nights.spark.table(f"lake.{table}") for table in ("raw.source_file", "feature.item_day_stat"))
+    assert item_popularity.pending_days(ledger, counted, D) == []
     nights.events()
     nights.items()
     nights.load()
@@ -162,87 +174,85 @@ def test_a_corrected_file_replaces_its_own_rows_and_an_empty_rerun_of_a_full_day
     assert nights.rows("feature.item_popularity", "item_id", "evidence_count", "days_since_first_event") == [("a", 1, 1)]
 
 
-def test_many_days_are_one_load_and_columns_are_matched_by_name(nights):
+def test_many_days_are_one_load_and_columns_are_matched_by_name(files):
     days = [D - timedelta(days=number) for number in range(4)]
     for number, day in enumerate(days[:3]):
         header = EVENT_HEADER if number != 1 else EVENT_HEADER[::-1]
         row = event(user=f"u{number}", moment=f"{day} 01:00:00")
-        nights.events(row if number != 1 else row[::-1], day=day, header=header)
-    nights.config = nights.config.model_copy(update={"source": nights.config.source.model_copy(update={"absent": "declared_empty"})})
-    metrics = nights.judge(*days)
-    assert nights.rows("raw.interaction", "file_date", "user_id", "session_id") == [(days[2], "u2", "s1"), (days[1], "u1", "s1"), (days[0], "u0", "s1")]
-    assert nights.rows("raw.source_file", "file_date", where="kind = 'events' AND status = 'declared_empty'") == [(days[3],)]
+        files.events(row if number != 1 else row[::-1], day=day, header=header)
+    files.source(absent="declared_empty")
+    metrics = files.judge(*days)
+    assert files.rows("raw.interaction", "file_date", "user_id", "session_id") == [(days[2], "u2", "s1"), (days[1], "u1", "s1"), (days[0], "u0", "s1")]
+    assert files.rows("raw.source_file", "file_date", where="kind = 'events' AND status = 'declared_empty'") == [(days[3],)]
     assert (metrics["files_loaded"], metrics["files_declared_empty"]) == (3, 5)
 
 
-def test_repeated_and_conflicting_catalogue_rows(nights):
-    nights.events(event())
-    nights.items(
+def test_repeated_and_conflicting_catalogue_rows(files):
+    files.events(event())
+    files.items(
         ["a", "A", "t", "", ""], ["a", "A", "t", "", ""], ["b", "one", "", "", ""], ["b", "two", "", "", ""], ["", "x", "", "", ""], ["c", "", "", "", ""]
     )
-    nights.judge()
-    assert nights.reasons() == ["conflicting_item", "conflicting_item", "duplicate_item", "missing_item"]
-    assert nights.rows("raw.item", "item_id", "title") == [("a", "A"), ("c", None)]
-    assert nights.rows("raw.item", "text_hash IS NULL") == [(False,), (True,)]
+    files.judge()
+    assert files.reasons() == ["conflicting_item", "conflicting_item", "duplicate_item", "missing_item"]
+    assert files.rows("raw.item", "item_id", "title") == [("a", "A"), ("c", None)]
+    assert files.rows("raw.item", "text_hash IS NULL") == [(False,), (True,)]
 
 
-def test_unusable_images_are_quarantined_and_their_items_go_on(nights):
-    pictures = nights.root / "img"
+def test_unusable_images_are_quarantined_and_their_items_go_on(files):
+    pictures = files.root / "img"
     pictures.mkdir()
     (pictures / "ok.jpg").write_bytes(b"x" * 10)
     (pictures / "big.jpg").write_bytes(b"x" * 11)
-    (nights.root / "secret").write_bytes(b"x")
-    nights.config = nights.config.model_copy(update={"source": nights.config.source.model_copy(update={"image_root": "img"})})
-    nights.limits(max_rejected_share=0.0, max_image_bytes=10)
-    nights.events(event())
-    nights.items(*([name, "T", "", "", uri] for name, uri in (("a", "ok.jpg"), ("b", "big.jpg"), ("c", "none.jpg"), ("d", "../secret"), ("e", ""), ("f", "."))))
-    metrics = nights.judge()
-    assert nights.rows("raw.rejected_row", "reason", "get_json_object(row, '$.item_id')") == [
+    (files.root / "secret").write_bytes(b"x")
+    files.source(image_root="img")
+    files.limits(max_rejected_share=0.0, max_image_bytes=10)
+    files.events(event())
+    files.items(*([name, "T", "", "", uri] for name, uri in (("a", "ok.jpg"), ("b", "big.jpg"), ("c", "none.jpg"), ("d", "../secret"), ("e", ""), ("f", "."))))
+    metrics = files.judge()
+    assert files.rows("raw.rejected_row", "reason", "get_json_object(row, '$.item_id')") == [
         ("image_missing", "c"), ("image_missing", "f"), ("image_outside_root", "d"), ("image_too_large", "b"),
     ]  # fmt: skip
-    assert nights.rows("raw.item", "item_id", "image_hash IS NOT NULL") == [("a", True), ("b", False), ("c", False), ("d", False), ("e", False), ("f", False)]
+    assert files.rows("raw.item", "item_id", "image_hash IS NOT NULL") == [("a", True), ("b", False), ("c", False), ("d", False), ("e", False), ("f", False)]
     assert metrics["rows_rejected"] == 0
     assert metrics["rejected/image_missing"] == 2
 
 
-def test_formats_give_the_same_rows(nights, tmp_path):
+def test_formats_give_the_same_rows(files, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [event(), event(user="u2", value="2.5"), event(user=""), event(user="u3", session="")]
     digests, records = [], [dict(zip(EVENT_HEADER, row, strict=True)) for row in rows]
     for suffix in ("csv", "jsonl", "parquet"):
-        other = Nights(nights.spark, nights.home, tmp_path / suffix, catalogue="from_events", events_pattern=f"e/{{date}}.{suffix}", items_pattern="")
+        other = Nights(files.spark, files.home, tmp_path / suffix, catalogue="from_events", events_pattern=f"e/{{date}}.{suffix}", items_pattern="")
         path = other.root / "e" / f"{D}.{suffix}"
         write_csv(path, EVENT_HEADER, rows)
         if suffix == "jsonl":
             path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
         elif suffix == "parquet":
             pq.write_table(pa.Table.from_pylist(records), path)
-        other.config = other.config.model_copy(update={"source": other.config.source.model_copy(update={"item_columns": {"title": "event_type"}})})
+        other.source(item_columns={"title": "event_type"})
         other.judge()
         digests.append(lakehouse.rows_digest(other.frames["raw.interaction"]))
         assert other.reasons() == ["missing_user"]
     assert len(set(digests)) == 1
 
 
-def test_a_catalogue_from_events_takes_the_most_frequent_description(nights):
-    nights.config = nights.config.model_copy(
-        update={"source": nights.config.source.model_copy(update={"catalogue": "from_events", "items_pattern": "", "item_columns": {"title": "event_type"}})}
-    )
+def test_a_catalogue_from_events_takes_the_most_frequent_description(files):
+    files.source(catalogue="from_events", items_pattern="", item_columns={"title": "event_type"})
     titles = ["MUG", "mug", "MUG", "wrongly coded", ""]
-    nights.events(
+    files.events(
         *(event(user=f"u{number}", kind=title) for number, title in enumerate(titles)),
         event(item="b", kind="Z"),
         event(item="b", user="v", kind="Y"),
         event(item="c", kind=""),
     )
-    nights.judge(kinds=("events",))
-    assert nights.rows("raw.item", "item_id", "title") == [("a", "MUG"), ("b", "Y")]
+    files.judge(kinds=("events",))
+    assert files.rows("raw.item", "item_id", "title") == [("a", "MUG"), ("b", "Y")]
 
 
 def test_a_snapshot_that_retires_too_much_is_refused_and_main_is_untouched(nights):
-    nights.config = nights.config.model_copy(update={"source": nights.config.source.model_copy(update={"catalogue": "snapshot"})})
+    nights.source(catalogue="snapshot")
     nights.limits(max_rejected_share=1.0, max_retired_share=0.3)
     before = D - timedelta(days=1)
     nights.events(event(moment=f"{before} 01:00:00"), day=before)
@@ -255,7 +265,7 @@ def test_a_snapshot_that_retires_too_much_is_refused_and_main_is_untouched(night
     assert nights.rows("raw.source_file", "file_date") == [(before,), (before,)]
     assert len(nights.rows("raw.interaction", "user_id")) == 1
     nights.items(*([name, name, "", "", ""] for name in "abc"))
-    assert nights.load()["retired_share"] == 0.25
+    assert nights.judge()["retired_share"] == 0.25
 
 
 def test_too_many_rejected_rows_fail_the_gate_and_leave_the_lake_as_it_was(nights):
@@ -275,42 +285,41 @@ def test_a_late_catalogue_file_keeps_the_events_of_its_day(nights):
     nights.load(before)
     nights.items(["a", "A", "", "", ""], ["a", "A", "", "", ""], day=before)
     nights.events(event())
-    nights.load(before, kinds=("items",))
+    nights.judge(before, kinds=("items",))
     assert nights.reasons() == ["duplicate_item", "missing_user"]
     assert nights.rows("raw.source_file", "kind", "rejected") == [("events", 1), ("items", 1)]
 
 
-def test_files_that_cannot_be_used_name_what_is_wrong_and_what_to_do(nights):
-    nights.events(event())
-    nights.items(["a", "A", "", "", ""])
+def test_files_that_cannot_be_used_name_what_is_wrong_and_what_to_do(files):
+    files.events(event())
+    files.items(["a", "A", "", "", ""])
     with pytest.raises(ContractError, match=r"changed after.*(?s:.*)sid run plan_night --date 2026-03-02"):
-        nights.load(changed={"sha256": "0" * 64})
+        files.judge(changed={"sha256": "0" * 64})
     with pytest.raises(UpstreamMissing, match="sid run ingest --date 2026-03-01"):
-        nights.load(D - timedelta(days=1), D)
-    nights.events(event()[:2], header=EVENT_HEADER[:2])
+        files.judge(D - timedelta(days=1), D)
+    files.events(event()[:2], header=EVENT_HEADER[:2])
     with pytest.raises(ContractError, match="lacks columns: event_ts"):
-        nights.load()
-    nights.events(event(), header=[*EVENT_HEADER[:5], "session_id", "USER_ID"])
+        files.judge()
+    files.events(event(), header=[*EVENT_HEADER[:5], "session_id", "USER_ID"])
     with pytest.raises(ContractError, match="twice"):
-        nights.load()
-    Path(nights.root / "events" / f"{D}.csv").write_bytes(b"PK\x03\x04\x00\x00\xff\xfe")
+        files.judge()
+    Path(files.root / "events" / f"{D}.csv").write_bytes(b"PK\x03\x04\x00\x00\xff\xfe")
     with pytest.raises(ContractError, match="binary"):
-        nights.load()
-    nights.config = nights.config.model_copy(update={"source": nights.config.source.model_copy(update={"dataset": "online_retail", "catalogue": "snapshot"})})
-    (nights.root / f"{D}.csv").touch()
+        files.judge()
+    files.source(dataset="online_retail", catalogue="snapshot")
+    (files.root / f"{D}.csv").touch()
     with pytest.raises(ConfigError, match="no such catalogue"):
-        nights.load()
-    assert nights.rows("raw.source_file", "1") == []
+        files.judge()
 
 
-def test_the_same_files_give_the_same_rows(nights):
-    nights.events(*(event(user=f"u{number % 7}", item=f"i{number % 3}", value=str(number % 5)) for number in range(60)))
-    nights.items(["i0", "A", "", "", ""])
+def test_the_same_files_give_the_same_rows(files):
+    files.events(*(event(user=f"u{number % 7}", item=f"i{number % 3}", value=str(number % 5)) for number in range(60)))
+    files.items(["i0", "A", "", "", ""])
     tables = ("raw.interaction", "raw.item", "raw.rejected_row", "raw.source_file")
-    nights.judge()
-    first = [lakehouse.rows_digest(nights.frames[table]) for table in tables]
-    nights.judge()
-    assert [lakehouse.rows_digest(nights.frames[table]) for table in tables] == first
+    files.judge()
+    first = [lakehouse.rows_digest(files.frames[table]) for table in tables]
+    files.judge()
+    assert [lakehouse.rows_digest(files.frames[table]) for table in tables] == first
 
 
 @pytest.mark.parametrize(

@@ -166,19 +166,19 @@ def test_a_behaviour_expert_that_is_off_adds_nothing():
 
 
 def test_dropout_hides_modalities_but_never_all_of_an_item():
-    made, prepared = network(content_dropout=0.9, behavior_dropout=0.9)
+    made, prepared = network(content_dropout=0.6, behavior_dropout=0.6)
     noise = torch.rand(96, 8, generator=torch.Generator().manual_seed(0))
     shown = Training(made)._hide(prepared, noise)
     before, after = (torch.stack([batch.mask(name) for name in MODALITIES]) for batch in (prepared, shown))
     assert torch.equal(before.any(0), after.any(0))
-    assert int(after.sum()) < 0.6 * int(before.sum())
+    assert int(after.sum()) < 0.75 * int(before.sum())
     assert not (after & ~before).any()
 
 
 def test_total_is_the_weighted_sum_of_the_terms():
     made, prepared = network()
     noise = torch.rand(96, 8, generator=torch.Generator().manual_seed(0))
-    terms = Training(made).losses(prepared, noise, quantise=True, world=World())
+    terms = {name: term.detach() for name, term in Training(made).losses(prepared, noise, quantise=True, world=World()).items()}
     settings = made.settings
     align = sum(value for name, value in terms.items() if name.startswith("align"))
     total = terms["reconstruction"] + settings.codebook_weight * terms["codebook"] + settings.commitment * terms["commitment"]
@@ -217,8 +217,8 @@ def test_router_one_gives_every_behaviour_code_the_weight_one():
 
 def test_training_brings_the_error_down_and_uses_the_codes():
     tokenizer = AdaSid(ada_settings())
-    items = tiny_items(400, gaps=False)
-    report = tokenizer.fit(items, seed=0, settings=training(max_epochs=40, patience=40, learning_rate=5e-3))
+    items = tiny_items(300, gaps=False)
+    report = tokenizer.fit(items, seed=0, settings=training(max_epochs=25, patience=25, learning_rate=1e-2))
     assert report.curves["loss/reconstruction"][-1] < 0.6 * report.curves["loss/reconstruction"][0]
     assert all(report.metrics[f"nmse/{name}"] < 0.8 for name in MODALITIES)
     assert report.metrics["utilisation"] > 0.9
@@ -236,9 +236,9 @@ def test_buckets_have_targets_that_fall_with_richness_and_ties_share_one():
 
 
 def test_the_controller_brings_the_active_share_to_its_target():
-    tokenizer = AdaSid(ada_settings(num_behavior=4, active_share=0.5, lambda_step=1.05, lambda_init=1e-3))
-    report = tokenizer.fit(tiny_items(600, gaps=False), seed=0, settings=training(max_epochs=60, patience=60, learning_rate=5e-3, batch_size=64))
+    tokenizer = AdaSid(ada_settings(num_behavior=4, active_share=0.5, lambda_step=1.02, lambda_init=1e-3))
+    report = tokenizer.fit(tiny_items(400, gaps=False), seed=0, settings=training(max_epochs=40, patience=40, learning_rate=5e-3, batch_size=64))
     active = {name: value for name, value in report.metrics.items() if name.startswith("active_share/")}
     gaps = [abs(value - report.metrics[name.replace("share", "target")]) for name, value in active.items()]
     assert len(gaps) == 3
-    assert sum(gaps) / len(gaps) < 0.12
+    assert sum(gaps) / len(gaps) < 0.06

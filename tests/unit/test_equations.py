@@ -139,6 +139,15 @@ def test_gate_penalty_carries_no_gradient_into_load_and_lambda():
     close(weights.grad, strength[:, None] * load.detach())
 
 
+@equation("wake_penalty")
+def test_wake_penalty_lifts_closed_gates_only():
+    logit, pull = torch.tensor([[-2.0, 1.0], [-0.5, -0.1], [3.0, 4.0]], requires_grad=True), torch.tensor([0.1, 0.2, 0.3])
+    loss = router.wake_penalty(logit, pull)
+    close(loss, [0.1 * (2.0 + 0.0) / 2, 0.2 * (0.5 + 0.1) / 2, 0.0])
+    loss.sum().backward()
+    assert (logit.grad < 0).tolist() == [[True, False], [True, True], [False, False]]
+
+
 @equation("lambda_step")
 def test_lambda_moves_towards_the_target_and_is_clamped():
     start = [math.log(0.01), math.log(0.01), math.log(9.99), math.log(1e-10)]

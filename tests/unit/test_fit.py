@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizer_items import ada_settings, tiny_items, training
+from tokenizer_items import ada_settings, rq_settings, tiny_items, training
 
+from jobs import train_tokenizer
 from jobs.train_tokenizer import FileCheckpoint
-from pipeline.errors import ConfigError, ContractError
+from pipeline.config import Config
+from pipeline.context import Context, Home
+from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 from pipeline.tokenizers import fit, from_state
 from pipeline.tokenizers.ada_sid import AdaSid
-from pipeline.tokenizers.base import ItemBatch, items_from_arrow, join_vectors
+from pipeline.tokenizers.base import ItemBatch, codebook_digest, items_from_arrow, join_vectors
 
 
 class Interrupted(Exception):
@@ -86,6 +91,12 @@ def test_held_out_items_are_a_fixed_share_and_small_catalogues_have_none():
     assert torch.equal(held, fit.hold_out(4000, 0.05, seed=7)[1])
     rows, held = fit.hold_out(100, 0.05, seed=7)
     assert torch.equal(rows, held)
+
+
+def test_steps_follow_the_batch_size_but_small_catalogues_take_more():
+    assert fit.steps_per_epoch(12_000, 256) == 47
+    assert fit.steps_per_epoch(1_682, 256) == 16
+    assert fit.steps_per_epoch(96, 256) == 1
 
 
 def test_learning_rate_falls_from_the_set_rate_to_a_twentieth():
@@ -227,3 +238,84 @@ def test_an_item_batch_whose_rows_do_not_line_up_is_refused():
     items = tiny_items(5)
     with pytest.raises(ValueError, match="different heights"):
         ItemBatch(**{**vars(items), "text_N": items.text_N[:3]})
+
+
+class Lake:
+    """Tables as the job reads them."""
+
+    def __init__(self, tables: dict[str, pa.Table]) -> None:
+        self.tables = tables
+        self.asked: dict[str, str] = {}
+
+    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "") -> pa.Table:
+        self.asked[table] = where
+        return self.tables[table]
+
+
+def night(tmp_path: Path, *, new_generation: bool, tokenizer: str) -> Context:
+    section = training(tokenizer=tokenizer, ada_sid=ada_settings(), rq_kmeans=rq_settings(), max_epochs=3)
+    ctx = Context(Config(train_tokenizer=section), Home(tmp_path), "train_tokenizer", date(2026, 1, 2), "run")
+    plan = {"logical_date": "2026-01-02", "tag": "d20260102", "revision": 1, "generation": 4, "new_generation": new_generation, "reason": "test"}
+    plan |= {"parent": None, "files": [], "input_fingerprint": "f", "config_hash": "c", "seed": 7}
+    (ctx.staging / "plan_night.json").write_text(json.dumps({"outputs": plan}), encoding="utf-8")
+    return ctx
+
+
+def lake(count: int = 60) -> Lake:
+    items = tiny_items(count)
+    ids, floats = [f"i{row:03}" for row in range(count)], pa.list_(pa.float32())
+    known = items.behavior_N.tolist()
+    feature = pa.table(
+        {
+            "item_id": ids[::-1],
+            "text_encoder_id": ["e"] * count,
+            "text_hash": ids[::-1],
+            "image_encoder_id": pa.nulls(count, pa.string()),
+            "image_hash": pa.nulls(count, pa.string()),
+            "behavior_date": pa.array([date(2026, 1, 2) if seen else None for seen in known[::-1]], pa.date32()),
+            "richness": items.richness_N.numpy()[::-1].copy(),
+            "strength": items.strength_N.numpy()[::-1].copy(),
+            "popularity": [1.0] * count,
+        }
+    )
+    text = pa.array(items.text_ND.tolist(), floats)
+    rows = [row for row in range(count) if known[row]]
+    behavior = {"logical_date": [date(2026, 1, 2)] * len(rows), "item_id": [ids[row] for row in rows]}
+    return Lake(
+        {
+            "feature.item_feature": feature,
+            "feature.item_content_vector": pa.table({"encoder_id": ["e"] * count, "modality": ["text"] * count, "content_hash": ids, "vector": text}),
+            "feature.item_behavior_vector": pa.table({**behavior, "vector": pa.array(items.behavior_ND[rows].tolist(), floats)}),
+        }
+    )
+
+
+@pytest.mark.parametrize("tokenizer", ["ada_sid", "rq_kmeans"])
+def test_the_job_fits_a_new_generation(tmp_path, tokenizer):
+    tables = lake()
+    ctx = night(tmp_path, new_generation=True, tokenizer=tokenizer)
+    done = train_tokenizer.run(tables, ctx.config.train_tokenizer, ctx)
+    again = from_state(json.loads(json.dumps(done.model.config)), dict(done.model.tensors))
+    assert done.outputs["codebook_digest"] == codebook_digest(again.codebooks()) == done.model.config["codebook_digest"]
+    assert (done.outputs["tokenizer"], done.outputs["generation"], done.outputs["items"]) == (tokenizer, 4, 60)
+    assert (tuple(done.outputs["slots"]), tuple(done.outputs["codebook_sizes"])) == (again.slots, again.codebook_sizes)
+    assert "status == 'live'" in tables.asked["feature.item_feature"]
+    assert tables.asked["feature.item_behavior_vector"] == "logical_date in ('2026-01-02')"
+    assert done.model.example_output["codes"].shape == (2, len(again.slots))
+    assert 0.0 <= done.metrics["tokenizer/collision_rate"] <= 1.0
+    assert json.dumps([dict(figure.data) for figure in done.figures.values()])
+    assert {len(values) for values in done.curves.values()} == {len(next(iter(done.curves.values())))}
+
+
+def test_a_frozen_night_fits_nothing(tmp_path):
+    ctx = night(tmp_path, new_generation=False, tokenizer="ada_sid")
+    done = train_tokenizer.run(lake(), ctx.config.train_tokenizer, ctx)
+    assert (done.status, done.model) == ("skipped", None)
+
+
+def test_a_night_without_items_says_what_to_run(tmp_path):
+    tables = lake()
+    tables.tables["feature.item_feature"] = tables.tables["feature.item_feature"].slice(0, 0)
+    ctx = night(tmp_path, new_generation=True, tokenizer="ada_sid")
+    with pytest.raises(UpstreamMissing, match="item_feature"):
+        train_tokenizer.run(tables, ctx.config.train_tokenizer, ctx)

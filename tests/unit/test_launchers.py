@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobs import launchers
 from jobs.launchers import COMMANDS, Request, job_name, kubernetes_manifest, launch
 from pipeline import config
-from pipeline.context import Context, Home, write_json
+from pipeline.context import ROOT, Context, Home, write_json
 from pipeline.errors import ConfigError, ContractError, GateFailed, UpstreamMissing
 from pipeline.stages import STAGES
 
@@ -126,11 +126,13 @@ def test_submit_uses_spark_for_spark_stages_only(tmp_path: Path) -> None:
         assert plain[:4] == [sys.executable, "-m", "jobs.cli", "run"]
 
 
-def test_torchrun_starts_several_processes_for_torch_stages_only(tmp_path: Path) -> None:
+def test_torchrun_starts_several_processes_only_for_stages_that_join_a_process_group(tmp_path: Path) -> None:
     (command,) = COMMANDS["torchrun"](context(tmp_path, "train_tokenizer", "launch.processes=3"), Request(profile="tiny"))
     assert "torch.distributed.run" in command
     assert command[command.index("--nproc-per-node") + 1] == "3"
-    for stage in ("ingest", "plan_night"):
+    joining = {stage.name for stage in STAGES if "init_process_group" in (ROOT / "jobs" / f"{stage.name}.py").read_text(encoding="utf-8")}
+    assert joining == launchers.DISTRIBUTED
+    for stage in {stage.name for stage in STAGES} - joining:
         ctx = context(tmp_path, stage)
         assert COMMANDS["torchrun"](ctx, Request(profile="tiny")) == COMMANDS["submit"](ctx, Request(profile="tiny"))
 
