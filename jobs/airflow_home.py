@@ -38,7 +38,7 @@ def settings(home: Home) -> dict[str, str]:
 
 
 def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
-    """Run id of a DAG run that ran to its end in this process.
+    """Identity (as stages know it) of a DAG run that ran to its end in this process.
 
     Raises: ContractError naming the tasks that failed.
     """
@@ -57,7 +57,7 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
             where=done.run_id,
             next_command=f"see {unfinished[0][1]}.json of this run below staging/ of SID_HOME",
         )
-    return str(done.run_id)
+    return f"{done.run_id}__{dag_id}"
 
 
 def newest_event() -> dict[str, Any]:

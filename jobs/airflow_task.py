@@ -62,7 +62,7 @@ class StageOperator(BaseOperator):
                 home=Home.from_environment(),
                 stage=self.stage,
                 logical_date=logical_date(params, context, release),
-                run_id=context["run_id"],
+                run_id=f"{context['run_id']}__{self.dag_id}",  # two DAGs may run for one date
                 attempt=context["ti"].try_number,
                 reason=params["reason"],
                 params=(("release", release),) if release else (),

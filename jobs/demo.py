@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PROFILES = {"movielens": "demo", "shop": "tiny", "online_retail": "online_retail"}
 FAMOUS = ("Star Wars (1977)", "Toy Story (1995)", "The Godfather (1972)", "Fargo (1996)")
+STRATA = {"all": "AUC", "head": "head", "torso": "torso", "tail": "tail", "evidence_0": "0 events", "evidence_1_4": "1-4 events"}
 
 
 @dataclass
@@ -245,8 +246,8 @@ def _ranker(story: Story) -> None:
         story.console.print("ranker: no events after a release's cutoff yet, so no evaluation")
         return
     table = Table(title=f"ranker, tested on events release {outputs['evaluation_release']} has not seen", title_justify="left", header_style="bold")
-    strata = list(next(iter(arms.values())))
-    for name in ["arm", *[f"AUC {stratum}" for stratum in strata], "GAUC all"]:
+    strata = [stratum for stratum in STRATA if stratum in next(iter(arms.values()))]
+    for name in ["arm", *[STRATA[stratum] for stratum in strata], "GAUC"]:
         table.add_column(name, justify="right" if name != "arm" else "left")
     for arm, by_stratum in arms.items():
         aucs = [_number(by_stratum[stratum].get("auc")) + (" *" if by_stratum[stratum].get("thin") else "") for stratum in strata]

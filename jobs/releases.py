@@ -102,12 +102,12 @@ def show_item(release: pa.Table, item_id: str, codebook_sizes: Sequence[int], *,
 
 
 def neighbours(release: pa.Table, position: int, codebook_sizes: Sequence[int], *, top: int = 10) -> list[Row]:
-    """Items that share most codes with the row at `position`: item_id, shared, positions; masked slots never count.
+    """Items that share most codes with the row at `position`: item_id, shared, positions; a slot that is masked or switched off in either never counts.
 
     Equal counts are ordered by the router weights of the shared slots, then popularity, then item_id; retired items are left out.
     """
     codes_NL, weights_NL = matrix(release["codes"], len(codebook_sizes)), matrix(release["weights"], len(codebook_sizes))
-    same_NL = (codes_NL == codes_NL[position]) & (codes_NL != np.asarray(codebook_sizes))
+    same_NL = (codes_NL == codes_NL[position]) & (codes_NL != np.asarray(codebook_sizes)) & (weights_NL > 0) & (weights_NL[position] > 0)
     shared_N = same_NL.sum(axis=1)
     alive_N = pc.equal(release["status"], "live").to_numpy(zero_copy_only=False)
     candidates = np.flatnonzero((shared_N > 0) & alive_N & (np.arange(len(shared_N)) != position))

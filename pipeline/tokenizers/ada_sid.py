@@ -238,11 +238,16 @@ class Network(nn.Module):
                 bank.start_on(self._input(sample_ND.cpu().float(), name))
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
+        if vectors_ND.shape[1] != (known := len(self.get_buffer(f"mean_{name}"))):
+            raise ValueError(f"{name} vectors are {vectors_ND.shape[1]} wide, the tokenizer was fitted on {known}")
         return (vectors_ND - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"axes_{name}") * self.get_buffer(f"scale_{name}")
 
     @torch.no_grad()
     def prepare(self, items: ItemBatch) -> ItemBatch:
-        """The items as the network reads them; a modality the network knows and the items lack is masked, one it does not know is dropped."""
+        """The items as the network reads them; a modality the network knows and the items lack is masked, one it does not know is dropped.
+
+        Raises: ValueError for vectors of another width than the tokenizer was fitted on.
+        """
         changed: dict[str, Tensor | None] = {}
         nobody = torch.zeros_like(items.text_N)
         for name in MODALITIES:
@@ -409,10 +414,11 @@ class Training:
     @torch.no_grad()
     def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:
         """Code use, NMSE per modality, router and strength by richness bucket; `score` = mean NMSE + mean distance to the sparsity targets."""
+        mode = self.network.training
         self.network.eval()
         device = self.network.codebook_LKD.device
         parts = [self.network(block.to(device), quantise=quantise) for block in _blocks(items)]
-        self.network.train()
+        self.network.train(mode)
         estimate = {name: torch.cat([part.estimate[name] for part in parts]).cpu() for name in self.network.modalities}
         codes_NL = masked_codes(torch.cat([part.codes_BL for part in parts]), torch.cat([part.shown_BL for part in parts]), self.settings.codebook_size)
         found = metrics.code_use(codes_NL.cpu(), [self.settings.codebook_size] * codes_NL.shape[1], self.network.slots)

@@ -121,6 +121,7 @@ class Trainer:
         self.items = items
         self.rows, self.held = hold_out(len(items), settings.valid_share, seed)
         self.monitor = torch.arange(0, len(items), max(1, math.ceil(len(items) / MONITOR_ITEMS)))
+        self.warmup = min(model.warmup_epochs, settings.max_epochs // 2)  # a short run must still reach its codes
         self.steps = steps_per_epoch(len(self.rows), settings.batch_size)
         self.optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         self.best: dict[str, Tensor] = {}
@@ -144,8 +145,8 @@ class Trainer:
         return self.progress(epochs, "train tokenizer", len(epochs)) if self.progress and self.world.rank == 0 else epochs
 
     def _epoch(self, epoch: int) -> None:
-        quantise = epoch >= self.model.warmup_epochs
-        if epoch == self.model.warmup_epochs:
+        quantise = epoch >= self.warmup
+        if epoch == self.warmup:
             self.model.start_codes(self.items.take(self.rows), generator=generator_for(self.seed, "codes"))
             self.world.same(self.model.network.state_dict().values())
         order = self.rows[torch.randperm(len(self.rows), generator=generator_for(self.seed, "order", epoch))]

@@ -19,7 +19,7 @@ Sparsity = Literal["bucket", "scalar", "off"]
 LOG_LAMBDA_MIN = math.log(1e-10)
 GAIN = 20.0  # proportional part of the controller: 5 points off target change lambda e-fold at once,
 GAIN_MOST = 2.0  # but never raise it more than this many e-folds
-WAKE = 0.1  # strength of the pull on closed gates of a bucket that has too few open ones
+WAKE = 0.02  # strength of the pull on closed gates of a bucket that has too few open ones; five times as much made buckets swing about their targets
 
 
 def router_feature(richness_B: Tensor) -> Tensor:
@@ -150,8 +150,8 @@ class SparsityController(nn.Module):
         return (self.log_lambda_Q + (GAIN * self._too_many_on()).clamp(max=GAIN_MOST)).clamp(max=math.log(self.most)).exp()
 
     def pull(self) -> Tensor:
-        """Strength per bucket that closed gates are lifted with, (Q,): 0 on target, `WAKE` from 5 points below it."""
-        return WAKE * (-self._too_many_on() / 0.05).clamp(0.0, 1.0)
+        """Strength per bucket that closed gates are lifted with, (Q,): 0 down to 2 points below the target, `WAKE` from 22 points on."""
+        return WAKE * ((-self._too_many_on() - 0.02) / 0.2).clamp(0.0, 1.0)
 
     def _too_many_on(self) -> Tensor:
         """Share of experts on beyond the target per bucket, (Q,), negative where too few are; 0 for a bucket not seen yet."""

@@ -208,7 +208,9 @@ def test_the_run_knows_who_it_is(airflow: Home, monkeypatch: pytest.MonkeyPatch)
     returned, ctx = execute("ingest", context(params={"overrides": ["seed=3"], "reason": "because"}), monkeypatch)
     assert returned == {"status": "done", "seconds": 1.5}
     assert (ctx.stage, ctx.logical_date, ctx.attempt, ctx.reason, ctx.config.seed) == ("ingest", date(2026, 3, 1), 2, "because", 3)
-    assert ctx.run_id == "scheduled__2026-03-01T00:00:00+00:00"
+    from jobs.airflow_task import StageOperator
+
+    assert ctx.run_id == f"scheduled__2026-03-01T00:00:00+00:00__{StageOperator(stage='ingest').dag_id}"
     assert ctx.home.root == airflow.root
 
 

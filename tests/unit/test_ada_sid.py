@@ -92,6 +92,19 @@ def test_no_modality_at_all_is_refused():
         AdaSid(ada_settings()).fit(tiny_items(modalities=()), seed=0, settings=training())
 
 
+def test_vectors_of_another_width_are_refused(fitted):
+    items = tiny_items(4)
+    with pytest.raises(ValueError, match="text vectors are 3 wide, the tokenizer was fitted on 12"):
+        fitted.encode(replace(items, text_ND=torch.zeros(4, 3)))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_shorter_than_its_warm_up_still_learns_codes(epochs):
+    tokenizer = AdaSid(ada_settings(warmup_epochs=50))
+    report = tokenizer.fit(tiny_items(), seed=0, settings=training(max_epochs=epochs))
+    assert report.metrics["utilisation"] > 0.5
+
+
 def test_an_unfitted_tokenizer_says_so():
     with pytest.raises(ValueError, match="not fitted"):
         AdaSid(ada_settings()).encode(tiny_items(4))

@@ -2,7 +2,7 @@
 CREATE TABLE IF NOT EXISTS raw.rejected_row (
   logical_date DATE COMMENT 'night or file day',
   stage        STRING COMMENT 'ingest | content_embedding',
-  source       STRING COMMENT 'file name',
+  source       STRING COMMENT 'kind and name of the file, e.g. events/2026-11-20.csv',
   reason       STRING COMMENT 'reason code',
   detail       STRING COMMENT 'what was found',
   row          STRING COMMENT 'the row as JSON'
