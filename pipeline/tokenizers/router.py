@@ -17,9 +17,9 @@ from pipeline.tokenizers.world import World
 
 Sparsity = Literal["bucket", "scalar", "off"]
 LOG_LAMBDA_MIN = math.log(1e-10)
-GAIN = 20.0  # proportional part of the controller: 5 points off target change lambda e-fold at once,
-GAIN_MOST = 2.0  # but never raise it more than this many e-folds
-WAKE = 0.02  # strength of the pull on closed gates of a bucket that has too few open ones; five times as much made buckets swing about their targets
+WAKE = 0.05  # pull on a closed gate that should be open
+GAIN, GAIN_MOST = 20.0, 2.0  # 5 points off target change lambda e-fold at once, but never raise it by more than two e-folds
+MARGIN_RATE = 0.1  # step of the running quantile that says which gates should be open
 
 
 def router_feature(richness_B: Tensor) -> Tensor:
@@ -66,20 +66,23 @@ def load_factor(active_E: Tensor, items: Tensor, target: Tensor) -> Tensor:
     return active_E / (items.clamp(min=1) * (1.0 - target).clamp(min=1e-3))
 
 
-def gate_penalty(weight_BE: Tensor, load_E: Tensor, lambda_B: Tensor) -> Tensor:
-    """Sparsity loss per item, (B,): lambda times the load-weighted sum of its router weights.
+def gate_penalty(weight_BE: Tensor, load_E: Tensor, lambda_B: Tensor, due_BE: Tensor) -> Tensor:
+    """Sparsity loss per item, (B,): lambda times the load-weighted sum of the router weights that are due to close.
 
-    Source: ADC-SID eq. (23), ADA-SID (V2) eq. (19); differs: lambda belongs to the item's richness bucket.
+    Args:
+        due_BE: True where the gate is among the share of its richness bucket that shall be off.
+    Source: ADC-SID eq. (23), ADA-SID (V2) eq. (19); differs: lambda belongs to the item's richness bucket, and gates that shall stay open are left alone;
+    pressed alike, all weights of a bucket shrank together and crossed zero together, far beyond the target.
     """
-    return lambda_B * (weight_BE.abs() * load_E.detach()).sum(1)
+    return lambda_B * (weight_BE.abs() * load_E.detach() * due_BE).sum(1)
 
 
-def wake_penalty(logit_BE: Tensor, pull_B: Tensor) -> Tensor:
-    """Loss per item, (B,), that lifts the logits of its closed gates: pull times their mean depth below zero; open gates feel nothing.
+def wake_penalty(logit_BE: Tensor, due_BE: Tensor) -> Tensor:
+    """Loss per item, (B,), that lifts the logits of closed gates that shall be open: `WAKE` times their mean depth below zero.
 
-    Source: ADC-SID eq. (23); differs: not in the paper, where a gate once closed gets no gradient, so that an overshoot of lambda closed gates for good.
+    Source: ADC-SID eq. (23); differs: not in the paper, where a closed gate gets no gradient and stays closed for good.
     """
-    return pull_B * torch.relu(-logit_BE).mean(1)
+    return WAKE * (torch.relu(-logit_BE) * ~due_BE).mean(1)
 
 
 def lambda_step(log_lambda_Q: Tensor, target_Q: Tensor, current_Q: Tensor, *, step: float, most: float) -> Tensor:
@@ -96,9 +99,11 @@ def lambda_step(log_lambda_Q: Tensor, target_Q: Tensor, current_Q: Tensor, *, st
 
 
 class SparsityController(nn.Module):
-    """One lambda per richness bucket, steered by a moving average of the share of experts that are on.
+    """One lambda per richness bucket, steered by a moving average of the share of experts that are on, and one margin that says which gates shall be off.
 
-    Buckets are quantiles of the catalogue's richness, frozen with the tokenizer; `scalar` is one bucket, as in the paper; `off` never penalises.
+    The margin is a running quantile of the bucket's logits at its target share: gates below it are pressed until they close, gates above it are lifted
+    until they open. Buckets are quantiles of the catalogue's richness, frozen with the tokenizer; `scalar` is one bucket, as in the paper; `off` never
+    penalises.
     """
 
     edge_Q: Tensor
@@ -106,13 +111,14 @@ class SparsityController(nn.Module):
     active_Q: Tensor
     seen_Q: Tensor
     log_lambda_Q: Tensor
+    margin_Q: Tensor
 
     def __init__(self, kind: Sparsity, buckets: int, *, theta: float, lambda_init: float, lambda_step: float, lambda_max: float) -> None:
         super().__init__()
         self.kind, self.theta, self.step, self.most = kind, theta, lambda_step, lambda_max
         self.buckets = buckets if kind == "bucket" else 1
         self.register_buffer("edge_Q", torch.full((self.buckets - 1,), torch.inf))
-        for name, value in (("target_Q", theta), ("active_Q", 0.0), ("seen_Q", 0.0), ("log_lambda_Q", math.log(lambda_init))):
+        for name, value in (("target_Q", theta), ("active_Q", 0.0), ("seen_Q", 0.0), ("log_lambda_Q", math.log(lambda_init)), ("margin_Q", 0.0)):
             self.register_buffer(name, torch.full((self.buckets,), value))
 
     def fit_buckets(self, richness_N: Tensor) -> None:
@@ -130,44 +136,39 @@ class SparsityController(nn.Module):
         return torch.bucketize(richness_B, self.edge_Q, right=True)
 
     def penalty(self, weight_BE: Tensor, logit_BE: Tensor, richness_B: Tensor, mask_B: Tensor, world: World) -> Tensor:
-        """The share of this process in the mean sparsity loss over the items that show behaviour; also moves the averages the next lambda is set from."""
+        """The share of this process in the mean sparsity loss over the items that show behaviour; also moves what the next lambdas and margins are set from."""
         if self.kind == "off":
             return weight_BE.sum() * 0.0
         bucket_B = self.bucket(richness_B)
-        on_BE = ((weight_BE > 0) & mask_B[:, None]).to(weight_BE.dtype)
-        counts = torch.cat([on_BE.sum(0), mask_B.sum()[None].to(weight_BE.dtype), self._per_bucket(bucket_B, mask_B, on_BE.mean(1))])
-        counts = world.total(counts)
-        active_E, items = counts[: weight_BE.shape[1]], counts[weight_BE.shape[1]]
-        seen_Q, on_Q = counts[weight_BE.shape[1] + 1 :].view(2, self.buckets)
+        due_BE = logit_BE.detach() < self.margin_Q[bucket_B][:, None]
+        active_E, items, seen_Q, on_Q, due_Q = self._count(weight_BE, due_BE, bucket_B, mask_B, world)
         target = (self.target_Q * seen_Q).sum() / seen_Q.sum().clamp(min=1)
+        loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.acting_lambda()[bucket_B], due_BE)
         if self.training:
-            self._observe(seen_Q, on_Q)
-        loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.acting_lambda()[bucket_B])
-        return world.mean(loss_B + wake_penalty(logit_BE, self.pull()[bucket_B]), mask_B)
+            self._observe(seen_Q, on_Q, due_Q)
+        return world.mean(loss_B + wake_penalty(logit_BE, due_BE), mask_B)
 
     def acting_lambda(self) -> Tensor:
         """Lambda per bucket as it acts now, (Q,): the integrated lambda, raised or lowered at once by the distance to the target."""
-        return (self.log_lambda_Q + (GAIN * self._too_many_on()).clamp(max=GAIN_MOST)).clamp(max=math.log(self.most)).exp()
+        too_many_on_Q = torch.where(self.seen_Q > 0, self.target_Q - (1.0 - self.active_Q), 0.0)
+        return (self.log_lambda_Q + (GAIN * too_many_on_Q).clamp(max=GAIN_MOST)).clamp(max=math.log(self.most)).exp()
 
-    def pull(self) -> Tensor:
-        """Strength per bucket that closed gates are lifted with, (Q,): 0 down to 2 points below the target, `WAKE` from 22 points on."""
-        return WAKE * ((-self._too_many_on() - 0.02) / 0.2).clamp(0.0, 1.0)
-
-    def _too_many_on(self) -> Tensor:
-        """Share of experts on beyond the target per bucket, (Q,), negative where too few are; 0 for a bucket not seen yet."""
-        return torch.where(self.seen_Q > 0, self.target_Q - (1.0 - self.active_Q), torch.zeros_like(self.target_Q))
-
-    def _per_bucket(self, bucket_B: Tensor, mask_B: Tensor, on_B: Tensor) -> Tensor:
-        """Items shown and their mean share on, summed per bucket, as one vector of 2 Q."""
-        member_BQ = torch.nn.functional.one_hot(bucket_B, self.buckets).to(on_B.dtype) * mask_B[:, None]
-        return torch.cat([member_BQ.sum(0), on_B @ member_BQ])
+    def _count(self, weight_BE: Tensor, due_BE: Tensor, bucket_B: Tensor, mask_B: Tensor, world: World) -> tuple[Tensor, ...]:
+        """Over all processes: items per expert that switch it on, items shown, and per bucket items shown and their mean shares on and due to be off."""
+        shown_B1 = mask_B[:, None].to(weight_BE.dtype)
+        on_BE = (weight_BE > 0) * shown_B1
+        member_BQ = torch.nn.functional.one_hot(bucket_B, self.buckets).to(weight_BE.dtype) * shown_B1
+        parts = [on_BE.sum(0), shown_B1.sum()[None], member_BQ.sum(0), on_BE.mean(1) @ member_BQ, due_BE.to(weight_BE.dtype).mean(1) @ member_BQ]
+        active_E, items, seen_Q, on_Q, due_Q = world.total(torch.cat(parts)).split([len(part) for part in parts])
+        return active_E, items[0], seen_Q, on_Q, due_Q
 
     @torch.no_grad()
-    def _observe(self, seen_Q: Tensor, on_Q: Tensor, memory: float = 0.9) -> None:
-        """Move the average active share per bucket; the first sight of a bucket sets it."""
+    def _observe(self, seen_Q: Tensor, on_Q: Tensor, due_Q: Tensor, memory: float = 0.9) -> None:
+        """Move the margin and the average active share per bucket; the first sight of a bucket sets its average."""
         share_Q = on_Q / seen_Q.clamp(min=1)
         mixed_Q = torch.where(self.seen_Q > 0, memory * self.active_Q + (1 - memory) * share_Q, share_Q)
         self.active_Q.copy_(torch.where(seen_Q > 0, mixed_Q, self.active_Q))
+        self.margin_Q.add_(torch.where(seen_Q > 0, MARGIN_RATE * (self.target_Q - due_Q / seen_Q.clamp(min=1)), 0.0))
         self.seen_Q.add_(seen_Q)
 
     @torch.no_grad()

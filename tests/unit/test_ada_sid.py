@@ -12,6 +12,7 @@ from tokenizer_items import ada_settings, tiny_items, training
 from pipeline.tokenizers import TOKENIZERS, from_state
 from pipeline.tokenizers.ada_sid import AdaSid, Network, Training
 from pipeline.tokenizers.base import MODALITIES, ItemBatch, codebook_digest
+from pipeline.tokenizers.router import behavior_router
 from pipeline.tokenizers.world import World
 
 
@@ -248,9 +249,22 @@ def test_buckets_have_targets_that_fall_with_richness_and_ties_share_one():
     assert torch.isfinite(tied.target_Q).all()
 
 
+def test_the_margin_finds_the_share_of_logits_that_shall_be_off():
+    made, _ = network(num_behavior=4)
+    controller = made.controller.train()
+    logit = torch.randn(96, 4, generator=torch.Generator().manual_seed(1)) + 1.0
+    richness, everyone = torch.linspace(0, 1, 96), torch.ones(96, dtype=torch.bool)
+    for _ in range(300):
+        controller.penalty(behavior_router(logit, richness), logit, richness, everyone, World())
+    bucket = controller.bucket(richness)
+    for at in range(3):
+        below = float((logit[bucket == at] < controller.margin_Q[at]).float().mean())
+        assert below == pytest.approx(float(controller.target_Q[at]), abs=0.05)
+
+
 def test_the_controller_brings_the_active_share_to_its_target():
-    tokenizer = AdaSid(ada_settings(num_behavior=4, active_share=0.5, lambda_step=1.02, lambda_init=1e-3))
-    report = tokenizer.fit(tiny_items(400, gaps=False), seed=0, settings=training(max_epochs=40, patience=40, learning_rate=5e-3, batch_size=64))
+    tokenizer = AdaSid(ada_settings(num_behavior=4, active_share=0.5, lambda_step=1.05, lambda_init=1e-3))
+    report = tokenizer.fit(tiny_items(400, gaps=False), seed=0, settings=training(max_epochs=40, patience=40, learning_rate=1e-2, batch_size=64))
     active = {name: value for name, value in report.metrics.items() if name.startswith("active_share/")}
     gaps = [abs(value - report.metrics[name.replace("share", "target")]) for name, value in active.items()]
     assert len(gaps) == 3

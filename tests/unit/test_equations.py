@@ -130,22 +130,23 @@ def test_load_factor_is_one_when_balanced_and_on_target():
 
 
 @equation("gate_penalty")
-def test_gate_penalty_carries_no_gradient_into_load_and_lambda():
+def test_gate_penalty_presses_due_gates_and_carries_no_gradient_into_the_load():
     weights, load, strength = rand(3, 2).abs().requires_grad_(), torch.tensor([0.5, 2.0], requires_grad=True), torch.tensor([1.0, 0.1, 0.0])
-    penalty = router.gate_penalty(weights, load, strength)
-    close(penalty, [float(strength[b]) * sum(float((weights[b, e] * load[e]).detach()) for e in range(2)) for b in range(3)])
+    due = torch.tensor([[True, False], [True, True], [True, True]])
+    penalty = router.gate_penalty(weights, load, strength, due)
+    close(penalty, [float(strength[b]) * sum(float((weights[b, e] * load[e]).detach()) for e in range(2) if due[b, e]) for b in range(3)])
     penalty.sum().backward()
     assert load.grad is None
-    close(weights.grad, strength[:, None] * load.detach())
+    close(weights.grad, strength[:, None] * load.detach() * due)
 
 
 @equation("wake_penalty")
-def test_wake_penalty_lifts_closed_gates_only():
-    logit, pull = torch.tensor([[-2.0, 1.0], [-0.5, -0.1], [3.0, 4.0]], requires_grad=True), torch.tensor([0.1, 0.2, 0.3])
-    loss = router.wake_penalty(logit, pull)
-    close(loss, [0.1 * (2.0 + 0.0) / 2, 0.2 * (0.5 + 0.1) / 2, 0.0])
+def test_wake_penalty_lifts_closed_gates_that_shall_be_open():
+    logit, due = torch.tensor([[-2.0, 1.0], [-0.5, -0.1], [3.0, -4.0]], requires_grad=True), torch.tensor([[False, False], [False, True], [True, True]])
+    loss = router.wake_penalty(logit, due)
+    close(loss, [router.WAKE * 2.0 / 2, router.WAKE * 0.5 / 2, 0.0])
     loss.sum().backward()
-    assert (logit.grad < 0).tolist() == [[True, False], [True, True], [False, False]]
+    assert (logit.grad < 0).tolist() == [[True, False], [True, False], [False, False]]
 
 
 @equation("lambda_step")
