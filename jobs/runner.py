@@ -13,7 +13,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +102,29 @@ def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None]) -> tu
     inputs = Inputs(ctx.home, ctx.config.lake, dict(snapshots), spark)
     job: Callable[..., StageResult] = importlib.import_module(f"jobs.{stage.name}").run
     step(ctx, "before_job")
-    result = job(inputs, getattr(ctx.config, stage.section), ctx)
+    with _torch_threads(stage, ctx):
+        result = job(inputs, getattr(ctx.config, stage.section), ctx)
     try:
         return _effects(stage, ctx, spark, result, snapshots)
     finally:
         if spark is not None:
             spark.catalog.clearCache()  # one session serves all stages of an inline run; what a job kept in memory goes with it
+
+
+@contextmanager
+def _torch_threads(stage: Stage, ctx: Context) -> Iterator[None]:
+    """Torch stages compute with the profile's number of threads, whatever the machine has."""
+    if stage.engine != "torch":
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(ctx.config.launch.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: StageResult, snapshots: Mapping[str, int | None]) -> tuple[StageResult, Ledger]:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +82,7 @@ def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> St
     if params.richness == "reliability" and not params.measure_reliability:
         raise ConfigError("richness = reliability must be measured", expected="true", found="false", where="[train_behavior_encoder] measure_reliability")
     plan, night = ctx.plan(), read_night(inputs, ctx)
-    with _threads(ctx.config.launch.threads):
-        return new_generation(inputs, params, plan, night) if plan.new_generation else frozen_night(inputs, params, plan, night)
+    return new_generation(inputs, params, plan, night) if plan.new_generation else frozen_night(inputs, params, plan, night)
 
 
 def read_night(inputs: Inputs, ctx: Context) -> Night:
@@ -463,16 +461,3 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch with `count` threads inside."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -43,7 +43,7 @@ def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
     items = items_from_arrow(read_vectors(inputs, ctx))
     tokenizer: Tokenizer = named(params.tokenizer)(getattr(params, params.tokenizer))
     kept = FileCheckpoint(ctx.staging / "train_tokenizer.checkpoint.safetensors")
-    with processes(ctx.config.launch.threads) as rank:
+    with processes() as rank:
         report = tokenizer.fit(items, seed=derive_seed(plan.seed, "tokenizer", plan.generation), settings=params, checkpoint=kept, progress=progress)
     if rank:
         raise SystemExit(0)  # a helper process: process 0 logs the model and writes the outcome
@@ -116,13 +116,11 @@ def _with_gaps(vectors_ND: Tensor, mask_N: Tensor) -> Any:
 
 
 @contextmanager
-def processes(threads: int) -> Iterator[int]:
-    """The rank of this process, in a process group when torchrun started several; torch uses `threads` threads meanwhile."""
+def processes() -> Iterator[int]:
+    """The rank of this process, in a process group when torchrun started several."""
     import torch
     import torch.distributed as dist
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     joined = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         if joined:
@@ -133,7 +131,6 @@ def processes(threads: int) -> Iterator[int]:
         if joined:
             dist.barrier()
     finally:
-        torch.set_num_threads(before)
         if joined:
             dist.destroy_process_group()
 

@@ -232,7 +232,7 @@ class AssignSid(Section):
 class PublishRelease(Section):
     """The release's gates."""
 
-    max_collision_rate: float = Field(0.2, ge=0, le=1, description="share of items that share their codes with another")
+    max_collision_rate: float = Field(0.3, ge=0, le=1, description="share of items that share their codes with another")
     min_perplexity_share: float = Field(0.3, ge=0, le=1, description="perplexity of each position as a share of the codes in use or items, whichever is fewer")
     max_dead_share: float = Field(0.3, ge=0, le=1, description="share of unused codes per position")
     max_shared_mass: float = Field(0.3, ge=0, le=1, description="share of popularity mass on items that share their codes")
