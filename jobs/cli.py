@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from jobs.display import table
 from pipeline import config, log
 from pipeline.context import Context, Home
 from pipeline.errors import ConfigError, ContractError, SidError
@@ -141,6 +141,8 @@ def releases(as_json: AsJson = False, profile: Profile = "demo", sets: Sets = No
 
     columns = ("tag", "logical_date", "generation", "status", "newest", "parent_tag", "parent_superseded", "refit_due", "items", "reason")
     rows = [{name: row.get(name) for name in columns} for row in release_rows(_release_table(profile, sets))]
+    if not as_json:
+        rows = [_short(row) for row in rows]
     show_rows(rows, "releases", as_json)
 
 
@@ -264,12 +266,12 @@ def show_rows(rows: Sequence[Mapping[str, Any]], title: str, as_json: bool = Fal
     if not rows:
         console.print(f"{title}: nothing")
         return
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    shown = table(title)
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), overflow="fold")
+        shown.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*[escape(_cell(value)) for value in row.values()])  # a title may hold square brackets
-    console.print(table)
+        shown.add_row(*[escape(_cell(value)) for value in row.values()])  # a title may hold square brackets
+    console.print(shown)
 
 
 def parse_date(text: str) -> date:
@@ -293,6 +295,13 @@ def parse_pair(text: str) -> tuple[str, str]:
     if not separator:
         raise ConfigError("not a run parameter", expected="name=value", found=text, where="--param")
     return name, value
+
+
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A release as a line that fits a terminal; --json has every column."""
+    notes = [text for name, text in (("newest", "newest"), ("parent_superseded", "parent superseded"), ("refit_due", "refit due")) if row[name]]
+    kept = {"tag": row["tag"], "items": row["items"], "gen": row["generation"], "status": row["status"], "parent": row["parent_tag"], "reason": row["reason"]}
+    return {**kept, "notes": ", ".join(notes)}
 
 
 def _cell(value: Any) -> str:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from jobs import airflow_home, launchers
+from jobs.display import table
 from pipeline import config
 from pipeline.context import Context, Home, read_json
 from pipeline.errors import ConfigError
@@ -162,14 +162,14 @@ def _summary(story: Story) -> None:
 
 def _seconds(story: Story) -> None:
     runs = [name for name in story.runs]
-    table = Table(title="seconds per stage", title_justify="left", header_style="bold")
+    shown = table("seconds per stage")
     for name in ["stage", *runs]:
-        table.add_column(name, justify="left" if name == "stage" else "right")
+        shown.add_column(name, justify="left" if name == "stage" else "right")
     outcomes = {run: {path.stem: read_json(path) for path in _staging(story, run).glob("*.json") if not path.stem.endswith(".k8s")} for run in runs}
     for stage in dict.fromkeys(stage for run in runs for stage in _ordered(outcomes[run])):
         cells = [outcomes[run].get(stage) for run in runs]
-        table.add_row(stage, *[f"{cell['seconds']:.1f}" + (f" ({cell['status']})" if cell["status"] != "done" else "") if cell else "" for cell in cells])
-    story.console.print(table)
+        shown.add_row(stage, *[f"{cell['seconds']:.1f}" + (f" ({cell['status']})" if cell["status"] != "done" else "") if cell else "" for cell in cells])
+    story.console.print(shown)
 
 
 def _ordered(outcomes: Mapping[str, Any]) -> list[str]:
@@ -182,11 +182,11 @@ def _releases(story: Story, lake: tuple[Home, config.Config]) -> None:
     from jobs.releases import release_rows
     from pipeline import lakehouse
 
-    table = Table(title="releases", title_justify="left", header_style="bold")
+    shown = table("releases")
     for name in ("tag", "night", "items", "generation", "status", "parent", "refit due"):
-        table.add_column(name)
+        shown.add_column(name)
     for row in release_rows(lakehouse.read_releases(lake[0], lake[1].lake)):
-        table.add_row(
+        shown.add_row(
             row["tag"],
             str(row["logical_date"]),
             str(row["items"]),
@@ -195,7 +195,7 @@ def _releases(story: Story, lake: tuple[Home, config.Config]) -> None:
             row["parent_tag"] or "-",
             "yes" if row["refit_due"] else "no",
         )
-    story.console.print(table)
+    story.console.print(shown)
 
 
 def _famous_items(lake: tuple[Home, config.Config], tag: str) -> list[str]:
@@ -229,14 +229,14 @@ def _churn(story: Story, lake: tuple[Home, config.Config]) -> None:
     now = next(row for row in rows if row["tag"] == story.release)
     if not now["parent_tag"]:
         return
-    table = Table(title=f"churn {now['parent_tag']} -> {now['tag']}", title_justify="left", header_style="bold")
+    shown = table(f"churn {now['parent_tag']} -> {now['tag']}")
     for name in ("scope", "name", "items", "changed", "first behaviour code", "churn", "of popularity mass"):
-        table.add_column(name)
+        shown.add_column(name)
     for row in views.diff(lake, now["parent_tag"], now["tag"]):
-        table.add_row(
+        shown.add_row(
             row["scope"], row["name"], str(row["items"]), str(row["changed"]), str(row["unmasked"]), f"{row['churn']:.2%}", f"{row['mass_churn']:.2%}"
         )
-    story.console.print(table)
+    story.console.print(shown)
 
 
 def _ranker(story: Story) -> None:
@@ -245,14 +245,14 @@ def _ranker(story: Story) -> None:
     if not arms:
         story.console.print("ranker: no events after a release's cutoff yet, so no evaluation")
         return
-    table = Table(title=f"ranker, tested on events release {outputs['evaluation_release']} has not seen", title_justify="left", header_style="bold")
+    shown = table(f"ranker, tested on events release {outputs['evaluation_release']} has not seen")
     strata = [stratum for stratum in STRATA if stratum in next(iter(arms.values()))]
     for name in ["arm", *[STRATA[stratum] for stratum in strata], "GAUC"]:
-        table.add_column(name, justify="right" if name != "arm" else "left")
+        shown.add_column(name, justify="right" if name != "arm" else "left")
     for arm, by_stratum in arms.items():
         aucs = [_number(by_stratum[stratum].get("auc")) + (" *" if by_stratum[stratum].get("thin") else "") for stratum in strata]
-        table.add_row(arm, *aucs, _number(by_stratum["all"].get("gauc")))
-    story.console.print(table)
+        shown.add_row(arm, *aucs, _number(by_stratum["all"].get("gauc")))
+    story.console.print(shown)
     story.console.print("[dim]* fewer than 1,000 rows: no verdict[/dim]")
 
 
