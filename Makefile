@@ -12,10 +12,10 @@ demo: $(SETTLED)  ## two nights of MovieLens-100K through Airflow, Spark, torch,
 	$(BIN)/sid demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATASET_PATH),--dataset-path $(DATASET_PATH))
 
 test: $(SETTLED)  ## every test that needs no accelerator
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not bench" --durations 10 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not bench" --durations 10 -q
 
 test-unit: $(SETTLED)  ## the fast tests: no JVM, no network
-	$(BIN)/python -m pytest -q tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
 
 lint: $(SETTLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .

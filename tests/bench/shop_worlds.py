@@ -2,27 +2,23 @@
 
 One world is one seed: pictures, texts, events, SASRec, richness and every fit are made anew in it; the arms of a world differ in the strength alone.
 Purity@20: of the 20 items that share most codes with an item (weights multiplied per position; ties count by their expectation) the share of its cluster.
-Not here: readers and rankers. Run: python tests/bench/shop_worlds.py --worlds 5 --items 1500 --tie rarity --out FILE.json
-Legend: N items, L positions, D width.
+Not here: readers and rankers. Legend: N items, L positions, D width. Tail: at most the median events; poor: the same among items with behaviour.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
@@ -31,7 +27,7 @@ from jobs.content_embedding import model_folder
 from pipeline import richness
 from pipeline.config import AdaSid, SasRec, Source, TrainBehaviorEncoder, TrainTokenizer
 from pipeline.context import derive_seed
-from pipeline.datasets.shop import Shop, truth_path
+from pipeline.datasets.shop import Shop
 from pipeline.encoders import CONTENT_ENCODERS, sasrec
 from pipeline.encoders.base import EncoderOptions
 from pipeline.encoders.image import decode_image
@@ -39,14 +35,11 @@ from pipeline.tokenizers.base import ItemBatch, TokenizerOutput
 from pipeline.tokenizers.registry import named
 
 STRENGTHS = ("adaptive", "mean", "shuffled", "one", "zero")
-NEIGHBOURS = 20
 METRICS = ("purity", "purity_tail", "purity_poor", "shared_purity", "shared_purity_tail", "shared_purity_poor", "ami", "shared_ami")
-PIXELS, MAX_TOKENS = 112, 32
 CELLS = pacsv.ConvertOptions(column_types=dict.fromkeys(("item_id", "text", "image_uri"), pa.string()), strings_can_be_null=True)  # empty = null
 
 
-@dataclass(frozen=True)
-class Items:
+class Items(NamedTuple):
     """What a tokenizer sees of a world, and the truth beside it: cluster_N, leaf_N (cluster and sub-cluster), evidence count_N."""
 
     batch: ItemBatch
@@ -55,75 +48,50 @@ class Items:
     count_N: np.ndarray
     facts: dict[str, float]
 
-    @property
-    def groups(self) -> dict[str, np.ndarray]:
-        """Everybody; the tail = at most the median number of events; the poor = the same among the items that have a behaviour vector."""
-        seen_N = self.batch.behavior_N.numpy()
-        poor_N = seen_N & (self.count_N <= np.median(self.count_N[seen_N]))
-        return {"": np.ones_like(seen_N), "_tail": self.count_N <= np.median(self.count_N), "_poor": poor_N}
-
 
 def build(args: argparse.Namespace, seed: int, folder: Path) -> Items:
     """The items of world `seed`, encoded, with richness by rank and items under n_min events masked."""
-    spec = Shop().prepare(Source(dataset="shop", options=world_options(args, seed)), folder, seed)
-    root = Path(spec.image_root)
-    truth = pq.read_table(truth_path(spec))
+    sizes = {"items": args.items, "users": args.items // 2, "events_per_day": args.items * 4 // 3, "distinct_images": 144}
+    quality = {"text_quality": args.quality, "image_quality": args.quality, "noise_tie": args.tie, "dirty_share": 0.0}
+    source = Source(dataset="shop", options={**sizes, **quality, "seed": seed, "file_format": "parquet"})
+    root = Path(Shop().prepare(source, folder, seed).image_root)
+    truth = pq.read_table(root / "truth.parquet")
     items = pa.concat_tables([pacsv.read_csv(path, convert_options=CELLS) for path in sorted((root / "items").glob("*.csv"))])
     rows = pc.index_in(truth["item_id"], value_set=items["item_id"].combine_chunks())
     text_ND, _ = encoded("text", items["text"].take(rows), root)
     image_ND, image_N = encoded("image", items["image_uri"].take(rows), root)
-    started = time.perf_counter()
     behavior_ND, count_N, found = behaviour(root, truth["item_id"], args, seed)
-    params = TrainBehaviorEncoder()
-    seen_N, norm_N = count_N >= params.n_min, behavior_ND.norm(dim=1).numpy()
+    seen_N, norm_N = count_N >= (params := TrainBehaviorEncoder()).n_min, behavior_ND.norm(dim=1).numpy()
     reference = richness.fit_reference("rank", count_N[seen_N], norm_N[seen_N], alpha=params.alpha, low_strength_share=params.low_strength_share)
     richness_N = np.where(seen_N, richness.richness(reference, count_N, norm_N), 0.0)
     strength_N = np.where(seen_N, richness.alignment_strength(richness_N, reference["alpha"], reference["beta"]), 0.0)
     vectors = {"text_ND": text_ND, "image_ND": image_ND, "behavior_ND": behavior_ND * torch.from_numpy(seen_N)[:, None]}
     masks = {"text_N": torch.ones_like(image_N), "image_N": image_N, "behavior_N": torch.from_numpy(seen_N)}
-    derived = {"richness_N": torch.from_numpy(richness_N).float(), "strength_N": torch.from_numpy(strength_N).float()}
-    batch = ItemBatch(**vectors, **masks, **derived)
+    batch = ItemBatch(**vectors, **masks, richness_N=torch.from_numpy(richness_N).float(), strength_N=torch.from_numpy(strength_N).float())
     cluster_N = truth["cluster"].to_numpy()
-    found |= {"sasrec_seconds": time.perf_counter() - started, "behavior_share": seen_N.mean(), "mean_strength": strength_N[seen_N].mean()}
-    found |= raw_purity(batch, cluster_N, count_N)
+    found |= {"behavior_share": seen_N.mean(), "mean_strength": strength_N[seen_N].mean(), **raw_purity(batch, cluster_N, count_N)}
     return Items(batch, cluster_N, cluster_N * 100 + truth["sub_cluster"].to_numpy(), count_N, {name: float(value) for name, value in found.items()})
-
-
-def world_options(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Options of the shop: clean rows, few distinct pictures."""
-    sizes = {"items": args.items, "users": args.items // 2, "events_per_day": args.items * 4 // 3, "distinct_images": 144}
-    return {
-        **sizes,
-        "noise_tie": args.tie,
-        "text_quality": args.quality,
-        "image_quality": args.quality,
-        "dirty_share": 0.0,
-        "seed": seed,
-        "file_format": "parquet",
-    }
 
 
 def encoded(modality: str, column: pa.ChunkedArray, root: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(unit vectors [N, D], which items have one [N]); each distinct text or picture is encoded once."""
-    kind, size, batch = ("minilm", MAX_TOKENS, 64) if modality == "text" else ("efficientnet_lite0", PIXELS, 32)
+    kind, size, batch = ("minilm", 32, 64) if modality == "text" else ("efficientnet_lite0", 112, 32)
     encoder = CONTENT_ENCODERS[modality][kind](model_folder(kind, ""), EncoderOptions(name=kind, batch=batch, size=size, normalize=True))
-    distinct = pc.unique(column.drop_null())
-    content: Any = distinct.to_pylist()
+    content: Any = (distinct := pc.unique(column.drop_null())).to_pylist()
     if modality == "image":
-        content = np.stack([decode_image((root / path).read_bytes(), 10**7, PIXELS) for path in content])
-    place = pc.index_in(column, value_set=distinct)
-    vectors = torch.from_numpy(encoder.encode(content))
+        content = np.stack([decode_image((root / path).read_bytes(), 10**7, size) for path in content])
+    vectors, place = torch.from_numpy(encoder.encode(content)), pc.index_in(column, value_set=distinct)
     return vectors[torch.from_numpy(place.fill_null(0).to_numpy().astype(np.int64))], torch.from_numpy(place.is_valid().to_numpy().copy())
 
 
 def behaviour(root: Path, item_ids: pa.ChunkedArray, args: argparse.Namespace, seed: int) -> tuple[torch.Tensor, np.ndarray, dict[str, float]]:
     """(SASRec input rows [N, D], events per item [N], validation metrics)."""
-    events = pads.dataset(root / "events").to_table().sort_by([("user_id", "ascending"), ("event_ts", "ascending"), ("item_id", "ascending")])
+    events = pq.read_table(root / "events").sort_by([("user_id", "ascending"), ("event_ts", "ascending"), ("item_id", "ascending")])
     item_T = pc.index_in(events["item_id"], value_set=item_ids.combine_chunks()).to_numpy().astype(np.int64)
     length_U = events.group_by("user_id").aggregate([("item_id", "count")]).sort_by("user_id")["item_id_count"].to_numpy()
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length_U)]).astype(np.int64))
-    params = SasRec(max_epochs=args.sasrec_epochs, batch_size=16)
-    trained = sasrec.train(sasrec.Sequences(offsets, torch.from_numpy(item_T)), len(item_ids), params, seed=derive_seed(seed, "sasrec"))
+    sequences, params = sasrec.Sequences(offsets, torch.from_numpy(item_T)), SasRec(max_epochs=args.sasrec_epochs, batch_size=16)
+    trained = sasrec.train(sequences, len(item_ids), params, seed=derive_seed(seed, "sasrec"))
     return trained.item_vectors, np.bincount(item_T, minlength=len(item_ids)), {f"sasrec_{name}": value for name, value in trained.metrics.items()}
 
 
@@ -133,8 +101,7 @@ def raw_purity(batch: ItemBatch, cluster_N: np.ndarray, count_N: np.ndarray) -> 
     for name in ("text", "image", "behavior"):
         rows = batch.mask(name).numpy()
         unit_ND = torch.nn.functional.normalize(batch.vectors(name)[rows], dim=1)
-        purity_N = purity(unit_ND @ unit_ND.T, cluster_N[rows])
-        found[f"raw_purity/{name}"] = purity_N.mean()
+        found[f"raw_purity/{name}"] = (purity_N := purity(unit_ND @ unit_ND.T, cluster_N[rows])).mean()
     poor_N = count_N[rows] <= np.median(count_N[rows])
     return found | {"raw_purity/behavior_poor": purity_N[poor_N].mean(), "raw_purity/behavior_rich": purity_N[~poor_N].mean()}
 
@@ -142,12 +109,10 @@ def raw_purity(batch: ItemBatch, cluster_N: np.ndarray, count_N: np.ndarray) -> 
 def purity(score_NN: torch.Tensor, cluster_N: np.ndarray) -> np.ndarray:
     """Expected share of an item's 20 best-scored others that are of its cluster, [N]; ties at the edge are drawn at random, in expectation."""
     score_NN = (score_NN * 1e5).round().fill_diagonal_(-torch.inf)
-    edge_N1 = score_NN.topk(NEIGHBOURS, dim=1).values[:, -1:]
-    same_NN = torch.from_numpy(cluster_N[:, None] == cluster_N)
+    edge_N1, same_NN = score_NN.topk(20, dim=1).values[:, -1:], torch.from_numpy(cluster_N[:, None] == cluster_N)
     above_NN, tied_NN = score_NN > edge_N1, score_NN == edge_N1
-    places_N = NEIGHBOURS - above_NN.sum(1)
-    hits_N = (above_NN & same_NN).sum(1) + places_N * (tied_NN & same_NN).sum(1) / tied_NN.sum(1)
-    return (hits_N / NEIGHBOURS).numpy()
+    hits_N = (above_NN & same_NN).sum(1) + (20 - above_NN.sum(1)) * (tied_NN & same_NN).sum(1) / tied_NN.sum(1)
+    return (hits_N / 20).numpy()
 
 
 def shared_codes(codes_NL: torch.Tensor, weights_NL: torch.Tensor, *, ordered: bool) -> torch.Tensor:
@@ -160,18 +125,21 @@ def shared_codes(codes_NL: torch.Tensor, weights_NL: torch.Tensor, *, ordered: b
 
 
 def measured(made: TokenizerOutput, slots: tuple[str, ...], items: Items) -> dict[str, Any]:
-    """Purity over all positions and over the shared ones, for all items and the tail; mutual information with the sub-cluster per position."""
+    """Purity over all positions and over the shared ones for all, tail and poor items; mutual information with the sub-cluster per position."""
+    count_N, seen_N = items.count_N, items.batch.behavior_N.numpy()
+    groups = {"": count_N >= 0, "_tail": count_N <= np.median(count_N), "_poor": seen_N & (count_N <= np.median(count_N[seen_N]))}
     found: dict[str, Any] = {}
+    by_slot: dict[str, float] = {}
     shared = [at for at, name in enumerate(slots) if name.startswith("shared")]
     for prefix, columns in (("", list(range(len(slots)))), ("shared_", shared)):
         if columns:
             score_NN = shared_codes(made.codes_NL[:, columns], made.weights_NL[:, columns], ordered=slots[0].startswith("level"))
             purity_N = purity(score_NN, items.cluster_N)
-            found |= {f"{prefix}purity{name}": float(purity_N[rows_N].mean()) for name, rows_N in items.groups.items()}
-    behavior_N = items.batch.behavior_N.numpy()
-    rows = {name: behavior_N if name.startswith("behavior") else np.ones_like(behavior_N) for name in slots}
-    by_slot = {name: adjusted_mutual_info_score(items.leaf_N[rows[name]], made.codes_NL[:, at].numpy()[rows[name]]) for at, name in enumerate(slots)}
-    found |= {"ami": float(np.mean(list(by_slot.values()))), "ami_by_slot": {name: float(value) for name, value in by_slot.items()}}
+            found |= {f"{prefix}purity{name}": float(purity_N[rows_N].mean()) for name, rows_N in groups.items()}
+    for name, code_N in zip(slots, made.codes_NL.numpy().T, strict=True):
+        rows = seen_N if name.startswith("behavior") else groups[""]
+        by_slot[name] = float(adjusted_mutual_info_score(items.leaf_N[rows], code_N[rows]))
+    found |= {"ami": float(np.mean(list(by_slot.values()))), "ami_by_slot": by_slot}
     return found | ({"shared_ami": float(np.mean([by_slot[slots[at]] for at in shared]))} if shared else {})
 
 
@@ -183,17 +151,16 @@ def run_world(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     arms = {}
     for arm in (*STRENGTHS, "rq_kmeans"):
         settings = TrainTokenizer(max_epochs=args.epochs, ada_sid=AdaSid(strength=arm if arm in STRENGTHS else "adaptive"))
-        tokenizer = named("rq_kmeans")(settings.rq_kmeans) if arm == "rq_kmeans" else named("ada_sid")(settings.ada_sid)
-        began = time.perf_counter()
+        tokenizer = named(name := "ada_sid" if arm in STRENGTHS else arm)(getattr(settings, name))
         tokenizer.fit(items.batch, seed=derive_seed(seed, "tokenizer"), settings=settings)
-        arms[arm] = {**measured(tokenizer.encode(items.batch), tokenizer.slots, items), "seconds": time.perf_counter() - began}
+        arms[arm] = measured(tokenizer.encode(items.batch), tokenizer.slots, items)
     return {"seed": seed, "seconds": time.perf_counter() - started, "facts": items.facts, "arms": arms}
 
 
 def sign_flip(differences: list[float]) -> tuple[float, float]:
     """(mean difference, two-sided p): all 2^n choices of signs are enumerated, so p is exact and at least 2 / 2^n."""
-    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
-    means = np.abs((signs * np.array(differences)).mean(1))
+    signs = 1 - 2 * np.indices((2,) * len(differences)).reshape(len(differences), -1)
+    means = np.abs(np.array(differences) @ signs) / len(differences)
     return float(np.mean(differences)), float((means >= means[0] - 1e-12).mean())
 
 
