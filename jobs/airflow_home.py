@@ -48,6 +48,7 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
     if bag.import_errors:
         raise ContractError("a DAG file cannot be read", expected="no import errors", found=str(bag.import_errors), where="dags/")
     done = bag.dags[dag_id].test(logical_date=logical_date, run_after=logical_date, run_conf=conf)
+    identity = f"{done.run_id}__{dag_id}"
     unfinished = sorted((task.state != "failed", task.task_id, str(task.state)) for task in done.get_task_instances() if task.state != "success")
     if unfinished:  # those that failed themselves first, then those that could not start
         raise ContractError(
@@ -55,9 +56,9 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
             expected="every task green",
             found=", ".join(f"{name} ({state})" for _, name, state in unfinished),
             where=done.run_id,
-            next_command=f"see {unfinished[0][1]}.json of this run below staging/ of SID_HOME",
+            next_command=f"cat {Home.from_environment().run_folder(identity) / unfinished[0][1]}.json",
         )
-    return f"{done.run_id}__{dag_id}"
+    return identity
 
 
 def newest_event() -> dict[str, Any]:

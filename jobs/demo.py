@@ -273,7 +273,7 @@ def _outcome(story: Story, run: str, stage: str) -> dict[str, Any]:
 
 
 def _staging(story: Story, run: str) -> Path:
-    return Context(config=story.loaded, home=story.home, stage="plan_night", logical_date=date(2000, 1, 1), run_id=story.runs[run]).staging
+    return story.home.run_folder(story.runs[run])
 
 
 def _midnight(day: date) -> datetime:

@@ -40,6 +40,12 @@ class Home:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def run_folder(self, run_id: str) -> Path:
+        """Folder of one run's JSON documents, below staging/."""
+        path = self.folder("staging") / re.sub(r"[^A-Za-z0-9_.-]", "_", run_id)
+        path.mkdir(exist_ok=True)
+        return path
+
     @property
     def warehouse(self) -> str:
         """Warehouse of the Iceberg catalog: `SID_WAREHOUSE`, else the local folder lake/."""
@@ -143,10 +149,7 @@ class Context:
     @property
     def staging(self) -> Path:
         """Folder of the run's JSON documents, shared by all its stages."""
-        safe = re.sub(r"[^A-Za-z0-9_.-]", "_", self.run_id)
-        path = self.home.folder("staging") / safe
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.home.run_folder(self.run_id)
 
     def param(self, name: str) -> str:
         """A run parameter, empty when not given."""
