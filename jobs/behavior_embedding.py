@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.train_behavior_encoder import checked
 from pipeline import config
 from pipeline.context import Context
 from pipeline.errors import ContractError
@@ -58,15 +59,7 @@ def bundle_rows(folder: Path) -> pa.Table:
     item_ids = pa.array(json.loads((folder / "config.json").read_text(encoding="utf-8"))["item_ids"], pa.string())
     if len(item_ids) != len(vectors_MD):
         raise ContractError("the model's rows do not match its items", expected=f"{len(item_ids)} rows", found=str(len(vectors_MD)), where=str(folder))
-    bad = np.flatnonzero(~np.isfinite(vectors_MD).all(axis=1))
-    if bad.size:
-        raise ContractError(
-            "behaviour vectors are not finite",
-            expected="finite numbers",
-            found=f"{bad.size} of {len(item_ids)} rows with NaN or infinity, e.g. items {item_ids.take(bad[:3]).to_pylist()}",
-            where=str(folder / "model.safetensors"),
-            next_command="sid run train_behavior_encoder --date D",
-        )
+    vectors_MD = checked(vectors_MD, item_ids, str(folder / "model.safetensors"), "sid run train_behavior_encoder --date D")
     width = vectors_MD.shape[1]
     lists = pa.LargeListArray.from_arrays(pa.array(np.arange(len(item_ids) + 1, dtype=np.int64) * width), pa.array(vectors_MD.ravel()))
     norms = pa.array(np.linalg.norm(vectors_MD, axis=1).astype(np.float32))

@@ -40,6 +40,7 @@ NEIGHBOURS = 20
 MEASURED_ITEMS = 5000  # items whose split-half overlap is measured at most
 ENOUGH_ITEMS = 200  # fewer measured items decide nothing
 EXAMPLE_ROWS = 2
+SLOWER = "sid run train_behavior_encoder --date D --set train_behavior_encoder.sasrec.learning_rate=0.001"
 
 
 @dataclass(frozen=True)
@@ -382,7 +383,7 @@ def read_base(inputs: Inputs, generation: int) -> Base | None:
     return Base(json.loads((folder / "config.json").read_text(encoding="utf-8")), load_file(folder / "model.safetensors"))
 
 
-def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str) -> NDArray[np.float32]:
+def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str, next_command: str = SLOWER) -> NDArray[np.float32]:
     """The vectors themselves.
 
     Raises: ContractError naming the first items whose vector is not finite.
@@ -394,7 +395,7 @@ def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str) -> 
             expected="finite numbers",
             found=f"{bad.size} of {len(item_ids)} rows with NaN or infinity, e.g. items {item_ids.take(bad[:3]).to_pylist()}",
             where=where,
-            next_command="sid run train_behavior_encoder --date D --set train_behavior_encoder.sasrec.learning_rate=0.001",
+            next_command=next_command,
         )
     return vectors_MD
 

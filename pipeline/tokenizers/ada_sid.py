@@ -501,7 +501,7 @@ class AdaSid:
 
         Raises: ValueError if no modality is present.
         """
-        raw_widths = {name: vectors.shape[1] for name in MODALITIES if (vectors := items.vectors(name)) is not None and bool(items.mask(name).any())}
+        raw_widths = items.widths()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = Network(self.settings, raw_widths)

@@ -69,6 +69,10 @@ class ItemBatch:
         mask: Tensor = getattr(self, f"{modality}_N")
         return mask
 
+    def widths(self) -> dict[str, int]:
+        """Modality -> width of its vectors, for the modalities that at least one item has."""
+        return {name: vectors.shape[1] for name in MODALITIES if (vectors := self.vectors(name)) is not None and bool(self.mask(name).any())}
+
     def map(self, change: Callable[[Tensor], Tensor]) -> ItemBatch:
         """The batch with `change` applied to every tensor in it."""
         return replace(self, **{item.name: change(value) for item in fields(self) if (value := getattr(self, item.name)) is not None})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline import config as profile
 from pipeline.tokenizers import metrics
-from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, ItemBatch, ProgressBar, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import Checkpoint, FitReport, ItemBatch, ProgressBar, TokenizerOutput, encode_in_chunks
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes
 
@@ -71,7 +71,7 @@ class RqKmeans:
 
         Raises: ValueError if no modality is present.
         """
-        self.widths = {name: vectors.shape[1] for name in MODALITIES if (vectors := items.vectors(name)) is not None and bool(items.mask(name).any())}
+        self.widths = items.widths()
         if not self.widths:
             raise ValueError("residual k-means needs at least one modality")
         points_ND = concatenate(items, self.widths)
