@@ -1,8 +1,9 @@
 """Codes, router weights and disambiguators of the night, left on an audit branch for publish_release.
 
-New generation: every item is encoded. Frozen: only items that are not in the parent, or whose behaviour row was trained tonight, are encoded; all others
-keep codes, weights and disambiguator of the parent bit by bit. A change of text or image alone moves no code under `frozen`: the new content counts from
-the item's next behaviour row, or from the next generation. Retired items stay as tombstones, so that their numbers are never given away.
+New generation: every item is encoded; an anchored one holds on to the parent's codes within a margin, and the number of an unmoved item stays.
+Frozen: only items that are not in the parent, or whose behaviour row was trained tonight, are encoded; all others keep codes, weights and disambiguator
+of the parent bit by bit. A change of text or image alone moves no code under `frozen`: the new content counts from the item's next behaviour row, or
+from the next generation. Retired items stay as tombstones, so that their numbers are never given away.
 Not here: fitting the tokenizer (train_tokenizer) and publishing (publish_release).
 """
 
@@ -60,9 +61,11 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     features = inputs.frame("feature.item_feature").where(F.col("logical_date") == F.lit(plan.logical_date))
     parent = parent_rows(inputs, plan)
     chosen = items_to_encode(features, parent, plan)
+    chosen = chosen.join(parent.select("item_id", F.col("codes").alias("keep")), "item_id", "left")
     vectors = item_vectors(chosen, inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector"), plan.generation)
     model = broadcast_model(inputs, vocabulary)
-    encoded = encode(vectors, partial(encode_batches, model=model), vocabulary.codebook_sizes)
+    margin = params.hold_margin if plan.start == "anchored" else None
+    encoded = encode(vectors, partial(encode_batches, model=model, margin=margin), vocabulary.codebook_sizes)
     rows = with_groups(release_rows(features, encoded, parent, plan), vocabulary.codebook_sizes).persist()
     sources = read_sources(features, parent, plan.logical_date)
     metrics, usage = measured(rows, vocabulary.codebook_sizes)
@@ -147,7 +150,7 @@ def items_to_encode(features: DataFrame, parent: DataFrame, plan: Plan) -> DataF
 
 
 def item_vectors(items: DataFrame, content: DataFrame, behavior: DataFrame, generation: int) -> DataFrame:
-    """Per item: text, image, behavior (null = masked), richness, strength, and `dangling` = a reference without its vector."""
+    """Per item: text, image, behavior (null = masked), richness, strength, `keep` if it is there, and `dangling` = a reference without its vector."""
     from pyspark.sql import functions as F
 
     def of(modality: str) -> DataFrame:
@@ -168,7 +171,8 @@ def item_vectors(items: DataFrame, content: DataFrame, behavior: DataFrame, gene
         F.col(reference).isNotNull() & F.col(vector).isNull()
         for reference, vector in (("text_hash", "text"), ("image_hash", "image"), ("behavior_date", "behavior"))
     ]
-    return joined.select("item_id", "text", "image", "behavior", "richness", "strength", (dangling[0] | dangling[1] | dangling[2]).alias("dangling"))
+    kept = [name for name in ("keep",) if name in items.columns]
+    return joined.select("item_id", "text", "image", "behavior", "richness", "strength", *kept, (dangling[0] | dangling[1] | dangling[2]).alias("dangling"))
 
 
 def check_references(metrics: Mapping[str, float]) -> None:
@@ -212,17 +216,34 @@ def encode(vectors: DataFrame, mapper: Any, codebook_sizes: tuple[int, ...]) -> 
     return vectors.where(~empty).mapInArrow(mapper, CODES_SCHEMA).unionByName(masked)
 
 
-def encode_batches(batches: Iterator[pa.RecordBatch], model: Any) -> Iterator[pa.RecordBatch]:
-    """Record batches of CODES_SCHEMA; runs in a Spark worker, which builds the tokenizer once."""
+def encode_batches(batches: Iterator[pa.RecordBatch], model: Any, margin: float | None = None) -> Iterator[pa.RecordBatch]:
+    """Record batches of CODES_SCHEMA; runs in a Spark worker, which builds the tokenizer once.
+
+    Args:
+        margin: hold on to the codes of column `keep` within it; None = do not.
+    """
     from pipeline.tokenizers.base import items_from_arrow
 
     tokenizer = _tokenizer(*model.value)
     for batch in batches:
         if batch.num_rows:
-            output = tokenizer.encode(items_from_arrow(batch))  # in blocks of a fixed height: the company an item keeps moves no code
+            keep = None if margin is None else kept_codes(batch.column("keep"), len(tokenizer.slots), margin)
+            output = tokenizer.encode(items_from_arrow(batch), keep)  # in blocks of a fixed height: the company an item keeps moves no code
             codes, weights = list_array(output.codes_NL.numpy().astype(np.int32)), list_array(output.weights_NL.numpy().astype(np.float32))
             names = ["item_id", "codes", "weights", "dangling"]
             yield pa.RecordBatch.from_arrays([batch.column("item_id"), codes, weights, batch.column("dangling")], names=names)
+
+
+def kept_codes(column: pa.ListArray, width: int, margin: float) -> Any:
+    """The wish to keep a column of codes (`base.Keep`); an item without codes wishes for none."""
+    import torch
+
+    from pipeline.tokenizers.base import Keep
+
+    known_N = column.is_valid().to_numpy(zero_copy_only=False)
+    codes_NL = np.full((len(column), width), np.iinfo(np.int64).max)
+    codes_NL[known_N] = column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return Keep(codes_NL=torch.from_numpy(codes_NL), margin=margin)
 
 
 def list_array(values_NL: np.ndarray) -> pa.ListArray:
@@ -274,7 +295,7 @@ def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, pla
         F.col("popularity_stratum").alias("parent_stratum"),
     )
     fresh = encoded.select("item_id", "dangling", F.col("codes").alias("new_codes"), F.col("weights").alias("new_weights"))
-    carry = F.lit(not plan.new_generation)
+    carry, same_words = F.lit(not plan.new_generation), F.lit(plan.start in ("", "anchored"))
     joined = (
         features.drop("generation")
         .join(fresh, "item_id", "left")
@@ -282,7 +303,7 @@ def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, pla
         .withColumn("encoded", F.col("new_codes").isNotNull())
         .withColumn("codes", F.coalesce("new_codes", F.when(carry, F.col("parent_codes"))))
         .withColumn("weights", F.coalesce("new_weights", F.when(carry, F.col("parent_weights"))))
-        .withColumn("existing", F.when(carry & (F.col("codes") == F.col("parent_codes")), F.col("parent_number")))
+        .withColumn("existing", F.when(same_words & (F.col("codes") == F.col("parent_codes")), F.col("parent_number")))
         .withColumn("is_new", F.col("parent_codes").isNull())
         .withColumn("changed_from_parent", F.coalesce(F.col("codes") != F.col("parent_codes"), F.lit(False)))
         .withColumn("generation", F.lit(plan.generation).cast("int"))
@@ -487,9 +508,9 @@ def read_sources(features: DataFrame, parent: DataFrame, logical_date: date) -> 
 
 
 def against_sources(metrics: Mapping[str, float], sources: Sources, plan: Plan) -> dict[str, float]:
-    """Rows missing against the catalogue, items lost against the parent, and the churn that the budget judges.
+    """Rows missing against the catalogue, items lost against the parent, and the churn that the budgets judge.
 
-    The budget holds within a generation; a new vocabulary changes every code by design, and its churn is only reported.
+    One budget holds within a generation, one for an anchored refit; a cold or warm vocabulary changes codes by design, its churn is only reported.
     """
     judged = 0.0 if plan.new_generation else 1.0
     return {
@@ -497,6 +518,7 @@ def against_sources(metrics: Mapping[str, float], sources: Sources, plan: Plan) 
         "items_lost": sources.parent_items - metrics["known"],
         "budget_churn": judged * metrics["churn"],
         "budget_churn_head": judged * metrics["churn_head"],
+        "budget_churn_refit": metrics["churn"] if plan.start == "anchored" else 0.0,
     }
 
 

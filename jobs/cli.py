@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,9 +24,6 @@ from pipeline import config, log
 from pipeline.context import Context, Home
 from pipeline.errors import ConfigError, ContractError, SidError
 from pipeline.stages import BY_NAME, STAGES, Stage, group, upstream
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Console()
@@ -99,13 +96,45 @@ def run(
         show_rows([{name: outcome[name] for name in ("night", "stage", "status", "seconds")} for outcome in outcomes], what)
 
 
-def nights(first: date, last: date) -> list[date]:
+@app.command(epilog="sid backfill --start 1998-04-21 --end 1998-04-22 --reason 'corrected file' --cascade --dry-run")
+def backfill(
+    start: Annotated[str, typer.Option("--start", help="First date, YYYY-MM-DD.")],
+    end: Annotated[str, typer.Option("--end", help="Last date, YYYY-MM-DD.")],
+    reason: Annotated[str, typer.Option("--reason", "-r", help="Why; stored in every snapshot and run.")],
+    stages: Annotated[str, typer.Option("--stages", help="Comma-separated stages; empty = the whole refresh.")] = "",
+    cascade: Annotated[bool, typer.Option("--cascade", help="Rebuild every later release on the repaired ones.")] = False,
+    dry_run: DryRun = False,
+    profile: Profile = "demo",
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run past nights again, oldest first; unchanged nights end as `reused`, other rows become a new revision of their release."""
+    from jobs import backfill as plan
+    from jobs import launchers
+
+    home, loaded = _lake(profile, sets)
+    steps = plan.steps(home, loaded, nights(parse_date(start), parse_date(end), "--end"), stages, cascade=cascade)
+    if dry_run:
+        show_rows([plan.described(step) for step in steps], f"would run because: {reason}", as_json)
+        return
+    request = launchers.Request(profile=profile, overrides=tuple(sets or ()))
+    outcomes = []
+    for step in steps:
+        ctx = Context(
+            config=loaded, home=home, stage="plan_night", logical_date=step.night, run_id=plan.run_id(loaded, step.night, reason), reason=f"backfill: {reason}"
+        )
+        done = [announced(launchers.launch(replace(ctx, stage=stage.name), request)) for stage in step.stages]
+        outcomes.append(plan.result(step, done))
+    show_rows(outcomes, "backfill", as_json)
+
+
+def nights(first: date, last: date, where: str = "--through") -> list[date]:
     """Every day from the first to the last, both included.
 
     Raises: ContractError when the last lies before the first.
     """
     if last < first:
-        raise ContractError("the range of dates is empty", expected=f"{first} or later", found=str(last), where="--through")
+        raise ContractError("the range of dates is empty", expected=f"{first} or later", found=str(last), where=where)
     return [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
 
 
@@ -137,10 +166,12 @@ def announced(outcome: dict[str, Any]) -> dict[str, Any]:
 @app.command(epilog="sid releases --json")
 def releases(as_json: AsJson = False, profile: Profile = "demo", sets: Sets = None) -> None:
     """List every release: tag, date, generation, status, parent, refit due."""
-    from jobs.releases import release_rows
+    from jobs import views
 
-    columns = ("tag", "logical_date", "generation", "status", "newest", "parent_tag", "parent_superseded", "refit_due", "items", "reason")
-    rows = [{name: row.get(name) for name in columns} for row in release_rows(_release_table(profile, sets))]
+    columns = (
+        "tag", "logical_date", "generation", "status", "newest", "parent_tag", "parent_superseded", "refit_due", "items", "reason", "pinned_by", "expired",
+    )  # fmt: skip
+    rows = [{name: row.get(name) for name in columns} for row in views.releases(_lake(profile, sets))]
     if not as_json:
         rows = [_short(row) for row in rows]
     show_rows(rows, "releases", as_json)
@@ -203,6 +234,58 @@ def repair(dry_run: DryRun = False, profile: Profile = "demo", sets: Sets = None
     show_rows(views.repair(_lake(profile, sets), dry_run=dry_run), "repair", as_json)
 
 
+@app.command(epilog='sid rollback --to d19980421 --reason "prices were wrong"')
+def rollback(
+    to: Annotated[str, typer.Option("--to", help="Tag of the release to restore; all newer ones are withdrawn.")],
+    reason: Annotated[str, typer.Option("--reason", "-r", help="Why; stored in the snapshot.")],
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    profile: Profile = "demo",
+    sets: Sets = None,
+) -> None:
+    """Make an earlier release the current one, in one commit; tags do not move, so pinned readers notice nothing."""
+    from jobs import launchers, views
+
+    loaded = _lake(profile, sets)
+    rows = views.rollback(loaded, to)
+    if not dry_run:
+        day = next(row["logical_date"] for row in views.releases(loaded) if row["tag"] == to)
+        ctx = Context(config=loaded[1], home=loaded[0], stage="rollback", logical_date=day, run_id=f"rollback__{to}", reason=reason, params=(("release", to),))
+        rows = launchers.launch(ctx, launchers.Request(profile=profile, overrides=tuple(sets or ())))["outputs"].get("changes", [])
+    show_rows(rows, "would change" if dry_run else "changed", as_json)
+
+
+@app.command(epilog="sid pin d19980421 --by ranking")
+def pin(
+    tag: Annotated[str, typer.Argument(help="A release tag.")],
+    by: Annotated[str, typer.Option("--by", help="Who holds it; letters, digits and _.")],
+    release: Annotated[bool, typer.Option("--release", help="Let it go again.")] = False,
+    as_json: AsJson = False,
+    profile: Profile = "demo",
+    sets: Sets = None,
+) -> None:
+    """Hold a release, so that maintain never drops it, however old it becomes."""
+    from jobs import pins
+
+    show_rows(pins.pin(_lake(profile, sets), tag, by, release=release), "pins", as_json)
+
+
+@app.command(epilog="sid maintain --dry-run")
+def maintain(dry_run: DryRun = False, as_json: AsJson = False, reason: Reason = "by hand", profile: Profile = "demo", sets: Sets = None) -> None:
+    """Take away what nothing holds any more: old releases, branches, snapshots, days, orphan files; join small files."""
+    from jobs import launchers, views
+
+    home, loaded = _lake(profile, sets)
+    today = datetime.now(UTC).date()
+    ctx = Context(config=loaded, home=home, stage="maintain", logical_date=today, run_id=f"maintain__{today}", reason=reason)
+    request = launchers.Request(profile=profile, overrides=tuple(sets or ()))
+    rows = views.maintain(ctx) if dry_run else launchers.launch(ctx, request)["outputs"]["rows"]
+    show_rows(rows, "would go" if dry_run else "gone", as_json)
+    if not as_json:
+        freed, later = (sum(row[name] for row in rows) for name in ("frees_now", "frees_later"))
+        console.print(f"{freed:,} bytes {'would be ' if dry_run else ''}freed, {later:,} more when the snapshots that still show them have aged")
+
+
 @app.command(epilog="sid report d19980421")
 def report(
     tag: Annotated[str, typer.Argument(help="A release tag; empty = the newest current release.")] = "",
@@ -255,6 +338,19 @@ def demo(
     story.run(dataset=dataset, nights=nights, dataset_path=dataset_path, overrides=tuple(sets or ()), console=console)
 
 
+@app.command(epilog="sid up --port-airflow 8090 --port-mlflow 5010")
+def up(
+    port_airflow: Annotated[int, typer.Option("--port-airflow", help="Port of Airflow's interface.", min=1, max=65535)] = 8080,
+    port_mlflow: Annotated[int, typer.Option("--port-mlflow", help="Port of MLflow's interface.", min=1, max=65535)] = 5000,
+) -> None:
+    """Serve Airflow's and MLflow's interfaces on loopback, with a password, until Ctrl-C."""
+    from jobs import up as interfaces
+
+    interfaces.run(
+        Home.from_environment(), airflow=port_airflow, mlflow=port_mlflow, say=lambda line: console.print(escape(line), soft_wrap=True, highlight=False)
+    )
+
+
 # ---------------------------------------------------------------- helpers
 
 
@@ -299,7 +395,8 @@ def parse_pair(text: str) -> tuple[str, str]:
 
 def _short(row: Mapping[str, Any]) -> dict[str, Any]:
     """A release as a line that fits a terminal; --json has every column."""
-    notes = [text for name, text in (("newest", "newest"), ("parent_superseded", "parent superseded"), ("refit_due", "refit due")) if row[name]]
+    known = {"newest": "newest", "parent_superseded": "parent superseded", "refit_due": "refit due", "expired": "expired"}
+    notes = [text for name, text in known.items() if row[name]] + [f"pinned by {name}" for name in row["pinned_by"]]
     kept = {"tag": row["tag"], "items": row["items"], "gen": row["generation"], "status": row["status"], "parent": row["parent_tag"], "reason": row["reason"]}
     return {**kept, "notes": ", ".join(notes)}
 
@@ -316,13 +413,6 @@ def _cell(value: Any) -> str:
 
 def _lake(profile: str, sets: list[str] | None) -> tuple[Home, config.Config]:
     return Home.from_environment(), config.load(profile, tuple(sets or ()))
-
-
-def _release_table(profile: str, sets: list[str] | None) -> pa.Table:
-    from pipeline import lakehouse
-
-    home, loaded = _lake(profile, sets)
-    return lakehouse.read_releases(home, loaded.lake)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import Config, PlanNight
 from pipeline.context import Context, Plan, PlannedFile, Release
@@ -38,11 +38,11 @@ def run(inputs: Inputs, params: PlanNight, ctx: Context) -> StageResult:
     files = planned(spec, ctx, ledger)
     plan = make_plan(ctx, params, files, ledger, inputs.arrow("sid.release").to_pylist(), inputs.arrow("sid.generation").to_pylist())
     logger.info(
-        "planned date=%s tag=%s generation=%d new=%s parent=%s files=%d reuse=%s",
+        "planned date=%s tag=%s generation=%d begins=%s parent=%s files=%d reuse=%s",
         plan.logical_date,
         plan.tag,
         plan.generation,
-        plan.new_generation,
+        plan.start or "no",
         plan.parent.tag if plan.parent else "-",
         len(files),
         plan.reuse or "-",
@@ -82,18 +82,16 @@ def make_plan(
     """The manifest as a pure function of what the lake and the files say."""
     today = [row for row in releases if row["logical_date"] == ctx.logical_date]
     parent = parent_release(releases, ctx.logical_date)
-    refit = bool(parent and parent["refit_due"] and params.refit_when_due)
-    new_generation = parent is None or params.policy == "cold" or refit
-    fingerprint = _fingerprint(ctx.config, ctx.logical_date, files, ledger, parent, new_generation)
+    start, reason = begins(params, parent)
+    fingerprint = _fingerprint(ctx.config, ctx.logical_date, files, ledger, parent, start)
     same = next((row for row in today if row["input_fingerprint"] == fingerprint and row["status"] == "current" and row["drift"]), None)
     revision = max((row["revision"] for row in today), default=0) + 1
-    reason = "first release" if parent is None else "policy cold" if params.policy == "cold" else "refit due" if refit else "frozen"
     return Plan(
         logical_date=ctx.logical_date,
         tag=same["tag"] if same else tag_name(ctx.logical_date, revision),
         revision=same["revision"] if same else revision,
-        generation=_generation(generations, fingerprint) if new_generation or parent is None else parent["generation"],
-        new_generation=new_generation,
+        generation=_generation(generations, fingerprint) if start or parent is None else parent["generation"],
+        start=start,
         reason=reason,
         parent=Release(**{name: parent[name] for name in Release.model_fields}) if parent else None,
         files=files,
@@ -102,6 +100,17 @@ def make_plan(
         seed=ctx.config.seed,
         reuse=same["tag"] if same else "",
     )
+
+
+def begins(params: PlanNight, parent: Row | None) -> tuple[Literal["", "cold", "warm", "anchored"], str]:
+    """(how a new generation begins tonight, empty = the parent's goes on; why)."""
+    if parent is None:
+        return "cold", "first release"
+    if params.policy != "frozen":
+        return params.policy, f"policy {params.policy}"
+    if parent["refit_due"] and params.refit_when_due:
+        return params.refit, f"refit due, {params.refit}"
+    return "", "frozen"
 
 
 def parent_release(releases: Iterable[Row], day: date) -> Row | None:
@@ -133,7 +142,7 @@ def _generation(generations: Sequence[Row], fingerprint: str) -> int:
     return int(same[0]) if same else max((int(row["generation"]) for row in generations), default=0) + 1
 
 
-def _fingerprint(config: Config, day: date, files: Iterable[PlannedFile], ledger: Iterable[Row], parent: Row | None, new_generation: bool) -> str:
+def _fingerprint(config: Config, day: date, files: Iterable[PlannedFile], ledger: Iterable[Row], parent: Row | None, start: str) -> str:
     """Digest of everything the night is a function of: data as of the cutoff, parent, policy, configuration and seed."""
     digests = {f"{row['file_date']}/{row['kind']}": row["sha256"] for row in ledger}
     digests.update({f"{file.file_date}/{file.kind}": file.sha256 for file in files})
@@ -141,7 +150,7 @@ def _fingerprint(config: Config, day: date, files: Iterable[PlannedFile], ledger
         "day": str(day),
         "files": digests,
         "parent": parent["rows_digest"] if parent else "",
-        "new_generation": new_generation,
+        "start": start,
         "config": config.digest(),
         "seed": config.seed,
     }

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.plan_night import parent_release
 from pipeline.errors import ContractError, UpstreamMissing
 
 STRATA = ("head", "torso", "tail")
@@ -20,14 +21,26 @@ Row = dict[str, Any]
 
 
 def release_rows(releases: pa.Table) -> list[Row]:
-    """Rows of sid.release by date and revision, each with `newest` (what consumers read) and `parent_superseded` (its parent is no longer current)."""
+    """Rows of sid.release by date and revision, each with `newest` (what consumers read) and `parent_superseded` (`stale_tags`)."""
     rows = sorted(releases.to_pylist(), key=lambda row: (row["logical_date"], row["revision"]))
-    status = {row["tag"]: row["status"] for row in rows}
-    newest = newest_current(rows)
+    newest, stale = newest_current(rows), stale_tags(rows)
     for row in rows:
         row["newest"] = newest is not None and row["tag"] == newest["tag"]
-        row["parent_superseded"] = status.get(row["parent_tag"], "current") != "current"
+        row["parent_superseded"] = row["tag"] in stale
     return rows
+
+
+def stale_tags(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Tags of current releases that were not made on the current revision of the latest earlier date, directly or further up the chain.
+
+    They are whole and readable, but a rerun of their nights would give other rows: `sid backfill --cascade`.
+    """
+    stale: set[str] = set()
+    for row in sorted((row for row in rows if row["status"] == "current"), key=lambda row: row["logical_date"]):
+        parent = parent_release(rows, row["logical_date"])
+        if row["parent_tag"] != (parent["tag"] if parent else None) or row["parent_tag"] in stale:
+            stale.add(row["tag"])
+    return stale
 
 
 def newest_current(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -1,5 +1,8 @@
 """train_tokenizer: fit the SID tokenizer of a new generation on the live items of the night; nothing on a frozen night.
 
+A generation begins cold, or at the parent's tokenizer (warm), or there with its code rows pulled towards the parent's and its codes renamed to the
+parent's by an optimal matching (anchored).
+
 Not here: the tokenizers (pipeline/tokenizers), assigning codes (assign_sid). Under torchrun every process runs this job; process 0 answers for all.
 """
 
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
     from jobs.inputs import Inputs
     from pipeline.config import TrainTokenizer
-    from pipeline.tokenizers.base import FitReport, ItemBatch, Tokenizer
+    from pipeline.context import Plan
+    from pipeline.tokenizers.base import FitReport, History, ItemBatch, Start, Tokenizer
 
 EXAMPLE_ROWS = 2
 
@@ -40,14 +44,84 @@ def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
     from pipeline.tokenizers.base import items_from_arrow
     from pipeline.tokenizers.registry import named
 
-    items = items_from_arrow(read_vectors(inputs, ctx))
+    vectors = read_vectors(inputs, ctx)
+    items = items_from_arrow(vectors)
     tokenizer: Tokenizer = named(params.tokenizer)(getattr(params, params.tokenizer))
-    kept = FileCheckpoint(ctx.staging / "train_tokenizer.checkpoint.safetensors")
     with processes() as rank:
-        report = tokenizer.fit(items, seed=derive_seed(plan.seed, "tokenizer", plan.generation), settings=params, checkpoint=kept, progress=progress)
+        report = tokenizer.fit(
+            items,
+            seed=derive_seed(plan.seed, "tokenizer", plan.generation),
+            settings=params,
+            checkpoint=FileCheckpoint(ctx.staging / "train_tokenizer.checkpoint.safetensors"),
+            progress=progress,
+            start=begin_at(inputs, plan, params),
+            history=read_history(inputs, ctx, vectors["item_id"]) if tokenizer.needs_history else None,
+        )
     if rank:
         raise SystemExit(0)  # a helper process: process 0 logs the model and writes the outcome
+    if plan.start == "anchored":
+        rename_codes(tokenizer, items, parent_codes(inputs, plan, vectors["item_id"]))
     return result(tokenizer, report, items, params.tokenizer, plan.generation)
+
+
+def begin_at(inputs: Inputs, plan: Plan, params: TrainTokenizer) -> Start | None:
+    """The parent's tokenizer to begin at, with the pull of the policy; None for a cold start.
+
+    Raises: UpstreamMissing when the parent's generation has no row.
+    """
+    if plan.start == "cold" or plan.parent is None:
+        return None
+    from safetensors.torch import load_file
+
+    from pipeline.tokenizers.base import Start
+    from pipeline.tokenizers.registry import from_state
+
+    rows = inputs.arrow("sid.generation", columns=("generation", "tokenizer_uri"), where=f"generation == {plan.parent.generation:d}").to_pylist()
+    if not rows:
+        raise UpstreamMissing(f"generation {plan.parent.generation} has no row", expected="one row", found="none", where="sid.generation")
+    folder = inputs.model(rows[0]["tokenizer_uri"])
+    tokenizer = from_state(json.loads((folder / "config.json").read_text(encoding="utf-8")), load_file(folder / "model.safetensors"))
+    return Start(tokenizer=tokenizer, pull=params.pull if plan.start == "anchored" else 0.0)
+
+
+def parent_codes(inputs: Inputs, plan: Plan, item_ids: pa.ChunkedArray) -> Tensor:
+    """Codes of the parent release for the items, (N, L) int64; -1 throughout for an item that is not in it."""
+    import pyarrow.compute as pc
+    import torch
+
+    assert plan.parent is not None, "an anchored night has a parent"
+    parent = inputs.release(plan.parent.tag)
+    width = len(parent["codes"][0])
+    codes_PL = torch.from_numpy(pc.list_flatten(parent["codes"]).to_numpy().astype("int64")).view(-1, width)
+    place_N = torch.from_numpy(pc.fill_null(pc.index_in(item_ids, value_set=parent["item_id"].combine_chunks()), -1).to_numpy().astype("int64"))
+    return torch.where(place_N[:, None] >= 0, codes_PL[place_N], -1)
+
+
+def rename_codes(tokenizer: Tokenizer, items: ItemBatch, parent_NL: Tensor) -> None:
+    """Rename the tokenizer's codes to the parent's where most popularity has both."""
+    from pipeline.tokenizers.refresh import match_codes
+
+    known_N = parent_NL[:, 0] >= 0
+    mass_N = None if items.popularity_N is None else items.popularity_N[known_N] + 1.0  # an item without events still counts as one
+    tokenizer.relabel(match_codes(parent_NL[known_N], tokenizer.encode(items).codes_NL[known_N], tokenizer.codebook_sizes, mass_N))
+
+
+def read_history(inputs: Inputs, ctx: Context, item_ids: pa.ChunkedArray) -> History:
+    """Users' sequences of the night as rows of the items; events of items that are not live are left out."""
+    import numpy as np
+    import pyarrow.compute as pc
+    import torch
+
+    from pipeline.tokenizers.base import History
+
+    rows = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids"), where=f"logical_date == '{ctx.logical_date}'").sort_by("user_id")
+    place_T = pc.index_in(pc.list_flatten(rows["item_ids"]), value_set=item_ids.combine_chunks())
+    user_T = pc.list_parent_indices(rows["item_ids"]).to_numpy()[place_T.is_valid().to_numpy()]
+    counts_U = np.bincount(user_T, minlength=len(rows))
+    return History(
+        index_T=torch.from_numpy(place_T.drop_null().to_numpy().astype(np.int64)),
+        offset_U=torch.from_numpy(np.concatenate([[0], np.cumsum(counts_U)]).astype(np.int64)),
+    )
 
 
 def read_vectors(inputs: Inputs, ctx: Context) -> pa.Table:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -90,7 +90,8 @@ class Release(Frozen):
 class Plan(Frozen):
     """The night's manifest: what every stage of the night reads, fixed once.
 
-    new_generation: fit encoder and tokenizer anew; else copy from `parent`.
+    start: where a new generation begins: cold = nowhere, warm = at the parent's models, anchored = there, and held to their codes; empty = none begins,
+        everything is copied from `parent`.
     reuse: tag of a published release with the same fingerprint; every stage then ends as `reused`.
     """
 
@@ -98,7 +99,7 @@ class Plan(Frozen):
     tag: str
     revision: int
     generation: int
-    new_generation: bool
+    start: Literal["", "cold", "warm", "anchored"]
     reason: str
     parent: Release | None
     files: tuple[PlannedFile, ...]
@@ -106,6 +107,11 @@ class Plan(Frozen):
     config_hash: str
     seed: int
     reuse: str = ""
+
+    @property
+    def new_generation(self) -> bool:
+        """Whether encoder and tokenizer are fitted tonight."""
+        return bool(self.start)
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,17 @@ class Stage:
     name: str
     summary: str
     engine: Engine
-    group: Literal["refresh", "consumers", "maintenance"]
+    group: Literal["refresh", "consumers", "maintenance", "rollback"]
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()  # order that no table shows
     gpu: bool = False
+    settings: str = ""  # the profile section of a stage that has none of its own
 
     @property
     def section(self) -> str:
         """The profile section that configures the stage."""
-        return self.name
+        return self.settings or self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ STAGES: tuple[Stage, ...] = (
         summary="train the behaviour encoder (new generation) or only the rows that moved (frozen)",
         engine="torch",
         group="refresh",
-        inputs=("feature.user_sequence", "feature.item_popularity", "feature.item_content_vector", "feature.item_feature", "sid.generation"),
+        inputs=("raw.item", "feature.user_sequence", "feature.item_popularity", "feature.item_content_vector", "feature.item_feature", "sid.generation"),
         gpu=True,
     ),
     Stage(
@@ -178,7 +179,15 @@ STAGES: tuple[Stage, ...] = (
         summary="fit the SID tokenizer (only for a new generation)",
         engine="torch",
         group="refresh",
-        inputs=("feature.item_feature", "feature.item_content_vector", "feature.item_behavior_vector"),
+        inputs=(
+            "feature.item_feature",
+            "feature.item_content_vector",
+            "feature.item_behavior_vector",
+            "feature.user_sequence",
+            "sid.item_sid",
+            "sid.release",
+            "sid.generation",
+        ),
         gpu=True,
     ),
     Stage(
@@ -224,10 +233,37 @@ STAGES: tuple[Stage, ...] = (
         gpu=True,
     ),
     Stage(
+        name="train_retriever",
+        summary="train a generative retriever on a pinned release: real, permuted and random codes beside floors",
+        engine="torch",
+        group="consumers",
+        inputs=(
+            "rank.rank_example",
+            "sid.release",
+            "sid.item_sid",
+            "sid.generation",
+            "feature.user_sequence",
+            "feature.item_feature",
+            "feature.item_content_vector",
+            "feature.item_behavior_vector",
+        ),
+        gpu=True,
+    ),
+    Stage(
         name="maintain",
-        summary="drop old audit branches, expire snapshots no tag holds, compact small files",
+        summary="expire old releases, branches, snapshots, partitions and files that nothing holds; compact small files",
         engine="spark",
         group="maintenance",
+        inputs=("sid.release", "sid.item_sid", "feature.item_feature"),
+    ),
+    Stage(
+        name="rollback",
+        summary="make an earlier release the current one and withdraw all newer ones, in one commit",
+        engine="spark",
+        group="rollback",
+        inputs=("sid.release",),
+        outputs=("sid.release",),
+        settings="publish_release",
     ),
 )
 

@@ -186,12 +186,20 @@ def check_header(path: Path, file_format: FileFormat, columns: tuple[str, ...]) 
     A JSONL file of zero bytes is a day without rows; a CSV file needs its header.
     Raises: ContractError naming the missing columns, or saying why the file cannot be read.
     """
-    found = _parquet_columns(path) if file_format == "parquet" else _text_columns(path, file_format)
+    found = columns_of(path, file_format)
     missing = [column for column in columns if found is not None and column not in found]
     if missing:
         raise ContractError(
             f"a {file_format} file lacks columns: {', '.join(missing)}", expected=", ".join(columns), found=", ".join(found or ()), where=str(path)
         )
+
+
+def columns_of(path: Path, file_format: FileFormat) -> list[str] | None:
+    """Names of a file's columns; None for an empty JSONL file.
+
+    Raises: ContractError saying why the file cannot be read.
+    """
+    return _parquet_columns(path) if file_format == "parquet" else _text_columns(path, file_format)
 
 
 def _parquet_columns(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path, PurePosixPath
 
 from pipeline import config
+from pipeline.datasets import base
 from pipeline.datasets.base import EVENT_COLUMNS, ITEM_COLUMNS, FileFormat, SourceSpec, quoted, read_options
 from pipeline.errors import ConfigError, UpstreamMissing
 
@@ -42,9 +43,9 @@ class Folder:
         events, from_events = checked_pattern(root, source.events_pattern, "events_pattern"), source.catalogue == "from_events"
         items = None if from_events else checked_pattern(root, source.items_pattern, "items_pattern")
         item_format = file_format(items or events)
-        event_map = column_map(source.event_columns, EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, "event_columns")
-        item_map = column_map(source.item_columns, ITEM_COLUMNS, ("item_id",), "item_columns")
         found = dated_files(root, events)
+        event_map = column_map(source.event_columns or named_alike(root, events, EVENT_COLUMNS), EVENT_COLUMNS, REQUIRED_EVENT_COLUMNS, "event_columns")
+        item_map = column_map(source.item_columns or named_alike(root, items or events, ITEM_COLUMNS), ITEM_COLUMNS, ("item_id",), "item_columns")
         return SourceSpec(
             events_path=lambda day: root / events.replace("{date}", day.isoformat()),
             items_path=None if items is None else lambda day: root / items.replace("{date}", day.isoformat()),
@@ -121,6 +122,17 @@ def dated_files(root: Path, pattern: str) -> list[date]:
     if not found:
         raise UpstreamMissing("no day file is there", expected=pattern.replace("{date}", "<YYYY-MM-DD>"), found="none", where=str(root))
     return found
+
+
+def named_alike(root: Path, pattern: str, known: tuple[str, ...]) -> dict[str, str]:
+    """Columns of the first CSV or Parquet day file that bear our names, mapped to themselves: what a profile without a mapping means.
+
+    JSON Lines may leave keys out, so one file says too little there: their optional columns are mapped in the profile.
+    """
+    fmt = file_format(pattern)
+    files = sorted(root.glob(glob.escape(pattern).replace("{date}", "*")))
+    columns = base.columns_of(files[0], fmt) if files and fmt != "jsonl" else None
+    return {name: name for name in known if name in (columns or ())}
 
 
 def column_map(given: Mapping[str, str], known: tuple[str, ...], required: tuple[str, ...], key: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ def plan(*, new_generation=False, parent=True):
     """A night on D whose parent is the night before."""
     before = Release(tag="d20260104", logical_date=D - timedelta(days=1), revision=1, generation=1, snapshot_id=1)
     return Plan(
-        logical_date=D, tag="d20260105", revision=1, generation=2 if new_generation and parent else 1, new_generation=new_generation, reason="test",
+        logical_date=D, tag="d20260105", revision=1, generation=2 if new_generation and parent else 1, start="cold" if new_generation else "", reason="test",
         parent=before if parent else None, files=(), input_fingerprint="f", config_hash="c", seed=1,
     )  # fmt: skip
 
@@ -112,6 +112,23 @@ def test_a_new_generation_numbers_from_zero(spark):
     encoded = encoded_frame(spark, [("a", (1, 1)), ("b", (1, 1)), ("late", (1, 1))])
     found = by_item(assign_sid.release_rows(features, encoded, parent, plan(new_generation=True)), "disambiguator", "generation")
     assert found == {"a": (0, 2), "b": (1, 2), "late": (2, 2)}
+
+
+def test_an_anchored_generation_keeps_the_numbers_of_unmoved_items(spark):
+    features = spark.createDataFrame([feature("a"), feature("b"), feature("new")], FEATURE)
+    parent = spark.createDataFrame([released("a", (1, 1), 9), released("b", (2, 2), 4)], SID)
+    encoded = encoded_frame(spark, [("a", (1, 1)), ("b", (1, 1)), ("new", (1, 1))])
+    night = plan(new_generation=True).model_copy(update={"start": "anchored"})
+    found = by_item(assign_sid.release_rows(features, encoded, parent, night), "disambiguator", "changed_from_parent", "generation")
+    assert found == {"a": (9, False, 2), "b": (10, True, 2), "new": (11, False, 2)}
+
+
+def test_an_item_without_parent_codes_holds_on_to_none():
+    column = pa.array([[1, 2], None, [0, 5]], pa.list_(pa.int32()))
+    keep = assign_sid.kept_codes(column, 2, 0.1)
+    assert keep.codes_NL[[0, 2]].tolist() == [[1, 2], [0, 5]]
+    assert int(keep.codes_NL[1].min()) > 10**9
+    assert keep.margin == 0.1
 
 
 def test_vectors_are_joined_by_reference_and_a_dangling_one_is_refused(spark):

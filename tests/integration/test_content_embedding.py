@@ -69,7 +69,7 @@ def ingest(spark, *rows):
 
 def run(home, config, day, run_id="r1"):
     plan = Plan(
-        logical_date=day, tag="d", revision=1, generation=1, new_generation=True, reason="test", parent=None, files=(), input_fingerprint="f",
+        logical_date=day, tag="d", revision=1, generation=1, start="cold", reason="test", parent=None, files=(), input_fingerprint="f",
         config_hash="c", seed=1,
     )  # fmt: skip
     ctx = Context(config=config, home=home, stage="content_embedding", logical_date=day, run_id=f"{run_id}_{day}")

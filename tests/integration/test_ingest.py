@@ -68,7 +68,7 @@ class Nights:
         files = [file.model_copy(update=changed or {}) for file in files]
         last = max(days or (D,))
         night = Plan(
-            logical_date=last, tag="d1", revision=1, generation=1, new_generation=True, reason="test", parent=None,
+            logical_date=last, tag="d1", revision=1, generation=1, start="cold", reason="test", parent=None,
             files=tuple(files), input_fingerprint="f", config_hash="c", seed=0,
         )  # fmt: skip
         ctx = Context(self.config, self.home, "ingest", last, "test")

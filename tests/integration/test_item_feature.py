@@ -47,7 +47,7 @@ def night(spark, tmp_path, *, new_generation, extra=()):
     """Inputs and context of a night with four items: trained tonight, copied, masked, and known by events only; `extra` arrive on top."""
     parent = None if new_generation else Release(tag="d20260301", logical_date=BASE, revision=1, generation=7, snapshot_id=1)
     plan = Plan(
-        logical_date=D, tag="d20260302", revision=1, generation=7, new_generation=new_generation, reason="test", parent=parent,
+        logical_date=D, tag="d20260302", revision=1, generation=7, start="cold" if new_generation else "", reason="test", parent=parent,
         files=(), input_fingerprint="f", config_hash="c", seed=0,
     )  # fmt: skip
     ctx = Context(config.Config(), Home(tmp_path), "item_feature", D, "test")

@@ -65,7 +65,7 @@ def model(tmp_path):
 def night(day, *, parent=None, fingerprint="f1"):
     """The manifest of a night; without a parent it fits generation 1."""
     return Plan(
-        logical_date=day, tag=f"d{day:%Y%m%d}", revision=1, generation=1, new_generation=parent is None, reason="test", parent=parent, files=(),
+        logical_date=day, tag=f"d{day:%Y%m%d}", revision=1, generation=1, start="cold" if parent is None else "", reason="test", parent=parent, files=(),
         input_fingerprint=fingerprint, config_hash="c", seed=1,
     )  # fmt: skip
 

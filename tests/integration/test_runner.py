@@ -78,7 +78,7 @@ def references(home: Home) -> dict[str, set[str]]:
 def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark: Any, home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     day = first_day(data)
     planned = run(home, "plan_night", day)
-    assert (planned["status"], planned["outputs"]["tag"], planned["outputs"]["new_generation"]) == ("done", f"d{day:%Y%m%d}", True)
+    assert (planned["status"], planned["outputs"]["tag"], planned["outputs"]["start"]) == ("done", f"d{day:%Y%m%d}", "cold")
     loaded = run(home, "ingest", day, reason="for the test")
     _check_outcome(home, loaded)
     _check_traceable(spark, home, loaded)

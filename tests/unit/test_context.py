@@ -23,7 +23,7 @@ def make(folder: Path, **changes: object) -> Context:
 
 def a_plan(**changes: object) -> Plan:
     given = {
-        "logical_date": DAY, "tag": "d20260301", "revision": 1, "generation": 1, "new_generation": True, "reason": "first release", "parent": None,
+        "logical_date": DAY, "tag": "d20260301", "revision": 1, "generation": 1, "start": "cold", "reason": "first release", "parent": None,
         "files": (), "input_fingerprint": "f", "config_hash": "c", "seed": 1,
     }  # fmt: skip
     return Plan(**{**given, **changes})
@@ -100,7 +100,7 @@ def test_a_stage_that_has_not_ended_is_named_with_the_command_that_runs_it(tmp_p
 
 def test_the_plan_survives_its_document(tmp_path: Path) -> None:
     parent = Release(tag="d20260228", logical_date=date(2026, 2, 28), revision=1, generation=1, snapshot_id=2**62)
-    plan = a_plan(new_generation=False, parent=parent, reason="frozen")
+    plan = a_plan(start="", parent=parent, reason="frozen")
     ctx = make(tmp_path)
     write_json(ctx.staging / "plan_night.json", {"outputs": plan.model_dump(mode="json")})
     assert make(tmp_path, attempt=3, stage="assign_sid").plan() == plan

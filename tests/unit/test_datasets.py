@@ -217,6 +217,16 @@ def test_folder_maps_columns_and_finds_its_days(user_folder: Path):
     assert base.schema_ddl(spec, "events") is None
 
 
+def test_folder_without_a_mapping_takes_columns_that_bear_our_names(user_folder: Path):
+    for day in ("2026-01-05", "2026-01-08"):
+        (user_folder / "events" / f"{day}.csv").write_text("user_id,item_id,event_ts,value,colour\na,1,2026-01-05T10:00:00,2,red\n")
+        (user_folder / "items" / f"{day}.csv").write_text("item_id,text\n1,Cup\n")
+    spec = folder_spec(user_source(user_folder, event_columns={}, item_columns={}, items_pattern="items/{date}.csv"))
+    assert spec.event_columns == ("user_id", "item_id", "event_ts", "value")
+    assert spec.item_columns == ("item_id", "text")
+    assert spec.event_select["value"] == "try_cast(`value` AS DOUBLE)"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

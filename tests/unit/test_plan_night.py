@@ -74,9 +74,21 @@ def test_cold_fits_a_new_generation_every_night(tmp_path: Path) -> None:
 def test_a_due_refit_is_obeyed_unless_the_profile_says_otherwise(tmp_path: Path) -> None:
     due = (a_release(refit_due=True),)
     obeyed = plan_of(context(tmp_path), due, (a_generation(1),))
-    assert (obeyed.generation, obeyed.new_generation, obeyed.reason) == (2, True, "refit due")
+    assert (obeyed.generation, obeyed.start, obeyed.reason) == (2, "anchored", "refit due, anchored")
     ignored = plan_of(context(tmp_path, "plan_night.refit_when_due=false"), due, (a_generation(1),))
-    assert (ignored.generation, ignored.new_generation, ignored.reason) == (1, False, "frozen")
+    assert (ignored.generation, ignored.start, ignored.reason) == (1, "", "frozen")
+
+
+@pytest.mark.parametrize("policy", ["anchored", "warm", "cold"])
+def test_a_policy_says_how_each_generation_begins_but_the_first_has_nothing_to_begin_at(tmp_path: Path, policy: str) -> None:
+    later = plan_of(context(tmp_path, f"plan_night.policy={policy}"), (a_release(),), (a_generation(1),))
+    assert (later.generation, later.start, later.reason) == (2, policy, f"policy {policy}")
+    assert plan_of(context(tmp_path, f"plan_night.policy={policy}"), (), ()).start == "cold"
+
+
+def test_the_way_a_generation_begins_is_part_of_what_the_night_is(tmp_path: Path) -> None:
+    ways = [("plan_night.policy=cold",), ("plan_night.policy=anchored",), ()]
+    assert len({plan_of(context(tmp_path, *way), (a_release(),), (a_generation(1),)).input_fingerprint for way in ways}) == 3
 
 
 def test_only_the_parents_refit_counts(tmp_path: Path) -> None:

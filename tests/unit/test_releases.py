@@ -109,7 +109,7 @@ def test_show_orders_neighbours_by_shared_codes_and_never_counts_masked_slots():
 def plan():
     before = Release(tag="d20260104", logical_date=D - timedelta(days=1), revision=1, generation=1, snapshot_id=1)
     return Plan(
-        logical_date=D, tag="d20260105", revision=1, generation=1, new_generation=False, reason="frozen", parent=before, files=(),
+        logical_date=D, tag="d20260105", revision=1, generation=1, start="", reason="frozen", parent=before, files=(),
         input_fingerprint="f", config_hash="c", seed=1,
     )  # fmt: skip
 

@@ -1,0 +1,55 @@
+"""A state folder as a user drives it: the command line in a process of its own, and what its tables then hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+from pipeline import config, lakehouse
+from pipeline.context import Home
+
+UNDATED = {"feature.item_content_vector", "sid.codebook", "sid.generation"}
+NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, and the list of releases says how one got there
+
+
+def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`sid` with the profile `tiny` in a process of its own."""
+    environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny"}
+    return subprocess.Popen([sys.executable, "-m", "jobs.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What it printed, when it ended well."""
+    out, complaints = process.communicate(timeout=1500)
+    assert process.returncode == 0, out[-3000:] + complaints[-3000:]
+    return out
+
+
+def sid(home: Path, *arguments: str) -> str:
+    """What `sid` printed."""
+    return ended(start(home, *arguments))
+
+
+def digests(home: Path, last: date, tables: Iterable[str] = ()) -> dict[str, str]:
+    """Table -> digest of its rows up to a date, whatever their order."""
+    lake = config.load("tiny").lake
+    found = {}
+    for table in sorted(set(tables) or set(lakehouse.table_names()) - NOT_ROWS):
+        rows = lakehouse.read_arrow(Home(home), lake, table).to_pylist()
+        partition = lakehouse.partition_columns(table)
+        day = partition[0] if partition and table not in UNDATED else ""
+        kept = sorted(json.dumps({**row, "path": ""}, default=str, sort_keys=True) for row in rows if not day or row[day] <= last)  # a path names its home
+        found[table] = hashlib.sha256("\n".join(kept).encode()).hexdigest() if kept or table == "raw.rejected_row" else "empty"
+    return found
+
+
+def releases(home: Path) -> list[dict[str, object]]:
+    """What `sid releases` says."""
+    rows: list[dict[str, object]] = json.loads(sid(home, "releases", "--json"))
+    return rows
