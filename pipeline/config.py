@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
 
 PROFILES = Path(__file__).parent / "profiles"
+SECRET_PROPERTY = re.compile(r"(?i)secret|passw|token|credential|access-key")
 
 
 class Section(BaseModel):
@@ -31,6 +33,15 @@ class Lake(Section):
 
     catalog: Literal["hadoop", "jdbc", "rest", "glue"] = Field("hadoop", description="Iceberg catalog type; hadoop = a local folder, no server")
     properties: dict[str, str] = Field({}, description="further catalog properties, e.g. io-impl; no secrets")
+
+    @field_validator("properties")
+    @classmethod
+    def no_secrets(cls, given: dict[str, str]) -> dict[str, str]:
+        """The properties; a profile is logged, stored and shown, so none may be a secret."""
+        wrong = [name for name in given if SECRET_PROPERTY.search(name)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: secrets come from the environment")
+        return given
 
 
 class Launch(Section):
@@ -62,8 +73,10 @@ class Source(Section):
     catalogue: Literal["snapshot", "delta", "from_events"] = Field("delta", description="what a catalogue file holds; only a snapshot retires by absence")
     events_pattern: str = Field("", description="folder: events path under `path`, with {date}; e.g. events/{date}.csv")
     items_pattern: str = Field("", description="folder: items path under `path`, with {date}; e.g. items/{date}.jsonl")
-    event_columns: dict[str, str] = Field({}, description="folder: our column -> theirs (user_id, item_id, event_ts, event_type, value, session_id)")
-    item_columns: dict[str, str] = Field({}, description="folder: our column -> theirs (item_id, title, text, category, image_uri)")
+    event_columns: dict[str, str] = Field(
+        {}, description="folder: our column -> theirs (user_id, item_id, event_ts, event_type, value, session_id); empty = same names"
+    )
+    item_columns: dict[str, str] = Field({}, description="folder: our column -> theirs (item_id, title, text, category, image_uri); empty = same names")
     image_root: str = Field("", description="folder or fsspec URI that relative image_uri values are joined to")
     options: dict[str, int | float | str | bool] = Field({}, description="options of the data set itself, e.g. items and seed of `shop`")
 
@@ -71,7 +84,13 @@ class Source(Section):
 class PlanNight(Section):
     """The refresh policy and the vocabulary's first day."""
 
-    policy: Literal["frozen", "cold"] = Field("frozen", description="frozen = keep the generation; cold = a new generation every night")
+    policy: Literal["frozen", "anchored", "warm", "cold"] = Field(
+        "frozen", description="frozen = keep the generation until a refit is due; anchored, warm, cold = begin a new generation that way every night"
+    )
+    refit: Literal["anchored", "warm", "cold"] = Field(
+        "anchored",
+        description="a due refit begins: anchored = at the champion, rows pulled towards it, codes matched and held; warm = at the champion; cold = anew",
+    )
     refit_when_due: bool = Field(True, description="obey sid.release.refit_due of the parent with a new generation")
 
 
@@ -135,11 +154,67 @@ class SasRec(Section):
     row_steps: int = Field(100, ge=1, description="steps that train moved rows under the frozen policy")
 
 
+class GraphEncoder(Section):
+    """What every encoder on the user-item graph is trained with; a pair of user and item counts once."""
+
+    dim: int = Field(64, ge=4, description="width of a user's and an item's row")
+    learning_rate: float = Field(5e-3, gt=0, description="Adam step size; moved rows are trained with it as well")
+    decay: float = Field(1e-4, ge=0, description="weight of the squared rows of a batch, per pair")
+    batch_size: int = Field(1024, ge=1, description="pairs per step at least")
+    max_steps: int = Field(100, ge=1, description="steps per epoch at most: every step propagates over the whole graph, so a large graph takes larger batches")
+    max_epochs: int = Field(100, ge=1, description="epochs at most")
+    patience: int = Field(10, ge=1, description="epochs without better validation NDCG@10")
+    valid_users: int = Field(3000, ge=1, description="users of the validation sample")
+    row_steps: int = Field(100, ge=1, description="steps that train moved rows under the frozen policy")
+
+
+class BprMf(GraphEncoder):
+    """BPR matrix factorisation: the floor of the graph encoders."""
+
+
+class LightGcn(GraphEncoder):
+    """LightGCN hyper-parameters."""
+
+    num_layers: int = Field(3, ge=0, description="propagation layers K; the vector is the mean of layers 0 .. K")
+
+
+class Ngcf(GraphEncoder):
+    """NGCF hyper-parameters; the vector is num_layers + 1 times as wide as `dim`."""
+
+    num_layers: int = Field(3, ge=1, description="propagation layers; the vector is layers 0 .. num_layers end to end")
+    form: Literal["paper", "released"] = Field(
+        "paper", description="paper = D^-1/2 A D^-1/2 and one activation; released = D^-1 (A + I), an activation per part, layers of unit length"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="message dropout: share of a layer's outputs that are dropped in a step")
+    product: bool = Field(True, description="the element-wise product of a node and its neighbours; False = the ablation without it")
+    decay: float = Field(1e-5, ge=0, description="weight of the squared final vectors of a batch, per pair")
+
+
+class AlphaRec(GraphEncoder):
+    """AlphaRec hyper-parameters; it reads the night's text vectors and has no row per id."""
+
+    form: Literal["mlp", "linear"] = Field("mlp", description="map of the text vectors: two layers, or one linear map without bias (the paper's `homo`)")
+    hidden_dim: int = Field(512, ge=2, description="hidden width of the two-layer map")
+    num_layers: int = Field(2, ge=0, description="propagation layers K; the vector is the mean of layers 0 .. K")
+    temperature: float = Field(0.15, gt=0, description="tau of the contrastive loss")
+    num_negatives: int = Field(256, ge=1, description="uniform negatives per step, shared by its pairs")
+    learning_rate: float = Field(5e-4, gt=0, description="Adam step size")
+    decay: float = Field(0.0, ge=0, description="weight decay of the map")
+    cold_items: bool = Field(False, description="items with a text get a vector before n_min events, from the text alone while they have none")
+    probe: bool = Field(
+        True, description="at a new generation measure the text vectors by a linear map without graph, beside the same vectors dealt out at random"
+    )
+
+
 class TrainBehaviorEncoder(Section):
     """Behaviour encoder and the richness reference it fits."""
 
     encoder: str = Field("sasrec", description="a key of pipeline.encoders.BEHAVIOR_ENCODERS")
     sasrec: SasRec = SasRec()
+    bpr_mf: BprMf = BprMf()
+    ngcf: Ngcf = Ngcf()
+    lightgcn: LightGcn = LightGcn()
+    alpharec: AlphaRec = AlphaRec()
     n_min: int = Field(5, ge=1, description="events from which an item has a behaviour vector")
     richness: Literal["norm", "count", "rank", "reliability"] = Field("rank", description="what measures how informative an item's behaviour is")
     low_strength_share: float = Field(0.4, gt=0, lt=1, description="share of items that shall get alignment strength below .05; fixes beta")
@@ -207,12 +282,122 @@ class RqKmeans(Section):
     balanced: bool = Field(True, description="balanced assignment while fitting")
 
 
+class RqVae(Section):
+    """RQ-VAE as TIGER trains it; the paper's sizes are 3 levels of 256 codes."""
+
+    num_levels: int = Field(6, ge=1, description="L residual levels")
+    codebook_size: int = Field(100, ge=2, description="K codes per level")
+    latent_dim: int = Field(32, ge=2, description="width of latents and code rows")
+    hidden_dims: list[int] = Field([512, 256, 128], description="hidden widths of the encoder; the decoder has them in reverse")
+    codebook_weight: float = Field(1.0, ge=0, description="weight of the codebook term")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment term")
+    warmup_epochs: int = Field(8, ge=0, description="epochs without quantisation before k-means initialisation; the papers start at once")
+    sinkhorn: bool = Field(False, description="assign evenly at the last level while training (LC-Rec, LETTER)")
+    sinkhorn_epsilon: float = Field(0.003, gt=0, description="temperature of that assignment, distances lie in [-1, 1]")
+    sinkhorn_rounds: int = Field(50, ge=1, description="rounds of that assignment")
+
+
+class Letter(RqVae):
+    """LETTER: an RQ-VAE of the content whose quantised latent is drawn to behaviour and whose codes are spread; the paper's sizes are 4 levels of 256."""
+
+    sinkhorn: bool = Field(True, description="assign evenly at the last level while training")
+    collaborative_weight: float = Field(0.1, ge=0, description="alpha of the alignment with behaviour vectors; 0 = ablation")
+    diversity_weight: float = Field(1e-4, ge=0, description="beta of the diversity of code rows; 0 = ablation")
+    num_clusters: int = Field(10, ge=1, description="clusters of code rows that the diversity term keeps together, at most half the codes")
+
+
+class Opq(Section):
+    """OPQ as RPG uses it: parallel codes of the sub-spaces of a learned rotation."""
+
+    num_positions: int = Field(16, ge=1, le=64, description="L sub-spaces; the paper uses 16 to 64")
+    codebook_size: int = Field(256, ge=2, description="K codes per sub-space")
+    pca_dim: int = Field(512, ge=1, description="width kept by PCA before the rotation; filled up with zeros to a multiple of the positions")
+    whiten: bool = Field(True, description="unit variance along each principal axis; False keeps distances as they are")
+    iterations: int = Field(25, ge=0, description="alternations of rotation and code rows; 0 = product quantisation without a learned rotation")
+
+
+class RandomCodes(Section):
+    """Control: codes that say nothing about an item but which one it is."""
+
+    num_positions: int = Field(6, ge=1, description="L positions")
+    codebook_size: int = Field(100, ge=2, description="K codes per position")
+
+
+class Mmq(Section):
+    """MMQ v1: shared and content-specific experts, auxiliary reconstruction, orthogonality, tuning by behaviour."""
+
+    num_shared: int = Field(2, ge=0, description="N_s shared experts")
+    num_text: int = Field(2, ge=0, description="N_t text experts")
+    num_image: int = Field(2, ge=0, description="N_v image experts; dropped when the data set has no images")
+    codebook_size: int = Field(100, ge=2, description="K codes per expert")
+    latent_dim: int = Field(128, ge=2, description="width of latents and codes")
+    hidden_dim: int = Field(256, ge=2, description="hidden width of experts and decoders")
+    latent_scale: float = Field(4.0, gt=0, description="norm of latents and code rows")
+    input_dim: int = Field(128, ge=1, description="PCA width of a modality's vectors before the tokenizer")
+    reconstruction: float = Field(12.0, ge=0, description="weight of the reconstruction from all experts")
+    auxiliary: float = Field(10.0, ge=0, description="weight of each modality's reconstruction from its own experts; 0 = ablation")
+    orthogonality: float = Field(0.005, ge=0, description="weight of the overlap between experts' maps; 0 = ablation")
+    codebook_weight: float = Field(3.0, ge=0, description="weight of the codebook term")
+    commitment: float = Field(0.6, ge=0, description="weight of the commitment term")
+    warmup_epochs: int = Field(8, ge=0, description="epochs without quantisation before k-means initialisation")
+    code_gradient: bool = Field(True, description="let the decoder's gradient reach the code rows")
+    tune_epochs: int = Field(20, ge=0, description="epochs of tuning by users' histories through soft codes; 0 = ablation, no histories needed")
+    tune_rate: float = Field(1.0, gt=0, description="step size while tuning, as a share of the learning rate")
+    tune_reconstruction: float = Field(0.5, ge=0, description="weight of the reconstruction while tuning")
+    tune_auxiliary: float = Field(0.5, ge=0, description="weight of the auxiliary reconstruction while tuning")
+    soft_temperature: float = Field(0.1, gt=0, description="tau of the soft codes")
+    temperature: float = Field(0.1, gt=0, description="tau of the next-item loss")
+    max_history: int = Field(20, ge=1, description="latest items of the user's history")
+
+
+class Das(RqVae):
+    """DAS: an RQ-VAE of items and one of users, aligned with a debiased collaborative model in the same training."""
+
+    num_levels: int = Field(4, ge=1, description="L residual levels, of items and of users")
+    tower_dim: int = Field(128, ge=2, description="hidden width of the collaborative model's towers")
+    input_dim: int = Field(128, ge=1, description="PCA width of behaviour vectors before the towers")
+    collaborative: float = Field(1.0, ge=0, description="weight of the collaborative model's loss")
+    align_user_item: float = Field(0.05, ge=0, description="weight of users against the items they take, both ways; 0 = ablation")
+    align_items: float = Field(0.05, ge=0, description="weight of codes against the collaborative vector of the same item; 0 = ablation")
+    align_users: float = Field(0.05, ge=0, description="weight of codes against the collaborative vector of the same user; 0 = ablation")
+    align_neighbours: float = Field(0.05, ge=0, description="weight of items next to each other and of users of one item; 0 = ablation")
+    debias: bool = Field(True, description="popularity explains its part of the collaborative score apart from the vectors; False = ablation")
+    temperature: float = Field(0.1, gt=0, description="tau of all contrastive terms")
+    max_history: int = Field(20, ge=1, description="latest items of the user's history")
+
+
+class Unger(RqKmeans):
+    """UNGER (PRORec): content and behaviour made one vector by alignment and a next-item loss, then residual k-means."""
+
+    num_levels: int = Field(3, ge=1, description="L residual levels")
+    codebook_size: int = Field(256, ge=2, description="K codes per level")
+    latent_dim: int = Field(128, ge=2, description="width of each half of the integrated vector")
+    hidden_dim: int = Field(256, ge=2, description="hidden width of the next-item reader")
+    input_dim: int = Field(128, ge=1, description="PCA width of a modality's vectors before the tokenizer")
+    next_item: float = Field(1.0, ge=0, description="weight of the next-item loss; 0 = ablation")
+    alignment: float = Field(0.5, ge=0, description="alpha, weight of content against behaviour; 0 = ablation")
+    freeze_behavior: bool = Field(False, description="behaviour's map stays as it begins: the shortcut that is not the method")
+    temperature: float = Field(0.07, gt=0, description="tau of the alignment")
+    next_temperature: float = Field(0.1, gt=0, description="tau of the next-item loss")
+    max_history: int = Field(20, ge=1, description="latest items of the user's history")
+    balanced: bool = Field(False, description="balanced assignment while fitting")
+
+
 class TrainTokenizer(Section):
     """The tokenizer, its training loop and its variant's own section."""
 
     tokenizer: str = Field("ada_sid", description="a key of pipeline.tokenizers.TOKENIZERS")
     ada_sid: AdaSid = AdaSid()
     rq_kmeans: RqKmeans = RqKmeans()
+    mmq: Mmq = Mmq()
+    das: Das = Das()
+    unger: Unger = Unger()
+    rq_vae: RqVae = RqVae()
+    letter: Letter = Letter()
+    opq: Opq = Opq()
+    random_codes: RandomCodes = RandomCodes()
+    pull: float = Field(1.0, ge=0, description="anchored: weight of the pull of code rows towards the champion's")
+    refit_rate: float = Field(0.1, gt=0, description="anchored and warm: share of the learning rate; the champion needs adjusting, not learning")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW step size")
     batch_size: int = Field(256, ge=2, description="items per step at most, over all processes; a small catalogue takes smaller steps")
     max_epochs: int = Field(60, ge=1, description="epochs at most, warm-up included")
@@ -226,6 +411,7 @@ class TrainTokenizer(Section):
 class AssignSid(Section):
     """Collisions."""
 
+    hold_margin: float = Field(0.1, ge=0, description="anchored: a code stays while its distance is within this share of the nearest code's")
     max_disambiguator: int = Field(64, ge=1, description="D_max: items that may share one code tuple")
 
 
@@ -238,6 +424,7 @@ class PublishRelease(Section):
     max_shared_mass: float = Field(0.3, ge=0, le=1, description="share of popularity mass on items that share their codes")
     max_churn: float = Field(0.1, ge=0, le=1, description="churn budget: share of items of the parent whose SID changed, within a generation")
     max_head_churn: float = Field(0.05, ge=0, le=1, description="churn budget of the head stratum, within a generation")
+    max_refit_churn: float = Field(0.6, ge=0, le=1, description="churn budget of a night that begins an anchored generation")
 
 
 class GateDrift(Section):
@@ -266,8 +453,9 @@ class RankExample(Section):
 
 
 class TrainRanker(Section):
-    """The DIN-style ranker."""
+    """The ranker: its network, its arms and what an item is to it."""
 
+    model: Literal["din", "ppnet", "dcnv2"] = Field("din", description="network: DIN, PPNet gating or DCNv2 crosses; all pool the history as DIN does")
     arms: list[str] = Field(["id", "id_sid", "id_permuted"], description="id | id_sid | id_permuted | sid | permuted | id_kmeans | popularity")
     seeds: int = Field(1, ge=1, description="seeds per arm")
     dim: int = Field(16, ge=2, description="embedding width per item")
@@ -277,14 +465,96 @@ class TrainRanker(Section):
     max_epochs: int = Field(4, ge=1, description="epochs at most")
     weights: bool = Field(True, description="router weights as inputs")
     prefix_ngrams: bool = Field(False, description="code prefixes as tokens, for residual codes")
+    pooling: Literal["concat", "sum"] = Field("concat", description="an item's code rows side by side, or summed (with prefix_ngrams: the prefix n-gram form)")
+    gate_dim: int = Field(32, ge=1, description="ppnet: hidden width of the gates")
+    cross_layers: int = Field(3, ge=1, description="dcnv2: cross layers")
+    cross_rank: int = Field(0, ge=0, description="dcnv2: rank of a cross layer's matrix; 0 = full")
+    bootstrap: int = Field(500, ge=1, description="paired bootstrap resamples over users")
+
+
+class Parallel(Section):
+    """RPG-like parallel heads on a causal transformer."""
+
+    dim: int = Field(64, ge=4, description="width of code rows and states")
+    num_blocks: int = Field(2, ge=1, description="attention blocks")
+    num_heads: int = Field(2, ge=1, description="attention heads")
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on embeddings, attention output and feed-forward")
+    temperature: float = Field(0.07, gt=0, description="tau of the heads' cosine logits")
+    scoring: Literal["mean", "sum", "prior"] = Field(
+        "mean", description="item score from weighted log-probabilities: mean over present slots, sum, or sum after subtracting log p of the code"
+    )
+
+
+class Tiger(Section):
+    """T5-like encoder-decoder on code tokens; the paper's sizes are dim 128, 6 heads, 1024, 4 + 4 layers."""
+
+    dim: int = Field(64, ge=4, description="width of token rows and states")
+    num_heads: int = Field(4, ge=1, description="attention heads")
+    feed_dim: int = Field(256, ge=4, description="hidden width of the feed-forward")
+    encoder_layers: int = Field(2, ge=1, description="encoder layers")
+    decoder_layers: int = Field(2, ge=1, description="decoder layers")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in both stacks")
+
+
+class DiscRec(Section):
+    """The branches that `discrec` puts before both stacks of [train_retriever.tiger]."""
+
+    num_heads: int = Field(2, ge=1, description="heads of the attention inside an item")
+    feed_dim: int = Field(256, ge=4, description="hidden width of the branch's feed-forward; the paper uses 1024 at dim 128")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the branch's feed-forward")
+    local: bool = Field(True, description="attention stays inside the item; False = ablation, over the whole history")
+    gate: bool = Field(True, description="learned mix of the branches; False = ablation, their sum")
+
+
+class Sequential(Section):
+    """REG4Rec-like decoding of the codes slot by slot."""
+
+    dim: int = Field(64, ge=4, description="width of code rows, items and states")
+    num_heads: int = Field(4, ge=1, description="attention heads")
+    feed_dim: int = Field(256, ge=4, description="hidden width of the feed-forward")
+    encoder_layers: int = Field(2, ge=1, description="encoder layers over items")
+    decoder_layers: int = Field(1, ge=1, description="decoder layers over slots")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in both stacks")
+    temperature: float = Field(0.1, gt=0, description="tau of the heads' cosine logits")
+
+
+class TrainRetriever(Section):
+    """The generative retriever, its arms and its variant's own section."""
+
+    enabled: bool = Field(False, description="train it at all; False = the stage is skipped, because it takes minutes")
+    retriever: str = Field("parallel", description="a key of pipeline.retrievers.RETRIEVERS: parallel | tiger | discrec | sequential")
+    parallel: Parallel = Parallel()
+    tiger: Tiger = Tiger()
+    discrec: DiscRec = DiscRec()
+    sequential: Sequential = Sequential()
+    arms: list[str] = Field(["real", "permuted", "random"], description="codes as released | dealt out within popularity deciles | uniform")
+    seeds: int = Field(1, ge=1, description="seeds per arm")
+    max_history: int = Field(20, ge=1, description="latest events of a history")
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW step size, decayed along a cosine")
+    batch_size: int = Field(128, ge=1, description="histories per step")
+    max_epochs: int = Field(30, ge=1, description="epochs at most")
+    patience: int = Field(5, ge=1, description="epochs without a better validation score")
+    valid_users: int = Field(1000, ge=1, description="users whose last basket is the validation sample")
+    stop_on: Literal["ndcg", "loss"] = Field("ndcg", description="validation score: NDCG@50 over the full ranking, or the loss (cheap for beam searches)")
+    router_share: float = Field(1.0, ge=0, le=1, description="share of the router weights in loss and score: (1 - share) + share * weight")
+    weighted_inputs: bool = Field(False, description="multiply code rows of the history by router weights")
+    distill_weight: float = Field(0.0, ge=0, description="beta of UNGER's distillation towards the item's own vectors; 0 = off")
+    distill_temperature: float = Field(0.07, gt=0, description="temperature of the distillation")
+    beams: int = Field(50, ge=1, description="beams of the generative retrievers; metrics beyond it are left out")
+    mask_history: bool = Field(True, description="the user's earlier items leave the ranking, for every arm and floor alike")
+    max_questions: int = Field(0, ge=0, description="test questions at most, drawn by the seed; 0 = all")
+    ease_up_to: int = Field(6000, ge=0, description="catalogue size up to which the floor EASE is computed; it costs N^3")
     bootstrap: int = Field(500, ge=1, description="paired bootstrap resamples over users")
 
 
 class Maintain(Section):
     """Weekly housekeeping."""
 
-    keep_branches_days: int = Field(14, ge=1, description="days an audit branch stays for inspection")
-    keep_snapshots_days: int = Field(14, ge=1, description="days an untagged snapshot stays readable")
+    release_days: int = Field(90, ge=1, description="days a release's tag lives after it was published; the first of a generation and pinned ones live on")
+    keep_branches_days: int = Field(14, ge=1, description="days an audit branch, or a tag without a release row, stays for inspection")
+    keep_snapshots_days: int = Field(14, ge=1, description="days a snapshot that nothing points at stays readable; running stages read such snapshots")
+    keep_staging_days: int = Field(30, ge=1, description="days a run's staging folder stays after its last change")
+    compact_from_files: int = Field(5, ge=2, description="small files in one partition before they are joined into larger ones")
 
 
 class Config(Section):
@@ -309,6 +579,7 @@ class Config(Section):
     gate_drift: GateDrift = GateDrift()
     rank_example: RankExample = RankExample()
     train_ranker: TrainRanker = TrainRanker()
+    train_retriever: TrainRetriever = TrainRetriever()
     maintain: Maintain = Maintain()
 
     def digest(self) -> str:

@@ -9,35 +9,25 @@ Suffixes: B batch, N items, D width, L positions, E experts of one input, K code
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import config as profile
-from pipeline.tokenizers import metrics
+from pipeline.tokenizers import metrics, parallel
 from pipeline.tokenizers.alignment import alignment_v2, alignment_v3, controlled_strength, view
-from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, ItemBatch, ProgressBar, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
 from pipeline.tokenizers.fit import Trainer, generator_for
-from pipeline.tokenizers.quantize import (
-    codebook_loss,
-    commitment_loss,
-    deal_axes,
-    gather_codes,
-    kmeans,
-    nearest_code,
-    principal_axes,
-    revive_codes,
-    straight_through,
-)
+from pipeline.tokenizers.quantize import deal_axes, gather_codes, held_codes, nearest_code, principal_axes, straight_through, take_rows
+from pipeline.tokenizers.refresh import champion
 from pipeline.tokenizers.router import SparsityController, behavior_router, router_feature
 from pipeline.tokenizers.world import World
 
 AXES_ROWS = 262_144  # items that the principal axes of a modality are fitted on at most
-POINTS_PER_CODE = 256  # latents per code that k-means and revival look at, at most
 WEIGHT_MAX = 2.0  # largest exported router weight, in units of the generation's mean active weight
 
 
@@ -320,12 +310,14 @@ class Training:
         self.network = network
         self.settings = network.settings
         self.warmup_epochs = network.settings.warmup_epochs
+        self.codebook_names = ("codebook_LKD",)
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """Reconstruction, codebook, commitment, alignment and gate terms, and their weighted `total`."""
         shown = self._hide(batch, noise_BU)
         made = self.network(shown, quantise=quantise)
-        terms = {"reconstruction": self._reconstruction(batch, made, world), **self._code_terms(made, world)}
+        coded = parallel.code_terms(made, self.network.usage_LK, square=self.settings.latent_scale**2, world=world)
+        terms = {"reconstruction": self._reconstruction(batch, made, world), **coded}
         total = terms["reconstruction"]
         if quantise:
             total = total + self.settings.codebook_weight * terms["codebook"] + self.settings.commitment * terms["commitment"]
@@ -353,17 +345,6 @@ class Training:
             errors.append(world.mean(reconstruction_error(target_BD, made.estimate[name]), batch.mask(name)))
         return torch.stack(errors).mean()
 
-    def _code_terms(self, made: Pass, world: World) -> dict[str, Tensor]:
-        """Codebook and commitment losses on the unit sphere, summed over positions; a behaviour position counts for the items that switch it on."""
-        unit = self.settings.latent_scale**2
-        on_BL = made.gate_BL.detach() > 0
-        with torch.no_grad():
-            used_LKB = F.one_hot(made.codes_BL, self.settings.codebook_size).to(torch.float32) * on_BL[..., None]
-            self.network.usage_LK += used_LKB.sum(0)
-        pairs = {"codebook": codebook_loss(made.z_BLD, made.zq_BLD), "commitment": commitment_loss(made.z_BLD, made.zq_BLD)}
-        columns = range(on_BL.shape[1])
-        return {name: torch.stack([world.mean(loss_BL[:, at] / unit, on_BL[:, at]) for at in columns]).sum() for name, loss_BL in pairs.items()}
-
     def _alignment(self, shown: ItemBatch, made: Pass, world: World) -> dict[str, Tensor]:
         h = dict(made.h)
         if self.settings.detach_behavior and "behavior" in h:
@@ -377,39 +358,21 @@ class Training:
         self.network.controller.advance()
 
     @torch.no_grad()
-    def _latents(self, items: ItemBatch, generator: torch.Generator) -> Pass:
-        """A pass over as many items, drawn at random, as k-means needs."""
-        rows = torch.randperm(len(items), generator=generator)[: POINTS_PER_CODE * self.settings.codebook_size]
-        device = self.network.codebook_LKD.device
-        made: Pass = self.network(items.take(rows).to(device), quantise=True)
+    def _look(self, items: ItemBatch, generator: torch.Generator) -> Pass:
+        """A pass over a sample of the items."""
+        chosen = parallel.sample(items, self.settings.codebook_size, generator=generator)
+        made: Pass = self.network(chosen.to(self.network.codebook_LKD.device), quantise=True)
         return made
 
-    @torch.no_grad()
     def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
         """K-means of the latents per position; items that mask a position or switch it off are left out of it."""
-        made = self._latents(items, generator)
-        self.network.usage_LK.zero_()  # what the warm-up counted concerns other codes
-        for at, codebook_KD in enumerate(self.network.codebook_LKD):
-            on_B = made.gate_BL[:, at] > 0
-            points_BD = F.normalize(made.z_BLD[:, at][on_B if bool(on_B.any()) else slice(None)], dim=1)
-            codebook_KD.copy_(kmeans(points_BD, self.settings.codebook_size, generator=generator, spherical=True))
+        made = self._look(items, generator)
+        parallel.start_codes(self.network.codebook_LKD.data, self.network.usage_LK, made, generator=generator)
 
-    @torch.no_grad()
     def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
         """Codes with fewer than 2 items in the epoch, per position, moved onto badly coded latents."""
-        usage_LK = world.total(self.network.usage_LK)
-        self.network.usage_LK.zero_()
-        moved_LK = torch.zeros_like(usage_LK, dtype=torch.bool)
-        if bool((usage_LK < 2).any()):
-            made = self._latents(items, generator)
-            for at in torch.nonzero((usage_LK < 2).any(1)).flatten().tolist():
-                on_B = made.gate_BL[:, at] > 0
-                if not bool(on_B.any()):
-                    continue
-                rows_KD, points_BD = F.normalize(self.network.codebook_LKD[at], dim=1), F.normalize(made.z_BLD[:, at][on_B], dim=1)
-                revived_KD, moved_LK[at] = revive_codes(rows_KD, usage_LK[at], points_BD, made.codes_BL[:, at][on_B], generator=generator)
-                self.network.codebook_LKD[at].copy_(revived_KD)
-        return {"codebook_LKD": moved_LK}
+        rows_LKD, usage_LK = self.network.codebook_LKD.data, self.network.usage_LK
+        return {"codebook_LKD": parallel.revive(rows_LKD, usage_LK, lambda: self._look(items, generator), generator=generator, world=world)}
 
     @torch.no_grad()
     def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:
@@ -417,7 +380,7 @@ class Training:
         mode = self.network.training
         self.network.eval()
         device = self.network.codebook_LKD.device
-        parts = [self.network(block.to(device), quantise=quantise) for block in _blocks(items)]
+        parts = [self.network(block.to(device), quantise=quantise) for block in parallel.blocks(items)]
         self.network.train(mode)
         estimate = {name: torch.cat([part.estimate[name] for part in parts]).cpu() for name in self.network.modalities}
         codes_NL = masked_codes(torch.cat([part.codes_BL for part in parts]), torch.cat([part.shown_BL for part in parts]), self.settings.codebook_size)
@@ -448,13 +411,16 @@ class Training:
         return found
 
 
-def _blocks(items: ItemBatch, rows: int = 8192) -> list[ItemBatch]:
-    return [items.take(slice(start, start + rows)) for start in range(0, len(items), rows)]
-
-
 def masked_codes(codes_BL: Tensor, shown_BL: Tensor, size: int) -> Tensor:
     """The codes with the reserved code `size` where a position is masked, (B, L) int64."""
     return torch.where(shown_BL, codes_BL, torch.full_like(codes_BL, size))
+
+
+def held(made: Pass, network: Network, keep: Keep) -> Pass:
+    """The pass with codes that hold on to the kept ones, and the fused vector of those codes."""
+    codes_BL = held_codes(made.z_BLD, network.codebook_LKD, keep.codes_NL.to(made.codes_BL.device), keep.margin)
+    zq_BLD = gather_codes(codes_BL, network.code_rows)
+    return replace(made, codes_BL=codes_BL, zq_BLD=zq_BLD, quantized_BD=fuse(zq_BLD, made.gate_BL))
 
 
 class AdaSid:
@@ -463,6 +429,8 @@ class AdaSid:
     Args:
         settings: the [train_tokenizer.ada_sid] section.
     """
+
+    needs_history: ClassVar[bool] = False
 
     def __init__(self, settings: profile.AdaSid) -> None:
         self.settings = settings
@@ -496,51 +464,69 @@ class AdaSid:
         settings: profile.TrainTokenizer,
         checkpoint: Checkpoint | None = None,
         progress: ProgressBar | None = None,
+        start: Start | None = None,
+        history: History | None = None,
     ) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
 
-        Raises: ValueError if no modality is present.
+        With `start` the network, the axes of its inputs and its richness buckets begin as the champion's.
+        Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
-        raw_widths = items.widths()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = Network(self.settings, raw_widths)
-            network.fit_inputs(items)
-        network.controller.fit_buckets(items.richness_N[items.behavior_N])
+        network = self._network(items, seed, start)
         prepared = network.prepare(items)
         strength_N = controlled_strength(items.strength_N, prepared.behavior_N, self.settings.strength, generator=generator_for(seed, "strength"))
         prepared = replace(prepared, strength_N=strength_N)
         network.to("cuda" if torch.cuda.is_available() else "cpu")
         training = Training(network)
-        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress).run()
+        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
         self.network = network.eval()
         self._freeze_export(prepared)
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
+
+    def _network(self, items: ItemBatch, seed: int, start: Start | None) -> Network:
+        """A network ready to be trained: fresh from the seed, or the champion's."""
+        raw_widths = items.widths()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = Network(self.settings, raw_widths)
+            if start is not None:
+                network.load_state_dict(champion(start, AdaSid, self.settings, raw_widths).fitted.state_dict())
+                return network
+            network.fit_inputs(items)
+        network.controller.fit_buckets(items.richness_N[items.behavior_N])
+        return network
 
     @torch.no_grad()
     def _freeze_export(self, prepared: ItemBatch) -> None:
         """Fix the mean active router weight of the generation, the unit of exported weights."""
         network = self.fitted
         device = network.codebook_LKD.device
-        router_NE = torch.cat([network(block.to(device), quantise=True).router_BE for block in _blocks(prepared)])
+        router_NE = torch.cat([network(block.to(device), quantise=True).router_BE for block in parallel.blocks(prepared)])
         active = router_NE[router_NE > 0]
         network.mean_active.fill_(float(active.double().mean()) if len(active) else 1.0)
         network.usage_LK.zero_()
 
     @torch.no_grad()
-    def encode(self, items: ItemBatch) -> TokenizerOutput:
+    def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes, exported weights and the fused code rows (eq. 11) of the items."""
         network = self.fitted
 
-        def block(rows: ItemBatch) -> TokenizerOutput:
+        def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
             made: Pass = network(network.prepare(rows.to(network.codebook_LKD.device)), quantise=True)
+            if keep is not None:
+                made = held(made, network, keep)
             weights_BL = made.shown_BL.float()
             if experts := made.router_BE.shape[1]:
                 weights_BL[:, -experts:] = export_weight(made.router_BE, network.mean_active)
             codes_BL = masked_codes(made.codes_BL, made.shown_BL, self.settings.codebook_size)
             return TokenizerOutput(codes_NL=codes_BL, weights_NL=weights_BL, quantized_ND=made.quantized_BD)
 
-        return encode_in_chunks(items, block)
+        return encode_in_chunks(items, block, keep)
+
+    @torch.no_grad()
+    def relabel(self, order: Sequence[Tensor]) -> None:
+        """Rename codes: code k of position l is what order[l][k] was."""
+        self.fitted.codebook_LKD.copy_(take_rows(self.fitted.codebook_LKD, order))
 
     @torch.no_grad()
     def codebooks(self) -> list[Tensor]:

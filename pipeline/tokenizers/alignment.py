@@ -48,11 +48,11 @@ def info_nce(anchor_BD: Tensor, candidate_CD: Tensor, positive_B: Tensor, candid
 
     Args:
         positive_B: row of the anchor's positive among the candidates.
-        candidate_C: False hides a candidate from all anchors but the one it is the positive of.
+        candidate_C: False hides a candidate from all anchors but the one it is the positive of; (B, C) hides it per anchor.
     Source: ADC-SID eq. (18), A(x, y); differs: masked items are no negatives.
     """
     cosine_BC = F.normalize(anchor_BD.float(), dim=-1) @ F.normalize(candidate_CD.float(), dim=-1).T
-    allowed_BC = candidate_C | F.one_hot(positive_B, len(candidate_C)).bool()
+    allowed_BC = candidate_C | F.one_hot(positive_B, len(candidate_CD)).bool()
     return F.cross_entropy((cosine_BC / temperature).masked_fill(~allowed_BC, -torch.inf), positive_B, reduction="none")
 
 
@@ -60,6 +60,19 @@ def _pair(x: View, y: View, temperature: float) -> tuple[Tensor, Tensor]:
     """A(x, y) per row and which rows have both sides."""
     positive_B = torch.arange(x.first, x.first + len(x.own_B), device=x.own_B.device)
     return info_nce(x.own_BD, y.all_CD, positive_B, y.all_C, temperature=temperature), x.own_B & y.own_B
+
+
+def both_ways(x: View, y: View, *, temperature: float, world: World, rival_BC: Tensor | None = None) -> Tensor:
+    """The share of this process in the mean of (A(x, y) + A(y, x)) / 2 over the rows that have both sides, a scalar.
+
+    Args:
+        rival_BC: False where a candidate is no negative of a row, because the two mean the same thing.
+    """
+    positive_B = torch.arange(x.first, x.first + len(x.own_B), device=x.own_B.device)
+    shown_x, shown_y = (x.all_C, y.all_C) if rival_BC is None else (x.all_C & rival_BC, y.all_C & rival_BC)
+    forth_B = info_nce(x.own_BD, y.all_CD, positive_B, shown_y, temperature=temperature)
+    back_B = info_nce(y.own_BD, x.all_CD, positive_B, shown_x, temperature=temperature)
+    return world.mean(0.5 * (forth_B + back_B), x.own_B & y.own_B)
 
 
 def alignment_v3(views: Mapping[str, View], strength_B: Tensor, *, temperature: float, world: World) -> dict[str, Tensor]:

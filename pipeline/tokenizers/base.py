@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -109,6 +109,49 @@ class FitReport:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """Users' sequences before the cutoff, end to end: the events of user u are index_T[offset_U[u] : offset_U[u + 1]], oldest first.
+
+    Args:
+        index_T: int64, rows of the ItemBatch they come with.
+        offset_U: int64, one more than there are users.
+    """
+
+    index_T: Tensor
+    offset_U: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a refit begins: at the champion instead of at random numbers, without warm-up and k-means.
+
+    Args:
+        tokenizer: the champion, of the same variant and sizes.
+        pull: weight of the pull of code rows towards the champion's; 0 = `warm`, above = `anchored`.
+    """
+
+    tokenizer: Tokenizer
+    pull: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Codes that shall stay unless another one wins clearly.
+
+    Args:
+        codes_NL: int64, the items' codes so far; K or above where there is none to keep.
+        margin: the best code replaces the old one when the old one's distance is above (1 + margin) times the best one's.
+    """
+
+    codes_NL: Tensor
+    margin: float
+
+    def take(self, rows: Tensor | slice) -> Keep:
+        """The wishes of those rows."""
+        return replace(self, codes_NL=self.codes_NL[rows])
+
+
 class Checkpoint(Protocol):
     """A place that keeps the latest training state; the caller decides where (a folder, object storage, memory)."""
 
@@ -122,6 +165,8 @@ class Checkpoint(Protocol):
 class Tokenizer(Protocol):
     """Maps item vectors to code tuples; positions are named by `slots`, position l has codes [0, codebook_sizes[l])."""
 
+    needs_history: ClassVar[bool]
+
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """K per position."""
@@ -131,12 +176,23 @@ class Tokenizer(Protocol):
         """Name per position."""
 
     def fit(
-        self, items: ItemBatch, *, seed: int, settings: TrainTokenizer, checkpoint: Checkpoint | None = None, progress: ProgressBar | None = None
+        self,
+        items: ItemBatch,
+        *,
+        seed: int,
+        settings: TrainTokenizer,
+        checkpoint: Checkpoint | None = None,
+        progress: ProgressBar | None = None,
+        start: Start | None = None,
+        history: History | None = None,
     ) -> FitReport:
-        """Fit on a catalogue; the same items, seed and settings give the same tokenizer."""
+        """Fit on a catalogue; the same arguments give the same tokenizer. `history` comes to variants whose `needs_history` is True."""
 
-    def encode(self, items: ItemBatch) -> TokenizerOutput:
-        """Codes and weights; an item's row depends on that item alone."""
+    def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
+        """Codes and weights; an item's row depends on that item (and its kept codes) alone."""
+
+    def relabel(self, order: Sequence[Tensor]) -> None:
+        """Rename codes: code k of position l is what order[l][k] was, so that a refit can speak the champion's words."""
 
     def codebooks(self) -> list[Tensor]:
         """Code rows per position, (K, D) float32 on the CPU."""
@@ -162,7 +218,7 @@ def codebook_digest(codebooks: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def encode_in_chunks(items: ItemBatch, encode: Callable[[ItemBatch], TokenizerOutput]) -> TokenizerOutput:
+def encode_in_chunks(items: ItemBatch, encode: Callable[[ItemBatch, Keep | None], TokenizerOutput], keep: Keep | None = None) -> TokenizerOutput:
     """The items' codes, encoded in blocks of exactly `ENCODE_ROWS` rows; the last block is filled up by repeating its last item.
 
     A matrix product may round differently at another height; at one height an item gets one code, whoever else is encoded with it.
@@ -173,7 +229,7 @@ def encode_in_chunks(items: ItemBatch, encode: Callable[[ItemBatch], TokenizerOu
     outputs = []
     for start in range(0, len(items), ENCODE_ROWS):
         rows = torch.arange(start, start + ENCODE_ROWS).clamp_(max=len(items) - 1)
-        outputs.append(encode(items.take(rows.to(items.richness_N.device))))
+        outputs.append(encode(items.take(rows.to(items.richness_N.device)), keep.take(rows) if keep else None))
     joined = {item.name: torch.cat([getattr(output, item.name) for output in outputs])[: len(items)].cpu() for item in fields(TokenizerOutput)}
     return TokenizerOutput(**joined)
 

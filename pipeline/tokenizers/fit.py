@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainTokenizer
 from pipeline.context import derive_seed
-from pipeline.tokenizers.base import Checkpoint, ItemBatch, ProgressBar
+from pipeline.tokenizers.base import Checkpoint, ItemBatch, ProgressBar, Start
 from pipeline.tokenizers.world import World
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ class Trainable(Protocol):
     @property
     def warmup_epochs(self) -> int:
         """Epochs without quantisation."""
+
+    @property
+    def codebook_names(self) -> tuple[str, ...]:
+        """Names of the network's parameters that hold code rows."""
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """Loss terms of this process's rows, parts of sums over all processes; `total` is descended."""
@@ -110,10 +114,19 @@ class Trainer:
         settings: steps, rates, precision, patience.
         checkpoint: where to keep the state after each epoch; None = nowhere.
         progress: wraps the epochs to make them visible.
+        start: a champion whose state the network holds already: no warm-up, codes stay, and their rows are pulled towards where they are now.
     """
 
     def __init__(
-        self, model: Trainable, items: ItemBatch, *, seed: int, settings: TrainTokenizer, checkpoint: Checkpoint | None, progress: ProgressBar | None
+        self,
+        model: Trainable,
+        items: ItemBatch,
+        *,
+        seed: int,
+        settings: TrainTokenizer,
+        checkpoint: Checkpoint | None,
+        progress: ProgressBar | None,
+        start: Start | None = None,
     ) -> None:
         self.model, self.seed, self.settings, self.checkpoint, self.progress = model, seed, settings, checkpoint, progress
         self.world = World()
@@ -121,12 +134,16 @@ class Trainer:
         self.items = items
         self.rows, self.held = hold_out(len(items), settings.valid_share, seed)
         self.monitor = torch.arange(0, len(items), max(1, math.ceil(len(items) / MONITOR_ITEMS)))
-        self.warmup = min(model.warmup_epochs, settings.max_epochs // 2)  # a short run must still reach its codes
+        self.warmup = min(model.warmup_epochs, settings.max_epochs // 2) if start is None else -1  # a short run must still reach its codes
+        self.rate = settings.refit_rate if start else 1.0
+        self.pull = start.pull if start else 0.0
+        named = dict(model.network.named_parameters())
+        self.anchors = {name: named[name].detach().clone() for name in model.codebook_names} if self.pull else {}
         self.steps = steps_per_epoch(len(self.rows), settings.batch_size)
         self.optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         self.best: dict[str, Tensor] = {}
         self.state = Run()
-        self.start = fingerprint(items, model.network, settings.model_dump_json(), str(seed)) if checkpoint else ""
+        self.start = fingerprint(items, model.network, settings.model_dump_json(), str(seed), str(self.pull)) if checkpoint else ""
 
     def run(self) -> dict[str, list[float]]:
         """The curves, name -> one value per epoch; the network is left at its best epoch."""
@@ -155,7 +172,7 @@ class Trainer:
             for name, value in self._step(batch, epoch, step, quantise).items():
                 sums[name] = sums.get(name, 0.0) + value / self.steps
         losses = dict(zip(sums, self.world.total(torch.stack(list(sums.values()))).tolist(), strict=True))
-        if quantise and epoch < self.settings.revive_until * self.settings.max_epochs:
+        if quantise and not self.anchors and epoch < self.settings.revive_until * self.settings.max_epochs:  # an anchored word is not given to others
             self._revive(epoch)
         self._judge(epoch, losses, quantise)
 
@@ -163,16 +180,25 @@ class Trainer:
         noise = torch.rand(len(batch), NOISE_COLUMNS, generator=generator_for(self.seed, "noise", epoch, step))
         rows, noise_BU = self.world.shard(batch), self.world.shard(noise)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, (epoch * self.steps + step) / (self.settings.max_epochs * self.steps))
+            group["lr"] = self.rate * learning_rate(self.settings, (epoch * self.steps + step) / (self.settings.max_epochs * self.steps))
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             losses = self.model.losses(self.items.take(rows).to(self.device), noise_BU.to(self.device), quantise=quantise, world=self.world)
+        if self.anchors:
+            losses["pull"] = self._pull()
+            losses["total"] = losses["total"] + self.pull * losses["pull"]
         losses["total"].backward()
         self.world.add_gradients(self.model.network.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.network.parameters(), self.settings.clip_norm)
         self.optimizer.step()
         self.model.after_step()
         return {**{f"loss/{name}": value.detach().float() for name, value in losses.items()}, "gradient_norm": norm.detach().float() / self.world.size}
+
+    def _pull(self) -> Tensor:
+        """Mean squared way of the code rows from their anchors in units of the anchors' mean square; this process's part of it."""
+        named = dict(self.model.network.named_parameters())
+        ways = [(named[name] - anchor).square().mean() / anchor.square().mean() for name, anchor in self.anchors.items()]
+        return torch.stack(ways).mean() / self.world.size
 
     def _revive(self, epoch: int) -> None:
         """Move dead codes and forget what the optimizer knew about their rows."""

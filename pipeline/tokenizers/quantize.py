@@ -6,11 +6,35 @@ Suffixes: B batch, N items, D width, L positions, K codes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1 << 24  # distances held in memory at once
+
+
+def hold_on(distance_NK: Tensor, keep_N: Tensor, margin: float) -> Tensor:
+    """The nearest code per row, (N,) int64, or the kept one while it is not farther than (1 + margin) times the nearest.
+
+    Args:
+        distance_NK: non-negative distances.
+        keep_N: codes to hold on to; K or above = none.
+    """
+    best = distance_NK.min(1)
+    known_N = keep_N < distance_NK.shape[1]
+    kept_N = torch.where(known_N, keep_N, best.indices)
+    near_N = distance_NK.gather(1, kept_N[:, None])[:, 0] <= (1.0 + margin) * best.values
+    return torch.where(known_N & near_N, kept_N, best.indices)
+
+
+def held_codes(z_BLD: Tensor, codebook_LKD: Tensor, keep_BL: Tensor, margin: float) -> Tensor:
+    """`nearest_code` that holds on to kept codes, (B, L) int64; the distance is one minus the cosine."""
+    unit_LBD, unit_LKD = F.normalize(z_BLD, dim=-1).transpose(0, 1), F.normalize(codebook_LKD, dim=-1)
+    distance_LBK = (1.0 - torch.bmm(unit_LBD, unit_LKD.transpose(1, 2))).clamp(min=0)
+    return torch.stack([hold_on(distance_BK, keep_B, margin) for distance_BK, keep_B in zip(distance_LBK, keep_BL.T, strict=True)], 1)
 
 
 def nearest_code(z_BLD: Tensor, codebook_LKD: Tensor) -> Tensor:
@@ -70,6 +94,8 @@ def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, price_K: Tensor, *, 
     Args:
         price_K: prices to start from, zeros at first; handing back the last ones makes a few rounds enough between two Lloyd iterations.
         sharpness: mean distance to the nearest code over the temperature; larger is closer to a hard assignment and slower to balance.
+    Source: OneRec (arXiv 2502.18965) alg. 1; differs: there the codes in turn take their N / K nearest points of those left, which makes the last codes
+    take what nobody wanted; prices treat all codes alike and balance nearly, not exactly.
     """
     distance_NK = (points_ND @ centroids_KD.T).mul_(-2).add_(centroids_KD.square().sum(1)).add_(points_ND.square().sum(1, keepdim=True))
     share_NK = distance_NK.mul_(-sharpness / distance_NK.amin(1).mean().clamp(min=1e-12))
@@ -79,7 +105,34 @@ def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, price_K: Tensor, *, 
     return (share_NK - price_K).argmax(1), price_K
 
 
-def kmeans(points_ND: Tensor, size: int, *, generator: torch.Generator, iterations: int = 25, balanced: bool = False, spherical: bool = False) -> Tensor:
+def sinkhorn(distance_NK: Tensor, *, epsilon: float, rounds: int) -> Tensor:
+    """A plan that sends each point to the codes and fills the codes evenly, (N, K) float64: rows add up to 1, columns to about N / K.
+
+    Args:
+        distance_NK: any distances; they are brought to [-1, 1] first, so that `epsilon` means the same at every scale.
+        epsilon: temperature; smaller is closer to one code per point and needs more rounds to be even.
+    Source: Cuturi (2013) alg. 1, as LC-Rec (arXiv 2311.09049) and LETTER assign at their last level; differs: in the log domain, which cannot underflow.
+    """
+    distance_NK = distance_NK.double()
+    low, high = distance_NK.min(), distance_NK.max()
+    log_NK = -(distance_NK - (high + low) / 2) / ((high - low) / 2).clamp(min=1e-12) / epsilon
+    share = math.log(len(log_NK) / log_NK.shape[1])
+    for _ in range(rounds):
+        log_NK = log_NK - log_NK.logsumexp(0, keepdim=True) + share
+        log_NK = log_NK - log_NK.logsumexp(1, keepdim=True)
+    return log_NK.exp()
+
+
+def kmeans(
+    points_ND: Tensor,
+    size: int,
+    *,
+    generator: torch.Generator,
+    iterations: int = 25,
+    balanced: bool = False,
+    spherical: bool = False,
+    anchor: tuple[Tensor, float] | None = None,
+) -> Tensor:
     """K centroids of the points, (K, D) float32: k-means++ seeding and Lloyd iterations, the same for the same generator state.
 
     Args:
@@ -88,12 +141,14 @@ def kmeans(points_ND: Tensor, size: int, *, generator: torch.Generator, iteratio
         iterations: Lloyd iterations at most; ends earlier when no point moves.
         balanced: assign evenly while fitting (`balanced_codes`).
         spherical: keep centroids on the unit sphere.
+        anchor: (rows (K, D), pull): begin there, and add to each centroid's mean `pull` times an equal share of the points at its old row.
     Raises: ValueError if there are no points.
     """
     if not len(points_ND):
         raise ValueError("k-means needs at least one point")
     points_ND = points_ND.to(torch.float32)
-    centroids_KD = _plus_plus(points_ND, size, generator)
+    centroids_KD = anchor[0].to(points_ND) if anchor else _plus_plus(points_ND, size, generator)
+    weight = anchor[1] * len(points_ND) / size if anchor else 0.0
     codes_N = torch.full((len(points_ND),), -1, device=points_ND.device)
     price_K = torch.zeros(size, device=points_ND.device)
     for _ in range(iterations):
@@ -104,7 +159,7 @@ def kmeans(points_ND: Tensor, size: int, *, generator: torch.Generator, iteratio
         if torch.equal(nearest_N, codes_N):
             break
         codes_N = nearest_N
-        centroids_KD = _means(points_ND, codes_N, centroids_KD)
+        centroids_KD = _means(points_ND, codes_N, centroids_KD if anchor is None else anchor[0].to(points_ND), weight)
         if spherical:
             centroids_KD = F.normalize(centroids_KD, dim=1)
     return centroids_KD
@@ -125,12 +180,12 @@ def _plus_plus(points_ND: Tensor, size: int, generator: torch.Generator) -> Tens
     return points_ND[rows].clone()
 
 
-def _means(points_ND: Tensor, codes_N: Tensor, centroids_KD: Tensor) -> Tensor:
-    """Mean of each code's points; a code without points moves to a point that is far from its own centroid."""
-    size = len(centroids_KD)
-    sums_KD = torch.zeros_like(centroids_KD).index_add_(0, codes_N, points_ND)
-    counts_K = torch.bincount(codes_N, minlength=size)
-    means_KD = sums_KD / counts_K.clamp(min=1)[:, None]
+def _means(points_ND: Tensor, codes_N: Tensor, old_KD: Tensor, weight: float) -> Tensor:
+    """Mean of each code's points and of `weight` points at its old row; without the latter a code without points moves to a badly served point."""
+    size = len(old_KD)
+    sums_KD = (weight * old_KD).index_add_(0, codes_N, points_ND)
+    counts_K = torch.bincount(codes_N, minlength=size) + weight
+    means_KD = sums_KD / counts_K.clamp(min=1e-12)[:, None]
     empty_E = torch.nonzero(counts_K == 0).flatten()[: len(points_ND)]
     if len(empty_E):
         far_E = (points_ND - means_KD[codes_N]).square().sum(1).topk(len(empty_E)).indices
@@ -157,16 +212,29 @@ def revive_codes(codebook_KD: Tensor, counts_K: Tensor, points_ND: Tensor, codes
     return revived_KD, moved_K
 
 
-def residual_codes(points_ND: Tensor, codebook_LKD: Tensor) -> tuple[Tensor, Tensor]:
+def residual_codes(points_ND: Tensor, codebook_LKD: Tensor, keep_NL: Tensor | None = None, margin: float = 0.0) -> tuple[Tensor, Tensor]:
     """Codes of a residual walk and the sum of their rows, (N, L) int64 and (N, D): each level codes what the levels before left over.
 
+    Args:
+        keep_NL: codes to hold on to (`hold_on`, squared distance); a level is held only below held levels, because it codes another rest otherwise.
     Source: RQ-VAE (Lee et al. 2022) eq. (1)-(2)
     """
     rest_ND, codes = points_ND, []
-    for codebook_KD in codebook_LKD.unbind(0):
-        codes.append(nearest_centroid(rest_ND, codebook_KD))
+    same_N = torch.ones(len(points_ND), dtype=torch.bool, device=points_ND.device)
+    for level, codebook_KD in enumerate(codebook_LKD.unbind(0)):
+        if keep_NL is None:
+            codes.append(nearest_centroid(rest_ND, codebook_KD))
+        else:
+            wished_N = torch.where(same_N, keep_NL[:, level], len(codebook_KD))
+            codes.append(hold_on(torch.cdist(rest_ND, codebook_KD).square(), wished_N, margin))
+            same_N &= codes[-1] == keep_NL[:, level]
         rest_ND = rest_ND - codebook_KD[codes[-1]]
     return torch.stack(codes, 1), points_ND - rest_ND
+
+
+def take_rows(codebook_LKD: Tensor, order: Sequence[Tensor]) -> Tensor:
+    """The code rows in another order per position, (L, K, D): row k of position l is what row order[l][k] was."""
+    return torch.stack([rows_KD[order_K.to(rows_KD.device)] for rows_KD, order_K in zip(codebook_LKD, order, strict=True)])
 
 
 def deal_axes(variance_D: Tensor, parts: int) -> list[list[int]]:

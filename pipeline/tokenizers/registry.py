@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.tokenizers.ada_sid import AdaSid
 from pipeline.tokenizers.base import Tokenizer
+from pipeline.tokenizers.das import Das
+from pipeline.tokenizers.letter import Letter
+from pipeline.tokenizers.mmq import Mmq
+from pipeline.tokenizers.opq import Opq
+from pipeline.tokenizers.random_codes import RandomCodes
 from pipeline.tokenizers.rq_kmeans import RqKmeans
+from pipeline.tokenizers.rq_vae import RqVae
+from pipeline.tokenizers.unger import Unger
 
-TOKENIZERS: dict[str, type[AdaSid] | type[RqKmeans]] = {"ada_sid": AdaSid, "rq_kmeans": RqKmeans}
+
+class Variant(Protocol):
+    """A tokenizer class: made from the settings of its section, or from what a fitted one left."""
+
+    def __call__(self, settings: Any) -> Tokenizer:
+        """A tokenizer that is not fitted."""
+
+    def load(self, config: dict[str, Any], state: dict[str, Tensor]) -> Tokenizer:
+        """The tokenizer that gave `config` and `state`."""
 
 
-def named(name: str) -> type[AdaSid] | type[RqKmeans]:
+TOKENIZERS: dict[str, Variant] = {
+    "ada_sid": AdaSid,
+    "rq_kmeans": RqKmeans,
+    "rq_vae": RqVae,
+    "letter": Letter,
+    "opq": Opq,
+    "random_codes": RandomCodes,
+    "mmq": Mmq,
+    "das": Das,
+    "unger": Unger,
+}
+
+
+def named(name: str) -> Variant:
     """The tokenizer class of that name.
 
     Raises: ConfigError for a name that is not registered.

@@ -5,7 +5,8 @@ Not here: k-means itself and the residual walk (quantize.py). Suffixes: N items,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from pipeline import config as profile
 from pipeline.tokenizers import metrics
-from pipeline.tokenizers.base import Checkpoint, FitReport, ItemBatch, ProgressBar, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
 from pipeline.tokenizers.fit import generator_for
-from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes
+from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes, take_rows
+from pipeline.tokenizers.refresh import champion
 
 POINTS_PER_CODE = 1024  # items per code that a level is fitted on, at most
 
@@ -25,15 +27,28 @@ def concatenate(items: ItemBatch, widths: dict[str, int]) -> Tensor:
 
     Args:
         widths: modality -> width; modalities not named are left out.
+    Raises: ValueError for vectors of another width.
     """
     blocks = []
     for name, width in widths.items():
         vectors = items.vectors(name)
+        if vectors is not None and vectors.shape[1] != width:
+            raise ValueError(f"{name} vectors are {vectors.shape[1]} wide, the tokenizer was fitted on {width}")
         if vectors is None:
             blocks.append(torch.zeros(len(items), width, device=items.richness_N.device))
         else:
             blocks.append(F.normalize(vectors.float(), dim=1) * items.mask(name)[:, None])
     return torch.cat(blocks, 1)
+
+
+def shown_columns(items: ItemBatch, widths: dict[str, int]) -> Tensor:
+    """True in the columns of `concatenate` that the item has, (N, D)."""
+    return torch.cat([items.mask(name)[:, None].expand(-1, width) for name, width in widths.items()], 1)
+
+
+def column_means(items: ItemBatch, widths: dict[str, int]) -> Tensor:
+    """Mean of each column of `concatenate` over the items that have it, (D,) float32."""
+    return (concatenate(items, widths).double().sum(0) / shown_columns(items, widths).sum(0).clamp(min=1)).float()
 
 
 class RqKmeans:
@@ -42,6 +57,8 @@ class RqKmeans:
     Args:
         settings: the [train_tokenizer.rq_kmeans] section.
     """
+
+    needs_history: ClassVar[bool] = False
 
     def __init__(self, settings: profile.RqKmeans) -> None:
         self.settings = settings
@@ -66,28 +83,33 @@ class RqKmeans:
         settings: profile.TrainTokenizer,
         checkpoint: Checkpoint | None = None,
         progress: ProgressBar | None = None,
+        start: Start | None = None,
+        history: History | None = None,
     ) -> FitReport:
         """K-means level by level on what the levels before left over; `checkpoint` is not used, a fit takes seconds.
 
-        Raises: ValueError if no modality is present.
+        With `start` each level begins at the champion's rows, and a row is the mean of its points and of `pull` times as many points at the old row.
+        Raises: ValueError if no modality is present; ContractError if the champion reads other vectors.
         """
         self.widths = items.widths()
+        old_LKD = champion(start, RqKmeans, self.settings, self.widths).codebook_LKD if start else None
         if not self.widths:
             raise ValueError("residual k-means needs at least one modality")
         points_ND = concatenate(items, self.widths)
-        rest_ND = points_ND[_sample(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, seed)]
+        rest_ND = points_ND[sample_rows(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, seed)]
         rows, lost = [], []
         levels = range(self.settings.num_levels)
         for level in progress(levels, "fit residual k-means", len(levels)) if progress else levels:
-            rows.append(self._level(rest_ND, generator_for(seed, "level", level)))
+            anchor = None if old_LKD is None or start is None else (old_LKD[level], start.pull)
+            rows.append(self._level(rest_ND, generator_for(seed, "level", level), anchor))
             rest_ND = rest_ND - rows[-1][nearest_centroid(rest_ND, rows[-1])]
             lost.append(float(rest_ND.square().sum(1).mean()))
         self.codebook_LKD = torch.stack(rows)
         return FitReport(curves={"loss/reconstruction": lost}, metrics=self._measure(items, points_ND))
 
-    def _level(self, rest_ND: Tensor, generator: torch.Generator) -> Tensor:
+    def _level(self, rest_ND: Tensor, generator: torch.Generator, anchor: tuple[Tensor, float] | None) -> Tensor:
         settings = self.settings
-        return kmeans(rest_ND, settings.codebook_size, generator=generator, iterations=settings.iterations, balanced=settings.balanced)
+        return kmeans(rest_ND, settings.codebook_size, generator=generator, iterations=settings.iterations, balanced=settings.balanced, anchor=anchor)
 
     def _measure(self, items: ItemBatch, points_ND: Tensor) -> dict[str, float]:
         """Code use, and NMSE per modality of the sum of code rows against the unit-norm vectors."""
@@ -96,16 +118,21 @@ class RqKmeans:
         blocks = zip(self.widths, points_ND.split(list(self.widths.values()), 1), made.quantized_ND.split(list(self.widths.values()), 1), strict=True)
         return found | {f"nmse/{name}": metrics.nmse(block_ND, estimate_ND, items.mask(name)) for name, block_ND, estimate_ND in blocks}
 
-    def encode(self, items: ItemBatch) -> TokenizerOutput:
+    def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes of the residual walk, weights of one, and the sum of the code rows."""
 
-        def block(rows: ItemBatch) -> TokenizerOutput:
-            codes_BL, quantized_BD = residual_codes(concatenate(rows, self.widths), self.codebook_LKD)
+        def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            held = (keep.codes_NL, keep.margin) if keep else (None, 0.0)
+            codes_BL, quantized_BD = residual_codes(concatenate(rows, self.widths), self.codebook_LKD, *held)
             return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
 
         if not self.widths:
             raise ValueError("the tokenizer is not fitted: call fit or load")
-        return encode_in_chunks(items, block)
+        return encode_in_chunks(items, block, keep)
+
+    def relabel(self, order: Sequence[Tensor]) -> None:
+        """Rename codes: code k of level l is what order[l][k] was."""
+        self.codebook_LKD = take_rows(self.codebook_LKD, order)
 
     def codebooks(self) -> list[Tensor]:
         """Code rows per level, (K, D)."""
@@ -134,6 +161,6 @@ class RqKmeans:
         return tokenizer
 
 
-def _sample(count: int, most: int, seed: int) -> Tensor:
+def sample_rows(count: int, most: int, seed: int) -> Tensor:
     """At most `most` rows of `count`, ascending; all of them when they are few enough."""
     return torch.arange(count) if count <= most else torch.randperm(count, generator=generator_for(seed, "sample"))[:most].sort().values

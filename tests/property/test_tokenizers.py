@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import AdaSid as AdaSettings
+from pipeline.config import Das, Letter, Mmq, Opq, RandomCodes, RqVae, TrainTokenizer, Unger
 from pipeline.config import RqKmeans as RqSettings
-from pipeline.config import TrainTokenizer
 from pipeline.tokenizers import TOKENIZERS, metrics
-from pipeline.tokenizers.base import ItemBatch, Tokenizer
+from pipeline.tokenizers.base import History, ItemBatch, Tokenizer
 from pipeline.tokenizers.quantize import nearest_code
 from pipeline.tokenizers.router import behavior_router, lambda_step
 
@@ -21,6 +21,13 @@ ITEMS = 60
 SETTINGS = {
     "ada_sid": AdaSettings(codebook_size=6, latent_dim=4, projection_dim=4, hidden_dim=8, num_behavior=2, warmup_epochs=1, sparsity_buckets=2),
     "rq_kmeans": RqSettings(num_levels=2, codebook_size=6, iterations=5),
+    "rq_vae": RqVae(num_levels=2, codebook_size=6, latent_dim=4, hidden_dims=[8], warmup_epochs=1, sinkhorn=True),
+    "letter": Letter(num_levels=2, codebook_size=6, latent_dim=4, hidden_dims=[8], warmup_epochs=1),
+    "opq": Opq(num_positions=4, codebook_size=6, pca_dim=10, iterations=4),
+    "random_codes": RandomCodes(num_positions=2, codebook_size=6),
+    "mmq": Mmq(num_shared=1, num_image=1, codebook_size=6, latent_dim=4, hidden_dim=8, warmup_epochs=1, tune_epochs=1, max_history=4),
+    "das": Das(num_levels=2, codebook_size=6, latent_dim=4, hidden_dims=[8], tower_dim=8, warmup_epochs=1, max_history=4),
+    "unger": Unger(num_levels=2, codebook_size=6, latent_dim=4, hidden_dim=8, iterations=5, max_history=4),
 }
 names = st.sampled_from(sorted(TOKENIZERS))
 masks = st.lists(st.booleans(), min_size=3 * ITEMS, max_size=3 * ITEMS)
@@ -40,7 +47,11 @@ def catalogue() -> ItemBatch:
 @cache
 def fitted(name: str) -> Tokenizer:
     tokenizer = TOKENIZERS[name](SETTINGS[name])
-    tokenizer.fit(catalogue(), seed=0, settings=TrainTokenizer(max_epochs=3, batch_size=30))
+    history = None
+    if tokenizer.needs_history:
+        index_T = torch.randint(ITEMS, (120,), generator=torch.Generator().manual_seed(1))
+        history = History(index_T=index_T, offset_U=torch.arange(0, 121, 6))
+    tokenizer.fit(catalogue(), seed=0, settings=TrainTokenizer(max_epochs=3, batch_size=30), history=history)
     return tokenizer
 
 

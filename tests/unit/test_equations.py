@@ -76,6 +76,35 @@ def test_residual_walk():
         close(total[n], added)
 
 
+@equation("balanced_codes")
+def test_balanced_codes_raise_the_price_of_crowded_codes():
+    points, book, start = rand(9, 2), rand(3, 2, seed=1), rand(3, seed=2)
+    codes, price = quantize.balanced_codes(points, book, start, rounds=2, sharpness=4.0)
+    far = [[sum(float(points[n, d] - book[k, d]) ** 2 for d in range(2)) for k in range(3)] for n in range(9)]
+    scale = 4.0 / (sum(min(row) for row in far) / 9)
+    slow = start.double().tolist()
+    for _ in range(2):
+        shares = [[math.exp(-scale * row[k] - slow[k]) for k in range(3)] for row in far]
+        held = [sum(row[k] / sum(row) for row in shares) for k in range(3)]
+        slow = [slow[k] + math.log(held[k] / (9 / 3)) for k in range(3)]
+    close(price, slow)
+    assert codes.tolist() == [int(np.argmin([scale * row[k] + slow[k] for k in range(3)])) for row in far]
+
+
+@equation("sinkhorn")
+def test_sinkhorn_scales_columns_and_rows_in_turn():
+    far = rand(6, 3).square()
+    low, high = float(far.min()), float(far.max())
+    plan = np.exp(-(far.double().numpy() - (high + low) / 2) / ((high - low) / 2) / 0.5)
+    for _ in range(3):
+        plan = plan / plan.sum(0, keepdims=True) * (6 / 3)
+        plan = plan / plan.sum(1, keepdims=True)
+    close(quantize.sinkhorn(far, epsilon=0.5, rounds=3), plan)
+    even = quantize.sinkhorn(far, epsilon=0.1, rounds=500)
+    close(even.sum(0), [2.0] * 3)
+    close(even.sum(1), [1.0] * 6)
+
+
 @equation("softmax_gate")
 def test_softmax_gate():
     logit = rand(3, 4)

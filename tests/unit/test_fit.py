@@ -255,7 +255,7 @@ class Lake:
 def night(tmp_path: Path, *, new_generation: bool, tokenizer: str) -> Context:
     section = training(tokenizer=tokenizer, ada_sid=ada_settings(), rq_kmeans=rq_settings(), max_epochs=3)
     ctx = Context(Config(train_tokenizer=section), Home(tmp_path), "train_tokenizer", date(2026, 1, 2), "run")
-    plan = {"logical_date": "2026-01-02", "tag": "d20260102", "revision": 1, "generation": 4, "new_generation": new_generation, "reason": "test"}
+    plan = {"logical_date": "2026-01-02", "tag": "d20260102", "revision": 1, "generation": 4, "start": "cold" if new_generation else "", "reason": "test"}
     plan |= {"parent": None, "files": [], "input_fingerprint": "f", "config_hash": "c", "seed": 7}
     (ctx.staging / "plan_night.json").write_text(json.dumps({"outputs": plan}), encoding="utf-8")
     return ctx
@@ -290,7 +290,7 @@ def lake(count: int = 60) -> Lake:
     )
 
 
-@pytest.mark.parametrize("tokenizer", ["ada_sid", "rq_kmeans"])
+@pytest.mark.parametrize("tokenizer", ["ada_sid", "rq_kmeans", "rq_vae", "letter", "opq"])
 def test_the_job_fits_a_new_generation(tmp_path, tokenizer):
     tables = lake()
     ctx = night(tmp_path, new_generation=True, tokenizer=tokenizer)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config import AdaSid, RqKmeans, TrainTokenizer
+from pipeline.config import AdaSid, Das, Mmq, RqKmeans, TrainTokenizer, Unger
 from pipeline.tokenizers.ada_sid import AdaSid as AdaSidTokenizer
-from pipeline.tokenizers.base import ItemBatch
+from pipeline.tokenizers.base import History, ItemBatch
 
 WIDTHS = {"text": 12, "image": 8, "behavior": 6}
 
@@ -37,6 +37,32 @@ def tiny_items(count: int = 96, *, seed: int = 0, modalities: tuple[str, ...] = 
         richness_N=richness,
         strength_N=torch.sigmoid(10 * richness - 6) * masks["behavior"],
     )
+
+
+def tiny_history(count: int = 96, *, users: int = 40, length: int = 8, seed: int = 0) -> History:
+    """Users of one cluster each who take its items (row modulo 8) in any order; the last user took nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    cluster_U1 = torch.arange(users)[:, None] % 8
+    index_T = (torch.randint(count // 8, (users, length), generator=rng) * 8 + cluster_U1).flatten()
+    offset_U = torch.cat([torch.arange(0, users * length + 1, length), torch.tensor([users * length])])
+    return History(index_T=index_T, offset_U=offset_U)
+
+
+def mmq_settings(**changes: object) -> Mmq:
+    """Four positions and a short tuning."""
+    small = {"num_shared": 1, "num_text": 2, "num_image": 1, "codebook_size": 12, "latent_dim": 8, "hidden_dim": 16, "warmup_epochs": 2}
+    return Mmq(**{**small, "tune_epochs": 4, "max_history": 5, **changes})
+
+
+def das_settings(**changes: object) -> Das:
+    """Two levels for items and users."""
+    small = {"num_levels": 2, "codebook_size": 12, "latent_dim": 8, "hidden_dims": [16], "tower_dim": 16, "warmup_epochs": 2, "max_history": 5}
+    return Das(**{**small, **changes})
+
+
+def unger_settings(**changes: object) -> Unger:
+    """Two levels on a vector of twice 8."""
+    return Unger(**{"num_levels": 2, "codebook_size": 12, "latent_dim": 8, "hidden_dim": 16, "iterations": 10, "max_history": 5, **changes})
 
 
 def ada_settings(**changes: object) -> AdaSid:

@@ -1,0 +1,291 @@
+"""LETTER (arXiv 2405.07314): an RQ-VAE of the content whose quantised latent agrees with behaviour and whose code rows spread evenly.
+
+Behaviour is a teacher, never an input: an item gets its codes from its content alone. Colliding items are told apart by assign_sid, not by reassignment here.
+Not here: the autoencoder and Sinkhorn assignment (rq_vae.py). Suffixes: B batch, C candidates of all processes, D width, L levels, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import config as profile
+from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput
+from pipeline.tokenizers.fit import NOISE_COLUMNS, Trainer
+from pipeline.tokenizers.inputs import Inputs
+from pipeline.tokenizers.quantize import balanced_codes, kmeans, take_rows
+from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.rq_vae import Autoencoder
+from pipeline.tokenizers.world import World
+
+CLUSTER_STEPS = 64  # steps after which the code rows are clustered anew, about an epoch of a small catalogue
+CLUSTER_ROUNDS = 30  # rounds of prices that even out the clusters
+AMONG = 256  # items that an item's behaviour is picked out of when the alignment is measured
+
+
+def collaborative_loss(quantized_BD: Tensor, behavior_CD: Tensor, positive_B: Tensor, known_C: Tensor) -> Tensor:
+    """-log of the share the item's own behaviour vector takes of exp(inner product) over all behaviour vectors of the batch, (B,).
+
+    Args:
+        positive_B: row of the item among the candidates; known_C: False where a candidate has no behaviour vector.
+    Source: LETTER (arXiv 2405.07314), L_CF; differs: behaviour is turned to its principal axes, as wide as the latent; the papers' vectors have that width.
+    """
+    logit_BC = quantized_BD.float() @ behavior_CD.float().T
+    allowed_BC = known_C | F.one_hot(positive_B, len(known_C)).bool()
+    return F.cross_entropy(logit_BC.masked_fill(~allowed_BC, -torch.inf), positive_B, reduction="none")
+
+
+def diversity_loss(rows_BD: Tensor, codes_B: Tensor, partner_B: Tensor, codebook_KD: Tensor) -> Tensor:
+    """-log of the share a partner from the same cluster takes of exp(inner product with the item's code row) over all other rows, (B,).
+
+    Source: LETTER (arXiv 2405.07314), L_Div
+    """
+    own_BK = F.one_hot(codes_B, len(codebook_KD)).bool()
+    return F.cross_entropy((rows_BD @ codebook_KD.T).masked_fill(own_BK, -torch.inf), partner_B, reduction="none")
+
+
+def draw_partners(codes_B: Tensor, cluster_K: Tensor, noise_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Another code of the same cluster per item, each alike likely, (B,), and True where there is one; elsewhere just the next code.
+
+    Args:
+        cluster_K: cluster of each code; noise_B: uniform numbers in [0, 1).
+    """
+    order_K = cluster_K.argsort(stable=True)
+    counts_G = torch.bincount(cluster_K)
+    first_B = (counts_G.cumsum(0) - counts_G)[cluster_K[codes_B]]
+    size_B = counts_G[cluster_K[codes_B]]
+    place_B = order_K.argsort()[codes_B] - first_B
+    step_B = 1 + (noise_B * (size_B - 1)).long().minimum((size_B - 2).clamp(min=0))
+    partner_B = order_K[first_B + (place_B + step_B) % size_B]
+    return torch.where(size_B > 1, partner_B, (codes_B + 1) % len(cluster_K)), size_B > 1
+
+
+def even_clusters(codebook_KD: Tensor, count: int) -> Tensor:
+    """Cluster per code row with about equally many rows each, (K,) int64; the same rows give the same clusters.
+
+    Source: LETTER (arXiv 2405.07314), constrained k-means; differs: balanced by prices in place of hard bounds on the sizes.
+    """
+    count = max(1, min(count, len(codebook_KD) // 2))
+    centres_GD = kmeans(codebook_KD, count, generator=torch.Generator().manual_seed(0), iterations=10, balanced=True)
+    return balanced_codes(codebook_KD, centres_GD, torch.zeros(count, device=codebook_KD.device), rounds=CLUSTER_ROUNDS)[0]
+
+
+class Network(nn.Module):
+    """The autoencoder of the content, how behaviour is read, and the clusters of code rows.
+
+    Args:
+        settings: the [train_tokenizer.letter] section.
+        raw_widths: modality -> width of its vectors.
+    """
+
+    cluster_LK: Tensor  # noqa: N815 - tensor fields carry shape suffixes
+    age: Tensor
+
+    def __init__(self, settings: profile.Letter, raw_widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.raw_widths = {name: int(width) for name, width in raw_widths.items()}
+        content = {name: width for name, width in self.raw_widths.items() if name != "behavior"}
+        if not content:
+            raise ValueError("LETTER codes an item's content and aligns it with behaviour: it needs text or image vectors")
+        self.autoencoder = Autoencoder(settings, content)
+        self.behavior = Inputs({name: width for name, width in self.raw_widths.items() if name == "behavior"}, settings.latent_dim)
+        self.register_buffer("cluster_LK", torch.zeros(settings.num_levels, settings.codebook_size, dtype=torch.int64))
+        self.register_buffer("age", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def fit_inputs(self, items: ItemBatch) -> None:
+        """Freeze how content and behaviour are read."""
+        self.autoencoder.fit_inputs(items)
+        self.behavior.fit(items)
+
+    @torch.no_grad()
+    def prepare(self, items: ItemBatch) -> ItemBatch:
+        """The items as the network reads them: content on one scale, behaviour turned to its principal axes and as wide as the latent at most."""
+        known = self.behavior.prepare(items)
+        return replace(self.autoencoder.prepare(items), behavior_ND=known.behavior_ND, behavior_N=known.behavior_N)
+
+    @torch.no_grad()
+    def clusters(self) -> Tensor:
+        """Clusters of the code rows, (L, K); found anew every `CLUSTER_STEPS` steps."""
+        if int(self.age) % CLUSTER_STEPS == 0:
+            rows_LKD = self.autoencoder.codebook_LKD.detach()
+            self.cluster_LK.copy_(torch.stack([even_clusters(rows_KD, self.settings.num_clusters) for rows_KD in rows_LKD]))
+        self.age += 1
+        return self.cluster_LK
+
+
+class Training:
+    """LETTER as the training loop wants it (`fit.Trainable`)."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.settings = network.settings
+        self.warmup_epochs = network.settings.warmup_epochs
+        self.codebook_names = ("autoencoder.codebook_LKD",)
+
+    def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
+        """The autoencoder's terms, `collaborative`, `diversity`, and the weighted `total`; in the warm-up behaviour draws on the latent itself."""
+        made, terms = self.network.autoencoder.losses(batch, quantise=quantise, world=world)
+        total = terms.pop("total")
+        if self.settings.collaborative_weight and batch.behavior_ND is not None:
+            terms["collaborative"] = self._collaborative(batch, made.quantized_BD, world)
+            total = total + self.settings.collaborative_weight * terms["collaborative"]
+        if self.settings.diversity_weight:
+            terms["diversity"] = self._diversity(made.rows_BLD, made.codes_BL, noise_BU, world) if quantise else torch.zeros_like(total)
+            total = total + self.settings.diversity_weight * terms["diversity"]
+        return {**terms, "total": total}
+
+    def _collaborative(self, batch: ItemBatch, quantized_BD: Tensor, world: World) -> Tensor:
+        assert batch.behavior_ND is not None
+        first = world.first_row(len(batch))
+        known_C = world.gather(batch.behavior_N.float()[:, None])[:, 0] > 0
+        behavior_CD = world.gather(batch.behavior_ND)
+        positive_B = torch.arange(first, first + len(batch), device=known_C.device)
+        return world.mean(collaborative_loss(quantized_BD[:, : behavior_CD.shape[1]], behavior_CD, positive_B, known_C), batch.behavior_N)
+
+    def _diversity(self, rows_BLD: Tensor, codes_BL: Tensor, noise_BU: Tensor, world: World) -> Tensor:
+        """Summed over the levels; a level beyond the noise columns draws with a shifted column."""
+        losses = []
+        for level, cluster_K in enumerate(self.network.clusters()):
+            noise_B = (noise_BU[:, level % NOISE_COLUMNS] + 0.618034 * (level // NOISE_COLUMNS)) % 1.0
+            partner_B, paired_B = draw_partners(codes_BL[:, level], cluster_K, noise_B)
+            loss_B = diversity_loss(rows_BLD[:, level], codes_BL[:, level], partner_B, self.network.autoencoder.codebook_LKD[level])
+            losses.append(world.mean(loss_B, paired_B))
+        return torch.stack(losses).sum()
+
+    def after_step(self) -> None:
+        """Nothing."""
+
+    def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
+        """K-means of the latents."""
+        self.network.autoencoder.start_codes(items, generator)
+
+    def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
+        """Dead codes moved onto badly coded rests."""
+        return {self.codebook_names[0]: self.network.autoencoder.revive(items, generator, world)}
+
+    @torch.no_grad()
+    def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:
+        """The autoencoder's numbers and, where items have behaviour, `collaborative`: the alignment loss, which counts in the `score` by its weight."""
+        found = self.network.autoencoder.measure(items, quantise=quantise)
+        if items.behavior_ND is not None and bool(items.behavior_N.any()):
+            found["collaborative"] = self._agreement(items, items.behavior_ND, quantise)
+            found["score"] += self.settings.collaborative_weight * found["collaborative"]
+        return found
+
+    def _agreement(self, items: ItemBatch, behavior_ND: Tensor, quantise: bool) -> float:
+        """Mean alignment loss of the items that have behaviour, each among the next `AMONG` of them."""
+        rows = torch.nonzero(items.behavior_N).flatten()
+        total = 0.0
+        for block in rows.split(AMONG):
+            batch = items.take(block).to(self.network.age.device)
+            made = self.network.autoencoder(batch, quantise=quantise)
+            behavior_CD, known_C = behavior_ND[block].to(self.network.age.device), batch.behavior_N
+            place_B = torch.arange(len(block), device=known_C.device)
+            total += float(collaborative_loss(made.quantized_BD[:, : behavior_CD.shape[1]], behavior_CD, place_B, known_C).sum())
+        return total / len(rows)
+
+
+class Letter:
+    """The LETTER tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
+
+    Args:
+        settings: the [train_tokenizer.letter] section.
+    """
+
+    needs_history: ClassVar[bool] = False
+
+    def __init__(self, settings: profile.Letter) -> None:
+        self.settings = settings
+        self.network: Network | None = None
+
+    @property
+    def fitted(self) -> Network:
+        """The network.
+
+        Raises: ValueError before `fit` or `load`.
+        """
+        if self.network is None:
+            raise ValueError("the tokenizer is not fitted: call fit or load")
+        return self.network
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the levels."""
+        return self.fitted.autoencoder.slots
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K per level."""
+        return self.fitted.autoencoder.sizes
+
+    def fit(
+        self,
+        items: ItemBatch,
+        *,
+        seed: int,
+        settings: profile.TrainTokenizer,
+        checkpoint: Checkpoint | None = None,
+        progress: ProgressBar | None = None,
+        start: Start | None = None,
+        history: History | None = None,
+    ) -> FitReport:
+        """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
+
+        With `start` the network and the normalisation of its inputs begin as the champion's.
+        Raises: ValueError if no item has content; ContractError if the champion reads other vectors or has other sizes.
+        """
+        widths = items.widths()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = Network(self.settings, widths)
+        if start is None:
+            network.fit_inputs(items)
+        else:
+            network.load_state_dict(champion(start, Letter, self.settings, widths).fitted.state_dict())
+        prepared = network.prepare(items)
+        training = Training(network.to("cuda" if torch.cuda.is_available() else "cpu"))
+        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
+        network.autoencoder.usage_LK.zero_()
+        self.network = network.eval()
+        return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
+
+    def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
+        """Codes of the residual walk, weights of one, and the sum of the code rows."""
+        return self.fitted.autoencoder.tokenise(items, keep)
+
+    @torch.no_grad()
+    def relabel(self, order: Sequence[Tensor]) -> None:
+        """Rename codes: code k of level l is what order[l][k] was."""
+        network = self.fitted
+        network.autoencoder.codebook_LKD.copy_(take_rows(network.autoencoder.codebook_LKD, order))
+        network.cluster_LK.copy_(take_rows(network.cluster_LK, order))
+
+    def codebooks(self) -> list[Tensor]:
+        """Code rows per level, (K, D)."""
+        return [rows_KD.clone() for rows_KD in self.fitted.autoencoder.codebook_LKD.detach().cpu()]
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers, as contiguous CPU tensors."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
+
+    def config(self) -> dict[str, Any]:
+        """Settings and input widths, JSON."""
+        return {"tokenizer": "letter", "settings": self.settings.model_dump(), "raw_widths": self.fitted.raw_widths}
+
+    @classmethod
+    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Letter:
+        """The tokenizer that gave `config` and `state`.
+
+        Raises: RuntimeError if the tensors do not fit the configuration.
+        """
+        tokenizer = cls(profile.Letter(**config["settings"]))
+        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
+        tokenizer.network.load_state_dict(state)
+        return tokenizer

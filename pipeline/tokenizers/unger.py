@@ -1,0 +1,307 @@
+"""UNGER, first called PRORec (arXiv 2502.06269): content and behaviour become one vector before anything is quantised.
+
+An adapter maps content to behaviour's width, a contrastive term aligns the two, and a next-item loss over users' histories moves both; the integrated
+vector, both halves at unit length, then gets residual k-means codes. Known here from summaries, not from the paper: parts are named in place of equations.
+Not here: residual k-means (rq_kmeans.py), questions and reader (histories.py), the loop (fit.py), a generator that uses `distillation_loss`.
+Suffixes: B batch, N items, R distinct items of a batch, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import config as profile
+from pipeline.tokenizers import histories, metrics, parallel
+from pipeline.tokenizers.ada_sid import masked_codes
+from pipeline.tokenizers.alignment import both_ways, info_nce, view
+from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.fit import Trainer
+from pipeline.tokenizers.inputs import Inputs, side_by_side
+from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.rq_kmeans import RqKmeans
+from pipeline.tokenizers.world import World
+
+CONTENT = ("text", "image")
+EVALUATED = 1024  # items in one contrastive comparison outside training
+
+
+def adapted(hidden_BD: Tensor, gain_BD: Tensor, shift_BD: Tensor) -> Tensor:
+    """Content on behaviour's width, E_T, (B, D): (1 + gain) times the layer-normalised hidden row, plus shift.
+
+    Args:
+        hidden_BD: W E_S + b; gain_BD / shift_BD: linear in the content E_S as well.
+    Source: UNGER (arXiv 2502.06269), stage one, modality adaption layer
+    """
+    return (1.0 + gain_BD) * F.layer_norm(hidden_BD, hidden_BD.shape[1:]) + shift_BD
+
+
+def integrate(behavior_BD: Tensor, content_BD: Tensor, behavior_B: Tensor, content_B: Tensor) -> Tensor:
+    """The integrated vector E_I, (B, 2 D): content and behaviour at unit length beside each other; 0 for an item that has neither.
+
+    Args:
+        behavior_B / content_B: True where the item has that side; the other one stands in where it has not.
+    Source: UNGER (arXiv 2502.06269), stage one, concat(l2(E_C), l2(E_T));
+    differs: standing in, possible because the sides are aligned; the paper's items have both.
+    """
+    behavior_BD, content_BD = F.normalize(behavior_BD.float(), dim=1), F.normalize(content_BD.float(), dim=1)
+    left_BD = torch.where(content_B[:, None], content_BD, behavior_BD)
+    right_BD = torch.where(behavior_B[:, None], behavior_BD, content_BD)
+    return torch.cat([left_BD, right_BD], 1) * (behavior_B | content_B)[:, None]
+
+
+def alignment_loss(behavior_BD: Tensor, content_BD: Tensor, both_B: Tensor, *, temperature: float, world: World) -> Tensor:
+    """The share of this process in the mean contrastive loss of both directions over the items that have both sides, a scalar.
+
+    Source: UNGER (arXiv 2502.06269), stage one, cross-modality alignment: InfoNCE of E_C with E_T, in-batch negatives
+    """
+    return both_ways(view(behavior_BD, both_B, world), view(content_BD, both_B, world), temperature=temperature, world=world)
+
+
+def distillation_loss(summary_BD: Tensor, teacher_BD: Tensor, *, temperature: float = 0.1, kind: Literal["contrast", "cosine"] = "contrast") -> Tensor:
+    """How far a generator's summary of the user is from the integrated vector of the item that follows, per row, (B,).
+
+    Args:
+        summary_BD: the summary token's state, mapped to the width of E_I; teacher_BD: `Unger.integrated` of the targets, without gradient.
+        kind: contrast = InfoNCE over the batch, where rows with an equal teacher are no negatives; cosine = 1 - cosine.
+    Source: UNGER (arXiv 2502.06269), stage two, intra-modality distillation; differs: the exact form is not known here.
+    """
+    teacher_BD = teacher_BD.detach().float()
+    if kind == "cosine":
+        return 1.0 - F.cosine_similarity(summary_BD.float(), teacher_BD, dim=1)
+    other_BC = (teacher_BD[:, None] != teacher_BD[None]).any(2)
+    return info_nce(summary_BD, teacher_BD, torch.arange(len(teacher_BD), device=teacher_BD.device), other_BC, temperature=temperature)
+
+
+class Network(nn.Module):
+    """Adapter of content, linear map of behaviour and the next-item reader.
+
+    Args:
+        settings: the [train_tokenizer.unger] section.
+        raw_widths: modality -> width of its vectors as they come.
+    Raises: ValueError unless behaviour and some content are there.
+    """
+
+    def __init__(self, settings: profile.Unger, raw_widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.inputs = Inputs(raw_widths, settings.input_dim)
+        self.content = tuple(name for name in CONTENT if name in self.inputs.widths)
+        if not self.content or "behavior" not in self.inputs.widths:
+            raise ValueError(f"UNGER joins content with behaviour and got only {sorted(raw_widths)}")
+        width, latent = sum(self.inputs.widths[name] for name in self.content), settings.latent_dim
+        self.hidden, self.modulate = nn.Linear(width, latent), nn.Linear(width, 2 * latent)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+        self.behavior_WD = nn.Parameter(torch.eye(self.inputs.widths["behavior"], latent))
+        self.reader = histories.Reader(2 * latent, settings.max_history, settings.hidden_dim)
+
+    def sides(self, batch: ItemBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E_C and E_T of prepared items, (B, D) each, and who has behaviour and content."""
+        content_BD, map_WD = side_by_side(batch, self.content), self.behavior_WD
+        gain_BD, shift_BD = self.modulate(content_BD).chunk(2, 1)
+        text_BD = adapted(self.hidden(content_BD), gain_BD, shift_BD)
+        behavior_BD = side_by_side(batch, ("behavior",)) @ (map_WD.detach() if self.settings.freeze_behavior else map_WD)
+        return behavior_BD, text_BD, batch.behavior_N, torch.stack([batch.mask(name) for name in self.content]).any(0)
+
+    def forward(self, batch: ItemBatch) -> Tensor:
+        """E_I of prepared items, (B, 2 D).
+
+        Source: UNGER (arXiv 2502.06269), stage one, E_I; differs: E_C is a trained map of the night's behaviour vector in place of a trained row per
+        item, so that a new item needs no training.
+        """
+        return integrate(*self.sides(batch))
+
+
+class Training:
+    """Stage one of UNGER as the training loop wants it (`fit.Trainable`); there are no code books in it."""
+
+    warmup_epochs = 0
+    codebook_names = ()
+
+    def __init__(self, network: Network, events: histories.Events, prepared: ItemBatch) -> None:
+        self.network, self.events, self.prepared = network, events, prepared
+        self.settings = network.settings
+
+    def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
+        """Alignment of the items, next-item loss of as many questions, and their weighted `total`.
+
+        Source: UNGER (arXiv 2502.06269), stage one, L_seq + alpha L_align
+        """
+        next_B = self._next(self.events.draw(noise_BU.cpu()), world)
+        terms = {"alignment": self._align(batch, world), "next_item": world.mean(next_B, torch.ones_like(next_B, dtype=torch.bool))}
+        return {**terms, "total": self.settings.next_item * terms["next_item"] + self.settings.alignment * terms["alignment"]}
+
+    def _align(self, batch: ItemBatch, world: World) -> Tensor:
+        behavior_BD, content_BD, behavior_B, content_B = self.network.sides(batch)
+        return alignment_loss(behavior_BD, content_BD, behavior_B & content_B, temperature=self.settings.temperature, world=world)
+
+    def _next(self, at_B: Tensor, world: World) -> Tensor:
+        """Loss of each question, (B,)."""
+        device = self.network.behavior_WD.device
+        return histories.ask(
+            self.events,
+            at_B,
+            lambda rows_R: self.network(self.prepared.take(rows_R).to(device)),
+            self.network.reader,
+            temperature=self.settings.next_temperature,
+            world=world,
+        )
+
+    def after_step(self) -> None:
+        """Nothing to do between steps."""
+
+    def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
+        """Codes come after training."""
+
+    def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
+        """Codes come after training."""
+        return {}
+
+    @torch.no_grad()
+    def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:
+        """Alignment of those items and next-item loss of the questions held out; `score` = their weighted sum."""
+        device = self.network.behavior_WD.device
+        aligned = [float(self._align(block.to(device), histories.alone())) for block in parallel.blocks(items, EVALUATED)]
+        asked = torch.cat([self._next(at_B, histories.alone()) for at_B in self.events.held_P.split(histories.HELD_USERS)])
+        found = {"alignment": sum(aligned) / len(aligned), "next_item": float(asked.double().mean())}
+        return {**found, "score": self.settings.next_item * found["next_item"] + self.settings.alignment * found["alignment"]}
+
+
+class Unger:
+    """The UNGER tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
+
+    Args:
+        settings: the [train_tokenizer.unger] section.
+    """
+
+    needs_history: ClassVar[bool] = True
+
+    def __init__(self, settings: profile.Unger) -> None:
+        self.settings = settings
+        self.network: Network | None = None
+        shared = set(profile.RqKmeans.model_fields)
+        self.quantiser = RqKmeans(profile.RqKmeans(**settings.model_dump(include=shared)))
+
+    @property
+    def fitted(self) -> Network:
+        """The network.
+
+        Raises: ValueError before `fit` or `load`.
+        """
+        if self.network is None:
+            raise ValueError("the tokenizer is not fitted: call fit or load")
+        return self.network
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the levels."""
+        return self.quantiser.slots
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K per level."""
+        return self.quantiser.codebook_sizes
+
+    def fit(
+        self,
+        items: ItemBatch,
+        *,
+        seed: int,
+        settings: profile.TrainTokenizer,
+        checkpoint: Checkpoint | None = None,
+        progress: ProgressBar | None = None,
+        start: Start | None = None,
+        history: History | None = None,
+    ) -> FitReport:
+        """Train the integrated vector, then code it by residual k-means; with `start` both begin at the champion's.
+
+        Raises: ValueError without content or behaviour; ContractError without enough history or for a champion of other sizes.
+        """
+        events = histories.events(history, len(items), who="UNGER")
+        old = champion(start, Unger, self.settings, items.widths()) if start else None
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = Network(self.settings, items.widths())
+        if old is None:
+            network.inputs.fit(items)
+        else:
+            network.load_state_dict(old.fitted.state_dict())
+        prepared = network.inputs.prepare(items)
+        training = Training(network.to("cuda" if torch.cuda.is_available() else "cpu"), events, prepared)
+        kept = histories.part(checkpoint, "integration", events.digest)
+        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
+        self.network = network.eval()
+        again = Start(tokenizer=old.quantiser, pull=start.pull) if old and start else None
+        self.quantiser.fit(self._halves(items.take(torch.nonzero(self._shown(items)).flatten())), seed=seed, settings=settings, start=again)
+        return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True) | self._measure(items))
+
+    def _shown(self, items: ItemBatch) -> Tensor:
+        """True for items that show anything UNGER reads, (N,)."""
+        return torch.stack([items.mask(name) & (items.vectors(name) is not None) for name in self.fitted.inputs.widths]).any(0).cpu()
+
+    def _measure(self, items: ItemBatch) -> dict[str, float]:
+        made = self.encode(items)
+        found = metrics.code_use(made.codes_NL, self.codebook_sizes, self.slots)
+        return {**found, "nmse/integrated": metrics.nmse(self.integrated(items), made.quantized_ND, self._shown(items))}
+
+    @torch.no_grad()
+    def integrated(self, items: ItemBatch) -> Tensor:
+        """E_I, the integrated vectors before quantisation, (N, 2 D) on the CPU: the teacher of `distillation_loss`."""
+        network = self.fitted
+        device = network.behavior_WD.device
+        return torch.cat([network(network.inputs.prepare(block.to(device))).cpu() for block in parallel.blocks(items)])
+
+    def _halves(self, items: ItemBatch) -> ItemBatch:
+        """The halves of E_I as the two modalities that residual k-means puts beside each other again."""
+        content_ND, behavior_ND = self.integrated(items).chunk(2, 1)
+        everyone_N = torch.ones(len(items), dtype=torch.bool)
+        halves = {"text_ND": content_ND, "text_N": everyone_N, "behavior_ND": behavior_ND, "behavior_N": everyone_N}
+        return replace(items.to(torch.device("cpu")), **halves, image_ND=None, image_N=~everyone_N)  # type: ignore[arg-type]
+
+    def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
+        """Codes of the residual walk over E_I, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere."""
+
+        def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            made = self.quantiser.encode(self._halves(rows), keep)
+            shown_B1 = self._shown(rows)[:, None]
+            codes_BL = masked_codes(made.codes_NL, shown_B1, self.settings.codebook_size)
+            return TokenizerOutput(codes_NL=codes_BL, weights_NL=made.weights_NL * shown_B1, quantized_ND=made.quantized_ND * shown_B1)
+
+        return encode_in_chunks(items, block, keep)
+
+    def relabel(self, order: Sequence[Tensor]) -> None:
+        """Rename codes: code k of level l is what order[l][k] was."""
+        self.quantiser.relabel(order)
+
+    def codebooks(self) -> list[Tensor]:
+        """Code rows per level, (K, 2 D), content before behaviour."""
+        return self.quantiser.codebooks()
+
+    def state(self) -> dict[str, Tensor]:
+        """The network's tensors and, under `quantiser.`, the code rows; contiguous, on the CPU."""
+        network = {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
+        return network | {f"quantiser.{name}": value for name, value in self.quantiser.state().items()}
+
+    def config(self) -> dict[str, Any]:
+        """Settings and input widths, JSON."""
+        return {"tokenizer": "unger", "settings": self.settings.model_dump(), "raw_widths": self.fitted.inputs.raw_widths}
+
+    @classmethod
+    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Unger:
+        """The tokenizer that gave `config` and `state`.
+
+        Raises: RuntimeError if the tensors do not fit the configuration.
+        """
+        tokenizer = cls(profile.Unger(**config["settings"]))
+        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
+        tokenizer.network.load_state_dict({name: value for name, value in state.items() if not name.startswith("quantiser.")})
+        half = tokenizer.settings.latent_dim
+        inner = {"settings": tokenizer.quantiser.settings.model_dump(), "raw_widths": {"text": half, "behavior": half}}
+        tokenizer.quantiser = RqKmeans.load(inner, {"codebook_LKD": state["quantiser.codebook_LKD"]})
+        return tokenizer
