@@ -1,9 +1,9 @@
 """Codes, router weights and disambiguators of the night, left on an audit branch for publish_release.
 
-New generation: every item is encoded; an anchored one holds on to the parent's codes within a margin, and the number of an unmoved item stays.
-Frozen: only items that are not in the parent, or whose behaviour row was trained tonight, are encoded; all others keep codes, weights and disambiguator
-of the parent bit by bit. A change of text or image alone moves no code under `frozen`: the new content counts from the item's next behaviour row, or
-from the next generation. Retired items stay as tombstones, so that their numbers are never given away.
+New generation: every item is encoded. Frozen: only items that are not in the parent, or whose behaviour row was trained tonight; all others keep codes,
+weights and disambiguator of the parent bit by bit. On frozen and anchored nights an encoded item holds on to the parent's code until another one is nearer
+by a margin, and the number of an unmoved item stays. A change of text or image alone moves no code under `frozen`: the new content counts from the item's
+next behaviour row, or from the next generation. Retired items stay as tombstones, so that their numbers are never given away.
 Not here: fitting the tokenizer (train_tokenizer) and publishing (publish_release).
 """
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from jobs.inputs import Inputs
 
+SAME_WORDS = ("", "anchored")  # nights whose codes mean what the parent's mean
 STRATA = ("head", "torso", "tail")
 FLAGS = ("live", "described", "shared", "known", "changed_from_parent", "unmasked", "encoded", "dangling", "bad_codes", "loud_mask", "parent_stratum")
 CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>, dangling boolean"
@@ -64,7 +65,7 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     chosen = chosen.join(parent.select("item_id", F.col("codes").alias("keep")), "item_id", "left")
     vectors = item_vectors(chosen, inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector"), plan.generation)
     model = broadcast_model(inputs, vocabulary)
-    margin = params.hold_margin if plan.start == "anchored" else None
+    margin = params.hold_margin if plan.start in SAME_WORDS else None
     encoded = encode(vectors, partial(encode_batches, model=model, margin=margin), vocabulary.codebook_sizes)
     rows = with_groups(release_rows(features, encoded, parent, plan), vocabulary.codebook_sizes).persist()
     sources = read_sources(features, parent, plan.logical_date)
@@ -295,7 +296,7 @@ def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, pla
         F.col("popularity_stratum").alias("parent_stratum"),
     )
     fresh = encoded.select("item_id", "dangling", F.col("codes").alias("new_codes"), F.col("weights").alias("new_weights"))
-    carry, same_words = F.lit(not plan.new_generation), F.lit(plan.start in ("", "anchored"))
+    carry, same_words = F.lit(not plan.new_generation), F.lit(plan.start in SAME_WORDS)
     joined = (
         features.drop("generation")
         .join(fresh, "item_id", "left")

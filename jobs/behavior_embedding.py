@@ -43,7 +43,9 @@ def run(inputs: Inputs, params: config.BehaviorEmbedding, ctx: Context) -> Stage
         logical_date=ctx.logical_date,
         generation=plan.generation,
     )
-    metrics = {"norm_ratio": norm_ratio(rows, outputs.get("richness_reference", {})), **outputs.get("gate", {})}
+    encoder = ctx.config.train_behavior_encoder
+    cold = 0 if getattr(getattr(encoder, encoder.encoder), "cold_items", False) else frame.where("evidence_count = 0").count()
+    metrics = {"unexpected_cold_rows": float(cold), "norm_ratio": norm_ratio(rows, outputs.get("richness_reference", {})), **outputs.get("gate", {})}
     write = Write(table=TABLE, frame=frame, dates=(ctx.logical_date,), metrics=metrics)
     return StageResult(writes=(write,), metrics={"rows": float(len(rows)), "norm_ratio": metrics["norm_ratio"]})
 

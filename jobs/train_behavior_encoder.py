@@ -1,20 +1,21 @@
 """train_behavior_encoder: the behaviour encoder of a new generation, or only the rows that moved on a frozen night.
 
-New generation: SASRec on all sequences before the cutoff, brought back to the parent's space by an orthogonal map, and the frozen richness reference.
+New generation: the chosen encoder on all sequences before the cutoff, brought back to the parent's space by an orthogonal map, and the richness reference.
 Frozen: an item's row is trained, against the generation's base, when it first reaches n_min events or its evidence bucket floor(log2(count)) rises above the
 one in the parent's item_feature; nothing else is touched.
 
 Both leave a bundle that behavior_embedding reads alike: config `item_ids` and the tensor `behavior_vectors`, one row per item to be written.
-The base bundle also holds the network in its own space, the rotation into the exported space and the vocabulary of its tables.
+The base bundle also holds what later nights need of the encoder in its own space, the rotation into the exported space and the vocabulary of its tables.
+
+An encoder with `cold_items` gives an item with a text its vector before n_min events. The mask is then open from the item's first night; what stands behind
+the row is said by its evidence count, 0 = text alone, and such rows take no part in the richness reference, in reliability and in the rotation.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from jobs.behavior_inputs import Base, Content, Night, flat, indexed, pack_ids, read_base, read_content, read_night, sorted_unique, strings
 from pipeline import config, richness
 from pipeline.context import Context, Plan, derive_seed
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jobs.inputs import Inputs
-    from pipeline.encoders.sasrec import Rows, SasRec, Sequences, TrainedEncoder
+    from pipeline.encoders.behavior import BehaviorEncoder, MovedRows, Sequences, TrainedEncoder
 
 logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
@@ -40,34 +42,7 @@ NEIGHBOURS = 20
 MEASURED_ITEMS = 5000  # items whose split-half overlap is measured at most
 ENOUGH_ITEMS = 200  # fewer measured items decide nothing
 EXAMPLE_ROWS = 2
-SLOWER = "sid run train_behavior_encoder --date D --set train_behavior_encoder.sasrec.learning_rate=0.001"
-
-
-@dataclass(frozen=True)
-class Night:
-    """The night's items (sorted by id) and its sequences of two events or more (sorted by user)."""
-
-    item_ids: pa.Array
-    counts: NDArray[np.int64]
-    strata: pa.Array
-    sequences: pa.Table
-
-    def events(self) -> pa.Array:
-        """Item of every event, users end to end."""
-        return _strings(self.sequences["item_ids"])
-
-
-@dataclass(frozen=True)
-class Base:
-    """A generation's encoder as it was logged."""
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def vocabulary(self) -> pa.Array:
-        """Items of the network's tables, in row order."""
-        return unpack_ids(self.tensors["vocabulary_bytes"].numpy(), self.tensors["vocabulary_offsets"].numpy())
+SLOWER = "sid run train_behavior_encoder --date D --set train_behavior_encoder.<encoder>.learning_rate=0.001"
 
 
 def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> StageResult:
@@ -78,85 +53,103 @@ def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> St
     """
     if int(os.environ.get("RANK", "0")):
         raise SystemExit(0)  # a helper process of torchrun: this stage runs in one process
-    if params.encoder != "sasrec":
-        raise ConfigError("unknown behaviour encoder", expected="sasrec", found=params.encoder, where="[train_behavior_encoder] encoder")
+    chosen(params)
     if params.richness == "reliability" and not params.measure_reliability:
         raise ConfigError("richness = reliability must be measured", expected="true", found="false", where="[train_behavior_encoder] measure_reliability")
-    plan, night = ctx.plan(), read_night(inputs, ctx)
-    return new_generation(inputs, params, plan, night) if plan.new_generation else frozen_night(inputs, params, plan, night)
+    night = read_night(inputs, ctx)
+    return new_generation(inputs, params, ctx, night) if ctx.plan().new_generation else frozen_night(inputs, params, ctx, night)
 
 
-def read_night(inputs: Inputs, ctx: Context) -> Night:
-    """The night's popularity and sequences in an order that does not depend on files.
+def chosen(params: config.TrainBehaviorEncoder, name: str = "", settings: Mapping[str, Any] | None = None, **changes: Any) -> BehaviorEncoder:
+    """The configured encoder, or that of a logged base, with some of its settings changed.
 
-    Raises: UpstreamMissing when no user has two events.
+    Raises: ConfigError for a name that is not registered.
     """
-    where = f"logical_date == '{ctx.logical_date}'"
-    popularity = inputs.arrow("feature.item_popularity", columns=("item_id", "evidence_count", "popularity_stratum"), where=where).sort_by("item_id")
-    sequences = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids", "baskets", "num_events"), where=where).sort_by("user_id")
-    sequences = sequences.filter(pc.greater_equal(sequences["num_events"], 2))
-    if not len(sequences):
-        raise UpstreamMissing(
-            "no user has two events to learn an order from",
-            expected="sequences",
-            found="none",
-            where=f"feature.user_sequence logical_date={ctx.logical_date}",
-            next_command=f"sid run user_sequence --date {ctx.logical_date}",
-        )
-    counts = popularity["evidence_count"].to_numpy().astype(np.int64)
-    return Night(_strings(popularity["item_id"]), counts, _strings(popularity["popularity_stratum"]), sequences)
+    from pipeline.encoders import BEHAVIOR_ENCODERS
 
-
-def indexed(night: Night, vocabulary: pa.Array) -> tuple[Sequences, pa.Array]:
-    """(sequences by item_index, the items beyond the vocabulary in the order of their indices N, N + 1, ...)."""
-    import torch
-
-    from pipeline.encoders.sasrec import Sequences
-
-    events = night.events()
-    found = pc.index_in(events, value_set=vocabulary)
-    beyond = _sorted_unique(events.filter(pc.is_null(found)))
-    extra = pc.add(pc.index_in(events, value_set=beyond), len(vocabulary))
-    items_T = torch.from_numpy(pc.coalesce(found, extra).to_numpy(zero_copy_only=False).astype(np.int64))
-    lengths = pc.list_value_length(night.sequences["item_ids"]).to_numpy()
-    baskets_T = torch.from_numpy(_flat(night.sequences["baskets"]).to_numpy(zero_copy_only=False).astype(np.int64))
-    return Sequences(torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)), items_T, baskets_T), beyond
+    name = name or params.encoder
+    if name not in BEHAVIOR_ENCODERS:
+        raise ConfigError("unknown behaviour encoder", expected=" | ".join(BEHAVIOR_ENCODERS), found=name, where="[train_behavior_encoder] encoder")
+    section = getattr(params, name)
+    if settings is not None:
+        section = type(section).model_validate(settings)
+    return BEHAVIOR_ENCODERS[name](section.model_copy(update=changes))
 
 
 # ---------------------------------------------------------------- a new generation
 
 
-def new_generation(inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, night: Night) -> StageResult:
+def new_generation(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context, night: Night) -> StageResult:
     """The base encoder of `plan.generation` with its richness reference."""
-    from pipeline.encoders import sasrec
-
-    vocabulary = _sorted_unique(night.events())
+    plan, encoder = ctx.plan(), chosen(params)
+    content = read_content(inputs, ctx) if encoder.reads_text else None
+    vocabulary, warm_N, exported_N = base_items(params, night, content if encoder.cold_items else None)
     counts_N, strata_N = _facts(night, vocabulary)
-    rows_M = np.flatnonzero(counts_N >= params.n_min)
-    if not rows_M.size:
+    rows_M, warm_W = np.flatnonzero(exported_N), np.flatnonzero(warm_N)
+    sequences, _ = indexed(night, vocabulary)
+    vectors_NC = None if content is None else content.of(vocabulary)
+    seed = derive_seed(plan.seed, "behavior_encoder", plan.logical_date)
+    begun = None if plan.start == "cold" else encoder_at_parent(inputs, params, plan, vocabulary)
+    base = (begun or encoder).train(sequences, len(vocabulary), seed=seed, device=_device(), what=params.encoder, content=vectors_NC)
+    rotation_DD, drift = _bring_back(inputs, plan, vocabulary.take(warm_W), base.item_vectors[warm_W])
+    vectors_ND = (base.item_vectors @ rotation_DD).numpy()
+    vectors_MD = checked(vectors_ND[rows_M], vocabulary.take(rows_M), "train_behavior_encoder")
+    overlap_W = split_half_overlap(sequences, len(vocabulary), warm_W, params, seed, vectors_NC) if params.measure_reliability else None
+    reference, found, figure = fit_richness(params, counts_N[warm_W], np.linalg.norm(vectors_ND[warm_W], axis=1), overlap_W, strata_N[warm_W])
+    found |= encoder.probe(sequences, len(vocabulary), seed=seed, device=_device(), content=vectors_NC)
+    metrics = {"begun_at_parent": float(begun is not None), **base.metrics, **floors(sequences, len(vocabulary), params, seed), **drift, **found}
+    return StageResult(
+        metrics={"vocabulary": float(len(vocabulary)), "vectors": float(rows_M.size), "cold_vectors": float(rows_M.size - warm_W.size), **metrics},
+        curves={name: [value for value in values if np.isfinite(value)] for name, values in base.curves.items()},
+        outputs={"richness_reference": reference, "generation": plan.generation, "rows": int(rows_M.size), "gate": gated(found, warm_W.size)},
+        figures={"strength_by_stratum": figure, "loss_curves": FigureData(kind="loss_curves", data={"curves": {"behaviour": base.curves["loss"]}})},
+        model=base_bundle(params, plan, base, rotation_DD, vocabulary, rows_M, vectors_MD, reference),
+    )
+
+
+def encoder_at_parent(inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, vocabulary: pa.Array) -> BehaviorEncoder | None:
+    """The encoder, at its refit rate, that begins at the parent's; None, and said in the log, when that is of another kind or cannot be begun at.
+
+    Raises: UpstreamMissing when the parent's encoder is not recorded; ContractError when its network has other sizes.
+    """
+    import torch
+
+    from pipeline.encoders.behavior import Champion
+
+    assert plan.parent is not None, "a warm or anchored night has a parent"
+    old = read_base(inputs, plan.parent.generation)
+    if old is None:
+        raise UpstreamMissing(f"the encoder of generation {plan.parent.generation} is not recorded", expected="one row", found="none", where="sid.generation")
+    place_N = pc.fill_null(pc.index_in(vocabulary, value_set=old.vocabulary), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    state = {name.removeprefix(NETWORK): tensor for name, tensor in old.tensors.items() if name.startswith(NETWORK)}
+    encoder = chosen(params, learning_rate=params.refit_rate * getattr(params, params.encoder).learning_rate)
+    if old.config["encoder"] == params.encoder and encoder.begin_at(Champion(state, torch.from_numpy(place_N))):
+        return encoder
+    logger.warning("behaviour encoder begins anew encoder=%s parent_encoder=%s", params.encoder, old.config["encoder"])
+    return None
+
+
+def base_items(params: config.TrainBehaviorEncoder, night: Night, content: Content | None) -> tuple[pa.Array, NDArray[np.bool_], NDArray[np.bool_]]:
+    """(vocabulary of the base, which of it has n_min events, which of it gets a vector).
+
+    Args:
+        content: texts whose items need no event; None = only events count.
+    Raises: ContractError when no item has n_min events.
+    """
+    vocabulary = sorted_unique(night.events())
+    if content is not None:
+        vocabulary = sorted_unique(pa.concat_arrays([vocabulary, night.item_ids.filter(pa.array(content.has(night.item_ids)))]))
+    counts_N, _ = _facts(night, vocabulary)
+    warm_N = counts_N >= params.n_min
+    if not warm_N.any():
         raise ContractError(
             "no item has enough events for a behaviour vector",
             expected=f"an item with {params.n_min} events",
             found=f"at most {counts_N.max()}",
-            where=f"feature.user_sequence logical_date={plan.logical_date}",
+            where="feature.user_sequence of the night",
             next_command="sid run refresh --date D --set train_behavior_encoder.n_min=1",
         )
-    sequences, _ = indexed(night, vocabulary)
-    seed = derive_seed(plan.seed, "behavior_encoder", plan.generation)
-    encoder = sasrec.train(sequences, len(vocabulary), params.sasrec, seed=seed, device=_device())
-    rotation_DD, drift = _bring_back(inputs, plan, vocabulary.take(rows_M), encoder.item_vectors[rows_M])
-    vectors_MD = checked((encoder.item_vectors[rows_M] @ rotation_DD).numpy(), vocabulary.take(rows_M), "train_behavior_encoder")
-    overlap_M = split_half_overlap(sequences, len(vocabulary), rows_M, params, seed) if params.measure_reliability else None
-    reference, found, figure = fit_richness(params, counts_N[rows_M], np.linalg.norm(vectors_MD, axis=1), overlap_M, strata_N[rows_M])
-    metrics = {**encoder.metrics, **floors(sequences, len(vocabulary), params.sasrec, seed), **drift, **found}
-    model = base_bundle(params, plan, encoder, rotation_DD, vocabulary, rows_M, vectors_MD, reference)
-    return StageResult(
-        metrics={"vocabulary": float(len(vocabulary)), "vectors": float(rows_M.size), **metrics},
-        curves={name: [value for value in values if np.isfinite(value)] for name, values in encoder.curves.items()},
-        outputs={"richness_reference": reference, "generation": plan.generation, "rows": int(rows_M.size), "gate": gated(found, rows_M.size)},
-        figures={"strength_by_stratum": figure, "loss_curves": FigureData(kind="loss_curves", data={"curves": {"behaviour": encoder.curves["loss"]}})},
-        model=model,
-    )
+    return vocabulary, warm_N, warm_N if content is None else warm_N | content.has(vocabulary)
 
 
 def fit_richness(
@@ -202,7 +195,9 @@ def gated(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
     return {name: metrics[name] for name in judged if name in metrics}
 
 
-def split_half_overlap(sequences: Sequences, num_items: int, rows_M: NDArray[np.int64], params: config.TrainBehaviorEncoder, seed: int) -> Floats:
+def split_half_overlap(
+    sequences: Sequences, num_items: int, rows_M: NDArray[np.int64], params: config.TrainBehaviorEncoder, seed: int, content: Tensor | None
+) -> Floats:
     """Share of each item's 20 nearest neighbours on which encoders of two random halves of the users agree [M]; NaN where not measured.
 
     Measured on items that occur in both halves, at most MEASURED_ITEMS of them drawn by the seed; a half stops after `half_epochs`.
@@ -210,16 +205,15 @@ def split_half_overlap(sequences: Sequences, num_items: int, rows_M: NDArray[np.
     import torch
 
     from pipeline import evaluation
-    from pipeline.encoders import sasrec
 
     users = torch.randperm(sequences.offsets.numel() - 1, generator=torch.Generator().manual_seed(seed))
     overlap_M = np.full(rows_M.size, np.nan)
     if users.numel() < 2:
         return overlap_M
     halves = [sequences.users(half.sort().values) for half in users.tensor_split(2)]
-    settings = params.sasrec.model_copy(update={"max_epochs": min(params.half_epochs, params.sasrec.max_epochs)})
+    encoder = chosen(params, max_epochs=min(params.half_epochs, getattr(params, params.encoder).max_epochs))
     vectors = [
-        sasrec.train(half, num_items, settings, seed=derive_seed(seed, "half", number), device=_device(), what=f"half {number}").item_vectors
+        encoder.train(half, num_items, seed=derive_seed(seed, "half", number), device=_device(), what=f"half {number}", content=content).item_vectors
         for number, half in enumerate(halves)
     ]
     seen_N = np.logical_and.reduce([np.bincount(half.items.numpy(), minlength=num_items) > 0 for half in halves])
@@ -232,18 +226,18 @@ def split_half_overlap(sequences: Sequences, num_items: int, rows_M: NDArray[np.
     return overlap_M
 
 
-def floors(sequences: Sequences, num_items: int, params: config.SasRec, seed: int) -> dict[str, float]:
-    """`floor/<popularity | markov>_<recall@10 | ndcg@10>` on the very questions that the encoder was validated with."""
+def floors(sequences: Sequences, num_items: int, params: config.TrainBehaviorEncoder, seed: int) -> dict[str, float]:
+    """`floor/<popularity | markov>_<recall | ndcg>@<10 | 20>` on the very questions that the encoder was validated with, the history masked as there."""
     from pipeline import evaluation
     from pipeline.encoders import sasrec
 
-    rest, questions = sasrec.holdout(sequences, params.valid_users, params.max_length, seed)
+    rest, questions = sasrec.holdout(sequences, getattr(params, params.encoder).valid_users, 2, seed)
     if not questions.users.numel():
         return {}
     asked = rest.users(questions.users)
     contexts = evaluation.Packed(asked.offsets.numpy(), asked.items.numpy())
-    ranks = evaluation.floor_ranks(contexts, questions.targets.numpy(), num_items, mask_history=False, ease=False)
-    return {f"floor/{name}_{metric}": value for name, ranks_B in ranks.items() for metric, value in evaluation.ranking_metrics(ranks_B, (10,)).items()}
+    ranks = evaluation.floor_ranks(contexts, questions.targets.numpy(), num_items, mask_history=chosen(params).masks_history, ease=False)
+    return {f"floor/{name}_{metric}": value for name, ranks_B in ranks.items() for metric, value in evaluation.ranking_metrics(ranks_B, (10, 20)).items()}
 
 
 def _bring_back(inputs: Inputs, plan: Plan, item_ids: pa.Array, vectors_MD: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -283,7 +277,7 @@ def base_bundle(
     vectors_MD: NDArray[np.float32],
     reference: Mapping[str, Any],
 ) -> ModelBundle:
-    """The model `behavior_encoder`: exported rows, network in its own space, rotation, vocabulary, and how it was made."""
+    """The model `behavior_encoder`: exported rows, the encoder's state in its own space, rotation, vocabulary, and how it was made."""
     characters, offsets = pack_ids(vocabulary)
     network = {f"{NETWORK}{name}": tensor for name, tensor in encoder.state.items()}
     tensors = {"behavior_vectors": vectors_MD, "rotation": rotation_DD, "vocabulary_bytes": characters, "vocabulary_offsets": offsets, **network}
@@ -291,7 +285,7 @@ def base_bundle(
         "kind": "behavior_encoder",
         "encoder": params.encoder,
         "generation": plan.generation,
-        "params": params.sasrec.model_dump(mode="json"),
+        "params": getattr(params, params.encoder).model_dump(mode="json"),
         "n_min": params.n_min,
         "richness_reference": dict(reference),
     }
@@ -301,86 +295,79 @@ def base_bundle(
 # ---------------------------------------------------------------- a frozen night
 
 
-def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, night: Night) -> StageResult:
-    """The rows that moved, trained against the generation's base; `skipped` without any."""
-    moved, first = moved_items(inputs, params, plan, night)
-    moved_ids = night.item_ids.take(moved)
-    seen = pc.is_in(moved_ids, value_set=pc.unique(night.events())).to_numpy(zero_copy_only=False)
-    metrics = {"moved_items": float(moved.size), "first_rows": float(first.sum()), "moved_without_sequence": float((~seen).sum())}
-    if not seen.any():
-        return StageResult(status="skipped", metrics=metrics, outputs={"generation": plan.generation, "rows": 0})
+def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context, night: Night) -> StageResult:
+    """The rows that moved, made against the generation's base by the generation's encoder; `skipped` without any."""
+    plan = ctx.plan()
     base = read_base(inputs, plan.generation)
     if base is None:
         raise UpstreamMissing(
             f"the encoder of generation {plan.generation} is not recorded", expected="one row", found="none", where="sid.generation", next_command="sid repair"
         )
-    kept = moved[seen]
-    buckets = richness.evidence_bucket(night.counts[kept])
-    names = night.item_ids.take(kept).to_pylist()
-    seeds = [derive_seed(plan.seed, plan.generation, name, bucket) for name, bucket in zip(names, buckets.tolist(), strict=True)]
-    trained, ids, shift = _train_moved(base, night, night.item_ids.take(kept), np.asarray(seeds, np.int64))
-    metrics |= {"rows": float(len(ids)), **shift["metrics"]}
+    encoder = chosen(params, base.config["encoder"], base.config["params"])
+    content = read_content(inputs, ctx) if encoder.reads_text else None
+    cold = content if encoder.cold_items else None
+    moved, first = moved_items(inputs, params, plan, night, cold)
+    seen = pc.is_in(night.item_ids.take(moved), value_set=pc.unique(night.events())).to_numpy(zero_copy_only=False)
+    if cold is not None:
+        seen |= cold.has(night.item_ids.take(moved))
+    metrics = {"moved_items": float(moved.size), "first_rows": float(first.sum()), "moved_without_sequence": float((~seen).sum())}
+    skipped = {"generation": plan.generation, "rows": 0}
+    if not seen.any():
+        return StageResult(status="skipped", metrics=metrics, outputs=skipped)
+    made, ids = _make_rows(encoder, base, night, moved[seen], plan, content)
+    metrics |= {"rows": float(len(ids)), **made.metrics}
     if not len(ids):
-        return StageResult(status="skipped", metrics=metrics, outputs={"generation": plan.generation, "rows": 0})
-    vectors_MD = checked((trained.inputs @ base.tensors["rotation"]).numpy(), ids, "train_behavior_encoder")
+        return StageResult(status="skipped", metrics=metrics, outputs=skipped)
+    vectors_MD = checked((made.vectors @ base.tensors["rotation"]).numpy(), ids, "train_behavior_encoder")
     about = {"kind": "behavior_rows", "generation": plan.generation}
     return StageResult(
         metrics=metrics,
-        curves={"row_loss": shift["curve"]},
+        curves={"row_loss": made.curve} if made.curve else {},
         outputs={"richness_reference": base.config["richness_reference"], "generation": plan.generation, "rows": len(ids)},
         model=_bundle("behavior_rows", ids.to_pylist(), vectors_MD, {"behavior_vectors": vectors_MD}, about),
     )
 
 
-def moved_items(inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, night: Night) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def moved_items(
+    inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, night: Night, cold: Content | None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """(rows of `night.item_ids` whose bucket rose above the parent's, which of them had no vector yet).
 
     An item that the parent masks or does not know counts as bucket -1, so reaching n_min is a rise as well.
+
+    Args:
+        cold: texts whose items need no event: their bucket is 0 from the start, so that they get a row on their first night.
     """
     assert plan.parent is not None, "a frozen night has a parent"
     where = f"logical_date == '{plan.parent.logical_date}' and generation == {plan.generation}"
     parent = inputs.arrow("feature.item_feature", columns=("item_id", "evidence_bucket"), where=where)
-    place = pc.index_in(night.item_ids, value_set=_strings(parent["item_id"]))
-    before_N = pc.fill_null(_flat(parent["evidence_bucket"]).take(place), -1).to_numpy(zero_copy_only=False)
-    moved = np.flatnonzero((night.counts >= params.n_min) & (richness.evidence_bucket(night.counts) > before_N))
+    place = pc.index_in(night.item_ids, value_set=strings(parent["item_id"]))
+    before_N = pc.fill_null(flat(parent["evidence_bucket"]).take(place), -1).to_numpy(zero_copy_only=False)
+    bucket_N, able_N = richness.evidence_bucket(night.counts), night.counts >= params.n_min
+    if cold is not None:
+        text_N = cold.has(night.item_ids)
+        bucket_N, able_N = np.where(text_N, np.maximum(bucket_N, 0), bucket_N), able_N | text_N
+    moved = np.flatnonzero(able_N & (bucket_N > before_N))
     return moved, before_N[moved] < 0
 
 
-def _train_moved(base: Base, night: Night, item_ids: pa.Array, seeds_M: NDArray[np.int64]) -> tuple[Rows, pa.Array, dict[str, Any]]:
-    """(trained rows in the base's own space, their items, how far they moved); an item with nothing of the base near it waits for more events."""
+def _make_rows(encoder: BehaviorEncoder, base: Base, night: Night, moved: NDArray[np.int64], plan: Plan, content: Content | None) -> tuple[MovedRows, pa.Array]:
+    """(rows in the base's own space, their items); an item that the base says nothing about waits for more events."""
     import torch
 
-    from pipeline.encoders import sasrec
-
-    params = config.SasRec.model_validate(base.config["params"])
-    vocabulary = base.vocabulary
-    model: SasRec = sasrec.restore({name.removeprefix(NETWORK): tensor for name, tensor in base.tensors.items() if name.startswith(NETWORK)}, params)
-    sequences, beyond = indexed(night, vocabulary)
-    index_M = pc.index_in(item_ids, value_set=pa.concat_arrays([vocabulary, beyond])).to_numpy(zero_copy_only=False).astype(np.int64)
-    moved_M = torch.from_numpy(index_M)
-    start, near_M = sasrec.initial_rows(model, sequences, moved_M)
-    start = sasrec.Rows(start.inputs[near_M], start.outputs[near_M])
-    model = model.to(_device())
-    rows, curve = sasrec.train_rows(model, sequences, moved_M[near_M], start, torch.from_numpy(seeds_M)[near_M], params)
-    cosine = torch.nn.functional.cosine_similarity(rows.inputs, start.inputs)
-    metrics = {"rows_alone": float((~near_M).sum())}
-    if cosine.numel():
-        metrics |= {"row_cosine_to_start": float(cosine.mean()), "mean_row_norm": float(rows.inputs.norm(dim=1).mean())}
-    return rows, item_ids.filter(pa.array(near_M.numpy())), {"metrics": metrics, "curve": curve}
+    item_ids, vocabulary = night.item_ids.take(moved), base.vocabulary
+    buckets = richness.evidence_bucket(night.counts[moved]).tolist()
+    seeds = [derive_seed(plan.seed, plan.generation, name, bucket) for name, bucket in zip(item_ids.to_pylist(), buckets, strict=True)]
+    sequences, beyond = indexed(night, vocabulary, item_ids)
+    known = pa.concat_arrays([vocabulary, beyond])
+    moved_M = torch.from_numpy(pc.index_in(item_ids, value_set=known).to_numpy(zero_copy_only=False).astype(np.int64))
+    state = {name.removeprefix(NETWORK): tensor for name, tensor in base.tensors.items() if name.startswith(NETWORK)}
+    vectors_NC = None if content is None else content.of(known)
+    made = encoder.train_rows(state, sequences, moved_M, torch.tensor(seeds, dtype=torch.int64), device=_device(), content=vectors_NC)
+    return made, item_ids.filter(pa.array(made.near.numpy()))
 
 
 # ---------------------------------------------------------------- shared pieces
-
-
-def read_base(inputs: Inputs, generation: int) -> Base | None:
-    """The encoder of a generation; None when sid.generation does not hold it."""
-    from safetensors.torch import load_file
-
-    rows = inputs.arrow("sid.generation", columns=("generation", "encoder_uri"), where=f"generation == {generation:d}").to_pylist()
-    if not rows:
-        return None
-    folder = inputs.model(rows[0]["encoder_uri"])
-    return Base(json.loads((folder / "config.json").read_text(encoding="utf-8")), load_file(folder / "model.safetensors"))
 
 
 def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str, next_command: str = SLOWER) -> NDArray[np.float32]:
@@ -398,19 +385,6 @@ def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str, nex
             next_command=next_command,
         )
     return vectors_MD
-
-
-def pack_ids(item_ids: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """(UTF-8 bytes end to end, offsets [N + 1]): item ids as tensors."""
-    fresh = item_ids.cast(pa.large_string()).take(pa.array(np.arange(len(item_ids))))  # buffers that begin at 0
-    offsets = np.frombuffer(fresh.buffers()[1], np.int64)[: len(item_ids) + 1].copy()
-    characters = fresh.buffers()[2]
-    return (np.frombuffer(characters, np.uint8)[: offsets[-1]].copy() if characters else np.zeros(0, np.uint8)), offsets
-
-
-def unpack_ids(characters: NDArray[np.uint8], offsets: NDArray[np.int64]) -> pa.Array:
-    """The item ids that `pack_ids` packed."""
-    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets.tobytes()), pa.py_buffer(characters.tobytes()))
 
 
 def _bundle(name: str, item_ids: list[str], vectors_MD: NDArray[np.float32], tensors: Mapping[str, Any], about: Mapping[str, Any]) -> ModelBundle:
@@ -438,24 +412,6 @@ def _facts(night: Night, vocabulary: pa.Array) -> tuple[NDArray[np.int64], NDArr
         )
     rows = place.to_numpy().astype(np.int64)
     return night.counts[rows], night.strata.take(rows).to_numpy(zero_copy_only=False)
-
-
-def _strings(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    return _flat(column).cast(pa.large_string())
-
-
-def _flat(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array; a list column gives its values."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        column = pc.list_flatten(column)
-    return column
-
-
-def _sorted_unique(values: pa.Array) -> pa.Array:
-    found = pc.unique(values)
-    return found.take(pc.array_sort_indices(found))
 
 
 def _device() -> str:

@@ -50,7 +50,7 @@ def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
     with processes() as rank:
         report = tokenizer.fit(
             items,
-            seed=derive_seed(plan.seed, "tokenizer", plan.generation),
+            seed=derive_seed(plan.seed, "tokenizer", plan.logical_date),
             settings=params,
             checkpoint=FileCheckpoint(ctx.staging / "train_tokenizer.checkpoint.safetensors"),
             progress=progress,

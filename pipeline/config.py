@@ -215,6 +215,7 @@ class TrainBehaviorEncoder(Section):
     ngcf: Ngcf = Ngcf()
     lightgcn: LightGcn = LightGcn()
     alpharec: AlphaRec = AlphaRec()
+    refit_rate: float = Field(0.3, gt=0, description="anchored and warm: share of the encoder's learning rate")
     n_min: int = Field(5, ge=1, description="events from which an item has a behaviour vector")
     richness: Literal["norm", "count", "rank", "reliability"] = Field("rank", description="what measures how informative an item's behaviour is")
     low_strength_share: float = Field(0.4, gt=0, lt=1, description="share of items that shall get alignment strength below .05; fixes beta")
@@ -411,7 +412,7 @@ class TrainTokenizer(Section):
 class AssignSid(Section):
     """Collisions."""
 
-    hold_margin: float = Field(0.1, ge=0, description="anchored: a code stays while its distance is within this share of the nearest code's")
+    hold_margin: float = Field(0.1, ge=0, description="frozen and anchored: a code stays while its distance is within this share of the nearest code's")
     max_disambiguator: int = Field(64, ge=1, description="D_max: items that may share one code tuple")
 
 
@@ -662,9 +663,9 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     if first["type"] == "extra_forbidden":
         known = ", ".join(sorted(_section_fields(path[:-1])))
         return ConfigError(f"unknown key {key!r} in section [{section}]", expected=f"one of {known}", found=key, where=f"{where}, section [{section}]")
-    return ConfigError(
-        f"bad value for {key!r} in section [{section}]", expected=first["msg"], found=repr(first.get("input")), where=f"{where}, section [{section}]"
-    )
+    given = first.get("input")
+    found = ", ".join(given) if first["type"] == "value_error" and isinstance(given, dict) else repr(given)  # of a refused secret only the name
+    return ConfigError(f"bad value for {key!r} in section [{section}]", expected=first["msg"], found=found, where=f"{where}, section [{section}]")
 
 
 def _section_fields(path: list[str]) -> list[str]:

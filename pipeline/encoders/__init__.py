@@ -14,9 +14,9 @@ from pipeline.encoders.image import EfficientNetLite0, VisionModel
 from pipeline.encoders.text import MiniLM, TextModel
 
 if TYPE_CHECKING:
-    from pipeline.encoders.sasrec import SasRec
+    from pipeline.encoders.behavior import BehaviorEncoder
 
-    BEHAVIOR_ENCODERS: Mapping[str, type[SasRec]]
+    BEHAVIOR_ENCODERS: Mapping[str, type[BehaviorEncoder]]
 
 CONTENT_ENCODERS: Mapping[Modality, Mapping[str, type[ContentEncoder]]] = {
     "text": {"minilm": MiniLM, "hf": TextModel},
@@ -30,6 +30,11 @@ def __getattr__(name: str) -> Any:
     """`BEHAVIOR_ENCODERS`, made on first use."""
     if name != "BEHAVIOR_ENCODERS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline.encoders.sasrec import SasRec
+    from pipeline.encoders.alpharec import AlphaRec
+    from pipeline.encoders.behavior import SasRec
+    from pipeline.encoders.bpr_mf import BprMf
+    from pipeline.encoders.lightgcn import LightGcn
+    from pipeline.encoders.ngcf import Ngcf
 
-    return {"sasrec": SasRec}
+    encoders: Mapping[str, type[BehaviorEncoder]] = {"sasrec": SasRec, "bpr_mf": BprMf, "ngcf": Ngcf, "lightgcn": LightGcn, "alpharec": AlphaRec}
+    return encoders

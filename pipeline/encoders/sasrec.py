@@ -9,6 +9,8 @@ Bit-deterministic for a seed on one machine and one number of threads.
 Tensor suffixes: B windows, T events end to end, L positions, D width, N items, P predicted positions, S sampled negatives, M moved items, U users, C columns.
 """
 
+# ruff: noqa: N815 - tensor fields carry shape suffixes
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -24,8 +26,10 @@ from torch.nn import functional as F
 
 from pipeline import evaluation
 from pipeline.config import SasRec as Params
+from pipeline.errors import ContractError
 from pipeline.log import progress
 
+TABLES = ("input_rows.weight", "output_rows.weight")  # one row per item
 INIT_STD = 0.02  # small, so that rare rows stay short
 CELLS = 16_000_000  # logits held at once while rows are trained
 ROW_WINDOWS = 2  # windows per moved item and step
@@ -228,7 +232,46 @@ def _last_basket_start(sequences: Sequences) -> Tensor:
 # ---------------------------------------------------------------- training
 
 
-def train(sequences: Sequences, num_items: int, params: Params, *, seed: int, device: str = "cpu", what: str = "sasrec") -> TrainedEncoder:
+@dataclass(frozen=True)
+class Champion:
+    """An encoder that training may begin at.
+
+    Args:
+        state: its network.
+        place_N: row of each item in its tables, int64 [N]; -1 for an item that it does not know.
+    """
+
+    state: Mapping[str, Tensor]
+    place_N: Tensor
+
+
+def lay(champion: Champion, model: SasRec) -> None:
+    """Put the champion's blocks, and the rows of the items it knows, into a fresh network; other items keep their random rows.
+
+    Raises: ContractError if the champion's network has other sizes.
+    """
+    fresh = model.state_dict()
+    known_N = champion.place_N >= 0
+    for name, tensor in fresh.items():
+        old = champion.state.get(name)
+        table = name in TABLES
+        if old is None or old.shape[table:] != tensor.shape[table:]:
+            raise ContractError(
+                "training cannot begin at this champion",
+                expected=f"{name} of shape {tuple(tensor.shape)}",
+                found="none" if old is None else f"shape {tuple(old.shape)}",
+                where="the parent's behaviour encoder",
+                next_command="sid run refresh --date D --set plan_night.policy=cold",
+            )
+        if table:
+            tensor[: len(known_N)][known_N] = old[champion.place_N[known_N]].to(tensor.device)
+        else:
+            tensor.copy_(old)
+
+
+def train(
+    sequences: Sequences, num_items: int, params: Params, *, seed: int, device: str = "cpu", what: str = "sasrec", champion: Champion | None = None
+) -> TrainedEncoder:
     """The trained encoder at its best epoch by validation NDCG@10 (full ranking, history not masked).
 
     The last basket of up to `valid_users` users is held out for that; without such users all epochs are run and the last one stays.
@@ -240,8 +283,10 @@ def train(sequences: Sequences, num_items: int, params: Params, *, seed: int, de
         raise ValueError("no user has two events: there is no order to learn from")
     with deterministic(seed):
         model = SasRec(num_items, params).to(device)
+        if champion is not None:
+            lay(champion, model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0)
-        best = _Best(model, params.patience)
+        best = Best(model, params.patience)
         curves: dict[str, list[float]] = {"loss": [], "valid_ndcg@10": []}
         for _ in progress(range(params.max_epochs), what, params.max_epochs):
             curves["loss"].append(_epoch(model, optimizer, rest.items, start_B, stop_B, params))
@@ -278,10 +323,10 @@ def answer(model: SasRec, sequences: Sequences, questions: Holdout, *, mask_hist
         return evaluation.ranks_in_chunks(score, questions.targets.numpy(), model.num_items, history if mask_history else None)
 
 
-class _Best:
+class Best:
     """Remembers the best epoch and says when to stop."""
 
-    def __init__(self, model: SasRec, patience: int) -> None:
+    def __init__(self, model: nn.Module, patience: int) -> None:
         self.model, self.patience = model, patience
         self.epoch, self.seen, self.score = 0, 0, -1.0
         self.metrics: dict[str, float] = {}
@@ -504,11 +549,11 @@ def _window_choices(sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, coun
     events_M = torch.bincount(slot_T[at_O], minlength=moved_M.numel())
     if not bool((events_M > 0).all()):
         raise ValueError(f"{int((events_M == 0).sum())} moved items have no event")
-    pick_MC = (torch.from_numpy(_uniform(seeds_M.numpy(), count)) * events_M[:, None]).long()
+    pick_MC = (torch.from_numpy(uniform(seeds_M.numpy(), count)) * events_M[:, None]).long()
     return at_O[order][(events_M.cumsum(0) - events_M)[:, None] + pick_MC]
 
 
-def _uniform(seeds_M: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+def uniform(seeds_M: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) as [M, count], row m from seed m alone (a counter hashed by splitmix64)."""
     state = seeds_M.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

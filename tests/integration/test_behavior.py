@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import behavior_embedding, runner
+from jobs import behavior_embedding, behavior_inputs, runner
 from jobs import train_behavior_encoder as job
 from pipeline import config as profile
 from pipeline import lakehouse, richness, tracking
@@ -79,7 +79,7 @@ class Lake:
 
 def plan(day: date, *, generation: int = 1, parent: Release | None = None, new: bool = True) -> Plan:
     return Plan(
-        logical_date=day, tag=f"d{day:%Y%m%d}", revision=1, generation=generation, new_generation=new, reason="test", parent=parent, files=(),
+        logical_date=day, tag=f"d{day:%Y%m%d}", revision=1, generation=generation, start="cold" if new else "", reason="test", parent=parent, files=(),
         input_fingerprint="f", config_hash="c", seed=3,
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_a_new_generation_exports_warm_items_and_a_frozen_reference(tmp_path: Pa
     counts = dict(zip(*np.unique([item for items in users.values() for item in items], return_counts=True), strict=True))
     assert kept["item_ids"] == sorted(name for name, count in counts.items() if count >= 5)
     assert "rare" not in kept["item_ids"]
-    assert job.unpack_ids(state["vocabulary_bytes"].numpy(), state["vocabulary_offsets"].numpy()).to_pylist() == sorted(counts)
+    assert behavior_inputs.unpack_ids(state["vocabulary_bytes"].numpy(), state["vocabulary_offsets"].numpy()).to_pylist() == sorted(counts)
     places = [sorted(counts).index(name) for name in kept["item_ids"]]
     torch.testing.assert_close(state["behavior_vectors"], state["network.input_rows.weight"][places])
     assert torch.equal(state["rotation"], torch.eye(8))
@@ -212,7 +212,7 @@ def test_a_second_generation_is_brought_back_to_the_first(tmp_path: Path, config
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, config: profile.Config) -> None:
     section = config.train_behavior_encoder
     with pytest.raises(ConfigError, match="unknown behaviour encoder"):
-        first_night(tmp_path, config, encoder="ngcf")
+        first_night(tmp_path, config, encoder="lstm")
     with pytest.raises(ConfigError, match="must be measured"):
         first_night(tmp_path, config, richness="reliability", measure_reliability=False)
     with pytest.raises(ContractError, match="enough events"):
@@ -228,8 +228,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, config: profile.Confi
 
 def test_item_ids_survive_packing() -> None:
     ids = pa.array(["x", "", "a long id \u00e9", "z"], pa.large_string())
-    assert job.unpack_ids(*job.pack_ids(ids.slice(1))).to_pylist() == ["", "a long id \u00e9", "z"]
-    assert job.unpack_ids(*job.pack_ids(ids.slice(0, 0))).to_pylist() == []
+    assert behavior_inputs.unpack_ids(*behavior_inputs.pack_ids(ids.slice(1))).to_pylist() == ["", "a long id \u00e9", "z"]
+    assert behavior_inputs.unpack_ids(*behavior_inputs.pack_ids(ids.slice(0, 0))).to_pylist() == []
 
 
 def test_vectors_that_are_not_finite_name_their_items(tmp_path: Path, config: profile.Config) -> None:
@@ -241,6 +241,112 @@ def test_vectors_that_are_not_finite_name_their_items(tmp_path: Path, config: pr
     broken = SimpleNamespace(tensors={"behavior_vectors": vectors}, config=result.model.config)
     with pytest.raises(ContractError, match="not finite"):
         behavior_embedding.bundle_rows(tracking.save_bundle(tmp_path / "broken", broken))
+
+
+# ---------------------------------------------------------------- encoders on the graph
+
+GRAPH = {"dim": 8, "max_epochs": 6, "batch_size": 32, "learning_rate": 0.02, "valid_users": 20, "row_steps": 10}
+GRAPHS = {"bpr_mf": GRAPH, "lightgcn": GRAPH, "ngcf": GRAPH | {"num_layers": 2}, "alpharec": GRAPH | {"hidden_dim": 8, "num_negatives": 8}}
+WIDTHS = {"bpr_mf": 8, "lightgcn": 8, "ngcf": 24, "alpharec": 8}
+
+
+def with_encoder(name: str, **changes: object) -> profile.Config:
+    section = {**SECTION, "encoder": name, name: GRAPHS[name] | changes}
+    return profile.parse({"seed": 3, "train_behavior_encoder": section, "launch": {"threads": 1}}, where="test")
+
+
+def texts(names: list[str], day: date) -> dict[str, pa.Table]:
+    """raw.item with two observations per item and feature.item_content_vector, one row per text."""
+    rng = np.random.default_rng(7)
+    vectors = {name: rng.normal(size=6).astype(np.float32) for name in [*names, "older"]}
+    item = {"file_date": [day] * len(names) * 2, "item_id": names * 2, "text_hash": ["older"] * len(names) + names}
+    item["file_date"] = [date(2026, 1, 1)] * len(names) + [day] * len(names)
+    content = {"encoder_id": ["e"] * len(vectors), "modality": ["text"] * len(vectors), "content_hash": list(vectors), "vector": list(vectors.values())}
+    return {"raw__item": pa.table(item), "feature__item_content_vector": pa.table(content)}
+
+
+def night_of(tmp_path: Path, config: profile.Config, users: dict[str, list[str]], day: date, cold: list[str] = [], base: object = None):  # noqa: B006 - read only
+    """Result of the stage on one night, new or (with the base's folder and the parent's item_feature) frozen; `cold` items are listed and have no event."""
+    data = tables(day, users)
+    counts = data["feature.item_popularity"]
+    extra = {"logical_date": [day] * len(cold), "item_id": cold, "evidence_count": [0] * len(cold), "popularity_stratum": ["tail"] * len(cold)}
+    popularity = pa.concat_tables([counts, pa.table(extra, schema=counts.schema)]) if cold else counts
+    lake = Lake(feature__user_sequence=data["feature.user_sequence"], feature__item_popularity=popularity, **texts(popularity["item_id"].to_pylist(), day))
+    night = plan(day)
+    if base is not None:
+        folder, features = base
+        lake.tables |= {"feature.item_feature": features, "sid.generation": pa.table({"generation": [1], "encoder_uri": [str(folder)]})}
+        night = plan(day, parent=Release(tag="d20260105", logical_date=D1, revision=1, generation=1, snapshot_id=1), new=False)
+    ctx = context(Home(tmp_path), config, "train_behavior_encoder", night, f"run{day.day}")
+    write_json(ctx.staging / "content_embedding.json", {"status": "done", "outputs": {"text_encoder_id": "e", "image_encoder_id": None}})
+    return job.run(lake, config.train_behavior_encoder, ctx)
+
+
+@pytest.mark.parametrize("name", sorted(GRAPHS))
+def test_every_encoder_serves_a_new_generation_and_a_frozen_night(tmp_path: Path, name: str) -> None:
+    config = with_encoder(name)
+    result = night_of(tmp_path, config, walks(), D1)
+    assert np.asarray(result.model.tensors["behavior_vectors"]).shape == (len(result.model.config["item_ids"]), WIDTHS[name])
+    assert result.model.config["encoder"] == name
+    assert {"floor/popularity_recall@20", "valid_recall@20", "richness_spearman", "spearman_norm_count"} <= set(result.metrics)
+    assert ("probe/recall@20" in result.metrics) is (name == "alpharec")
+    assert result.metrics["cold_vectors"] == 0
+    again = night_of(tmp_path / "again", config, walks(), D1)
+    assert all(np.asarray(tensor).tobytes() == np.asarray(again.model.tensors[key]).tobytes() for key, tensor in result.model.tensors.items())
+
+    base = tracking.save_bundle(tmp_path / "base", result.model), feature_rows(result, {"i00": 1})
+    some = {user: ["new"] for user in range(6)}
+    alone = night_of(tmp_path / "alone", config, walks(some), D2, base=base)
+    more = night_of(tmp_path / "more", config, walks(some | {user: ["other"] for user in range(20, 27)}), D2, base=base)
+    assert {"i00", "new"} <= set(alone.model.config["item_ids"])
+    assert alone.outputs["richness_reference"] == result.outputs["richness_reference"]
+    rows = [night.model.tensors["behavior_vectors"][night.model.config["item_ids"].index("new")] for night in (alone, more)]
+    assert set(more.model.config["item_ids"]) > set(alone.model.config["item_ids"])
+    if name != "alpharec":  # whose texts above depend on which items there are
+        np.testing.assert_allclose(rows[0], rows[1], rtol=1e-3, atol=1e-4)
+
+
+def test_cold_items_get_a_vector_from_their_text_and_leave_the_reference_alone(tmp_path: Path) -> None:
+    config = with_encoder("alpharec", cold_items=True)
+    users = walks({0: ["rare", "rare"]})
+    warm = night_of(tmp_path / "warm", with_encoder("alpharec"), users, D1)
+    result = night_of(tmp_path, config, users, D1, cold=["unsold"])
+    assert set(result.model.config["item_ids"]) == set(warm.model.config["item_ids"]) | {"rare", "unsold"} | set(np.concatenate(list(users.values())))
+    assert result.outputs["richness_reference"]["num_items"] == warm.outputs["richness_reference"]["num_items"] == len(warm.model.config["item_ids"])
+    assert result.metrics["cold_vectors"] == len(result.model.config["item_ids"]) - len(warm.model.config["item_ids"])
+    events = np.concatenate([np.asarray(items) for items in users.values()])
+    buckets = [max(int(richness.evidence_bucket((events == name).sum())), 0) for name in result.model.config["item_ids"]]
+    features = pa.table({"item_id": result.model.config["item_ids"], "evidence_bucket": pa.array(buckets, pa.int32())})
+    base = tracking.save_bundle(tmp_path / "base", result.model), features
+    users = walks({0: ["rare"] * 4})
+    night = night_of(tmp_path / "next", config, users, D2, cold=["unsold", "listed today"], base=base)
+    assert night.model.config["item_ids"] == ["listed today", "rare"]  # unsold has its row, rare has four events now
+    assert np.isfinite(night.model.tensors["behavior_vectors"]).all()
+
+
+def test_an_encoder_of_texts_needs_texts(tmp_path: Path) -> None:
+    config = with_encoder("alpharec")
+    ctx = context(Home(tmp_path), config, "train_behavior_encoder", plan(D1))
+    data = tables(D1, walks())
+    lake = Lake(feature__user_sequence=data["feature.user_sequence"], feature__item_popularity=data["feature.item_popularity"], **texts(["nobody"], D1))
+    write_json(ctx.staging / "content_embedding.json", {"status": "done", "outputs": {"text_encoder_id": None}})
+    with pytest.raises(ConfigError, match="reads texts"):
+        job.run(lake, config.train_behavior_encoder, ctx)
+    write_json(ctx.staging / "content_embedding.json", {"status": "done", "outputs": {"text_encoder_id": "e"}})
+    lake.tables["feature.item_content_vector"] = lake.tables["feature.item_content_vector"].slice(0, 0)
+    with pytest.raises(UpstreamMissing, match="no text has a vector"):
+        job.run(lake, config.train_behavior_encoder, ctx)
+
+
+def test_the_newest_text_of_an_item_counts(tmp_path: Path) -> None:
+    config = with_encoder("alpharec")
+    ctx = context(Home(tmp_path), config, "train_behavior_encoder", plan(D1))
+    write_json(ctx.staging / "content_embedding.json", {"status": "done", "outputs": {"text_encoder_id": "e"}})
+    lake = Lake(**texts(["b", "a"], D1))
+    content = behavior_inputs.read_content(lake, ctx)
+    stored = {row["content_hash"]: row["vector"] for row in lake.tables["feature.item_content_vector"].to_pylist()}
+    found = content.of(pa.array(["a", "nobody", "b"], pa.large_string()))
+    np.testing.assert_allclose(found.numpy(), [stored["a"], [0.0] * 6, stored["b"]], rtol=1e-6)
 
 
 # ---------------------------------------------------------------- through the runner, on Iceberg
@@ -305,6 +411,24 @@ def test_two_nights_on_the_lake_and_an_empty_one_in_place_of_a_full_one(spark, l
     assert stages(lake_home, config, night, "night2b") == ["skipped", "done"]
     assert vectors_of(spark, D2) == {}
     assert vectors_of(spark, D1) == base
+
+
+@pytest.mark.spark
+@pytest.mark.usefixtures("_without_mlflow")
+def test_a_row_from_text_alone_passes_the_audit_with_no_evidence(spark, lake_home: Home, tmp_path: Path) -> None:
+    config = with_encoder("alpharec", cold_items=True)
+    fill(spark, D1, walks())
+    counted = {"logical_date": [D1], "item_id": ["unsold"], "evidence_count": [0], "popularity_stratum": ["tail"]}
+    append(spark, "feature.item_popularity", pa.table(counted))
+    listed = texts(["unsold", *sorted(set(np.concatenate(list(walks().values())).tolist()))], D1)
+    append(spark, "raw.item", listed["raw__item"])
+    append(spark, "feature.item_content_vector", listed["feature__item_content_vector"])
+    ctx = context(lake_home, config, "content_embedding", plan(D1), "night1")
+    write_json(ctx.staging / "content_embedding.json", {"status": "done", "outputs": {"text_encoder_id": "e", "image_encoder_id": None}})
+    assert stages(lake_home, config, plan(D1), "night1") == ["done", "done"]
+    _, norm, evidence, bucket, _ = vectors_of(spark, D1)["unsold"]
+    assert (evidence, bucket) == (0, 0)
+    assert norm > 0
 
 
 @pytest.mark.spark

@@ -106,7 +106,7 @@ def test_naming_an_encoder_loads_no_torch():
 
 
 def test_behaviour_encoders_are_known_by_name():
-    assert set(BEHAVIOR_ENCODERS) == {"sasrec"}
+    assert set(BEHAVIOR_ENCODERS) == {"sasrec", "bpr_mf", "ngcf", "lightgcn", "alpharec"}
 
 
 def test_every_setting_and_the_weights_stand_in_the_id():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pipeline.config import SasRec as Params
 from pipeline.encoders import sasrec
+from pipeline.errors import ContractError
 
 SMALL = Params(
     dim=8, num_blocks=1, num_heads=2, max_length=6, dropout=0.1, batch_size=16, max_epochs=3, patience=3, valid_users=10, row_steps=8, learning_rate=0.01
@@ -254,8 +255,8 @@ def test_windows_hold_the_item_and_drop_what_the_base_lacks(base: tuple[sasrec.S
 
 
 def test_numbers_of_a_seed_are_its_own_and_uniform() -> None:
-    together = sasrec._uniform(np.array([3, 4, 2**31 - 1]), 4000)
-    np.testing.assert_array_equal(together[1], sasrec._uniform(np.array([4]), 4000)[0])
+    together = sasrec.uniform(np.array([3, 4, 2**31 - 1]), 4000)
+    np.testing.assert_array_equal(together[1], sasrec.uniform(np.array([4]), 4000)[0])
     assert together.min() >= 0
     assert together.max() < 1
     np.testing.assert_allclose(np.histogram(together, 10, (0, 1))[0] / together.size, 0.1, atol=0.012)
@@ -270,3 +271,24 @@ def test_procrustes_finds_a_rotation_again_and_keeps_norms() -> None:
     noisy = sasrec.procrustes(torch.randn(50, 6), target)
     torch.testing.assert_close(noisy @ noisy.T, torch.eye(6), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((target @ noisy).norm(dim=1), target.norm(dim=1))
+
+
+def test_training_begins_at_the_champions_rows_of_the_items_it_knows() -> None:
+    params = Params(dim=8, num_blocks=1, num_heads=1, max_length=4, max_epochs=1)
+    torch.manual_seed(0)
+    old, new = sasrec.SasRec(5, params), sasrec.SasRec(4, params)
+    place = torch.tensor([3, -1, 0, 4])
+    fresh = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    sasrec.lay(sasrec.Champion(old.state_dict(), place), new)
+    for table in sasrec.TABLES:
+        rows = new.state_dict()[table]
+        assert torch.equal(rows[[0, 2, 3]], old.state_dict()[table][[3, 0, 4]])
+        assert torch.equal(rows[1], fresh[table][1]), "an unknown item keeps its random row"
+    assert torch.equal(new.positions.weight, old.positions.weight)
+    assert torch.equal(new.input_rows.weight[4], torch.zeros(8)), "the padding row stays zero"
+
+
+def test_a_champion_of_other_sizes_is_refused() -> None:
+    wide = sasrec.SasRec(5, Params(dim=16, num_heads=1))
+    with pytest.raises(ContractError, match="cannot begin"):
+        sasrec.lay(sasrec.Champion(wide.state_dict(), torch.arange(5)), sasrec.SasRec(5, Params(dim=8, num_heads=1)))

@@ -1,0 +1,124 @@
+"""Which behaviour encoder on the graph finds the films a user rated last? Popularity, BPR-MF, LightGCN, NGCF and AlphaRec on MovieLens-100K.
+
+Each user's last events by (timestamp, item_id) are questions, one row each; everything is fitted on the events before them, validation included.
+Full ranking with the history masked; an item that nobody had before is a target all the same. `--pairs` instead times one epoch on a random graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.content_embedding import model_folder
+from pipeline import config, evaluation
+from pipeline.datasets.movielens import film_rows, read_films, read_origin, read_ratings
+from pipeline.encoders import CONTENT_ENCODERS, alpharec, bpr_mf, graph, lightgcn, ngcf
+from pipeline.encoders.base import EncoderOptions
+from pipeline.encoders.sasrec import Holdout, Sequences
+
+SECTIONS = {"bpr_mf": config.BprMf, "lightgcn": config.LightGcn, "ngcf": config.Ngcf, "alpharec": config.AlphaRec}
+NETWORKS = {"bpr_mf": bpr_mf.Network, "lightgcn": lightgcn.Network, "ngcf": ngcf.Network}
+
+
+def read(path: Path) -> tuple[list[np.ndarray], list[str]]:
+    """(each user's items by time, each item's text)."""
+    origin = read_origin(path)
+    ratings, films = read_ratings(origin), film_rows(read_films(origin))
+    names = films["item_id"].to_pylist()
+    index = {name: number for number, name in enumerate(names)}
+    item = np.asarray([index[name] for name in ratings["item_id"].to_pylist()])
+    _, user = np.unique(ratings["user_id"].to_pylist(), return_inverse=True)
+    order = np.lexsort((np.asarray(names)[item], ratings["seconds"].to_numpy(), user))
+    return np.split(item[order], np.flatnonzero(np.diff(user[order])) + 1), films["text"].to_pylist()
+
+
+def packed(lists: list[np.ndarray]) -> Sequences:
+    return Sequences(torch.from_numpy(np.cumsum([0] + [part.size for part in lists])), torch.from_numpy(np.concatenate(lists)))
+
+
+def make(name: str, params: Any, content: Tensor, edges: graph.Edges) -> graph.GraphNetwork:
+    """The untrained network of an arm."""
+    if name == "alpharec":
+        return alpharec.Network(content, params)
+    return NETWORKS[name](edges.num_users, edges.num_items, params)
+
+
+def arm(name: str, settings: dict[str, Any], seed: int, train: Sequences, questions: Holdout, content: Tensor) -> np.ndarray:
+    """Ranks of the questions under one trained arm; what it cost goes to stderr."""
+    params, started = SECTIONS[name](**settings), time.process_time()
+    fitted = graph.fit(lambda edges: make(name, params, content, edges), train, content.shape[0], params, seed=seed, device="cpu", what=name)
+    facts = {key: round(value, 4) for key, value in fitted.metrics.items() if key in ("best_epoch", "epochs", "valid_recall@20", "valid_ndcg@10")}
+    sys.stderr.write(f"{name} {settings} seed={seed} {facts} cpu={time.process_time() - started:.0f}s\n")
+    return graph.answer(fitted.network, train, questions)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints one JSON line per arm and one per pair of neighbours in the list of arms."""
+    lists, texts = read(Path(args.path))
+    train, last = packed([part[: -args.last] for part in lists]), np.concatenate([part[-args.last :] for part in lists])
+    users = torch.arange(len(lists)).repeat_interleave(args.last)
+    questions = Holdout(users, torch.zeros_like(users), torch.zeros_like(users), torch.from_numpy(last))
+    options = EncoderOptions(name="minilm", batch=64, size=64, normalize=True)
+    content = torch.from_numpy(CONTENT_ENCODERS["text"]["minilm"](model_folder("minilm", ""), options).encode(texts))
+    popularity = np.bincount(train.items.numpy(), minlength=len(texts)).astype(np.float32)
+    history = evaluation.Packed(train.users(users).offsets.numpy(), train.users(users).items.numpy())
+    ranks = {"popularity": evaluation.ranks_in_chunks(lambda rows: torch.from_numpy(popularity).repeat(rows.stop - rows.start, 1), last, len(texts), history)}
+    for text in args.arms:
+        name, _, settings = text.partition(":")
+        found = [arm(name, json.loads(settings or "{}"), seed, train, questions, content) for seed in range(args.seeds)]
+        ranks[text] = np.stack(found)
+    for text, found in ranks.items():
+        sys.stdout.write(json.dumps({"arm": text, **{m: round(v, 4) for m, v in evaluation.ranking_metrics(found, (20,)).items()}}) + "\n")
+    names = list(ranks)
+    for one, other in zip(names[1:], names, strict=False):
+        gain = (evaluation.recall_at(ranks[one], 20) - evaluation.recall_at(ranks[other], 20)).reshape(-1, users.numel()).mean(0)
+        interval = evaluation.paired_bootstrap(gain, users.numpy())
+        sys.stdout.write(f"recall@20 {one} - {other}: {interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]\n")
+
+
+def clock(args: argparse.Namespace) -> None:
+    """Prints the seconds of one epoch on a random graph."""
+    rng = np.random.default_rng(0)
+    num_users, num_items = args.pairs // 30, args.pairs // 25
+    item = (num_items * rng.random(args.pairs * 11 // 10) ** 2).astype(np.int64)  # the first items are the popular ones
+    keys = rng.permutation(np.unique(rng.integers(0, num_users, item.size) * num_items + item))[: args.pairs]
+    edges = graph.Edges(torch.from_numpy(np.sort(keys)), num_users, num_items)
+    for text in args.arms:
+        name, _, settings = text.partition(":")
+        params = SECTIONS[name](**json.loads(settings or "{}"))
+        network = make(name, params, torch.randn(num_items, 384), edges)
+        network.attach(edges)
+        optimizer = torch.optim.Adam(network.parameters(), lr=params.learning_rate)
+        started = time.perf_counter(), time.process_time()
+        graph._epoch(network, optimizer, params)
+        sizes = {"pairs": int(keys.size), "users": num_users, "items": num_items}
+        spent = {"wall_s": time.perf_counter() - started[0], "cpu_s": time.process_time() - started[1]}
+        sys.stdout.write(json.dumps({"arm": text, **sizes, **{key: round(value, 1) for key, value in spent.items()}}) + "\n")
+
+
+def main() -> None:
+    """Reads the arguments and runs one of both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--path", default="", help="MovieLens-100K: folder, zip or recbole wheel")
+    parser.add_argument("--last", type=int, default=10, help="events of each user that are asked for")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=0, help="time one epoch on a random graph of so many pairs instead")
+    parser.add_argument("arms", nargs="+", help='an encoder, or an encoder with settings: lightgcn:{"learning_rate": 0.002}')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.pairs:
+        clock(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()

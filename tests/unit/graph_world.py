@@ -1,0 +1,47 @@
+"""A small world of two tastes for the graph encoders, and one thread to run them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from pipeline.encoders.behavior import Sequences
+
+USERS, ITEMS, LENGTH = 40, 20, 8
+
+
+def sequences(lists: list[list[int]]) -> Sequences:
+    return Sequences(torch.tensor(np.cumsum([0] + [len(part) for part in lists])), torch.tensor([item for part in lists for item in part]))
+
+
+def lists(seed: int = 0, users: int = USERS) -> list[list[int]]:
+    """Even users like the first half of the items, odd users the second half; half of the catalogue's halves are met by each."""
+    rng = np.random.default_rng(seed)
+    return [(rng.permutation(ITEMS // 2)[:LENGTH] + (user % 2) * ITEMS // 2).tolist() for user in range(users)]
+
+
+def texts(seed: int = 0, width: int = 6) -> torch.Tensor:
+    """Text vectors that tell the halves apart, with noise, for the items and three more of the first half."""
+    rng = np.random.default_rng(seed)
+    halves = np.r_[np.zeros(ITEMS // 2), np.ones(ITEMS // 2), np.zeros(3)]
+    return torch.from_numpy((rng.normal(size=(halves.size, width)) * 0.3 + np.outer(halves - 0.5, np.ones(width))).astype(np.float32))
+
+
+def separation(items_NF: torch.Tensor) -> float:
+    """Mean cosine within the halves less mean cosine across them."""
+    unit = torch.nn.functional.normalize(items_NF[:ITEMS], dim=1)
+    cosine, half = unit @ unit.T, torch.arange(ITEMS) < ITEMS // 2
+    same = half[:, None] == half[None, :]
+    return float(cosine[same & ~torch.eye(ITEMS, dtype=torch.bool)].mean() - cosine[~same].mean())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny networks on a busy machine: a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
