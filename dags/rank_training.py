@@ -10,8 +10,9 @@ from jobs.airflow_task import DEFAULTS, PARAMS, RELEASE, stage_tasks
 
 DOC = """
 ### What it does
-Builds labelled examples around one release and trains the ranker with and without SIDs. The release is the parameter
-`release`, else the one in the newest triggering asset event; never a date. The checkpoint stores the codebook digest it was trained on.
+Builds labelled examples around one release and trains the ranker with and without SIDs; `train_retriever` is skipped unless the profile
+switches it on. The release is the parameter `release`, else the one in the newest triggering asset event; never a date.
+A checkpoint stores the codebook digest it was trained on.
 
 ### A task is red
 `VersionMismatch`: the checkpoint belongs to another vocabulary; train anew on the current release (`sid releases`).

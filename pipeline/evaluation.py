@@ -7,7 +7,8 @@ Tensor suffixes: B rows (one target each), N items, U users, R resamples, G tie 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ Ints = NDArray[np.int64]
 Score = Callable[[slice], Tensor]
 CELLS = 4_000_000  # cells of a temporary matrix, so that memory does not grow with the catalogue
 PROBABILITY_FLOOR = 1e-7
+CUTOFFS = (5, 10, 50, 100)  # k of Recall@k and NDCG@k
+THIN_ROWS = 1000  # a slice below this is shown without a verdict
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,33 @@ def ranks_in_chunks(score: Score, targets_B: ArrayLike, num_items: int, history:
     return torch.cat(ranks).numpy() if ranks else np.empty(0)
 
 
+def listed_ranks(items_BW: Tensor, scores_BW: Tensor, targets_B: ArrayLike, num_items: int, history: Packed | None = None) -> Floats:
+    """Rank of each target in a list of found items, float64 [B]; a target that was not found stands at the middle of the items that were not.
+
+    Args:
+        items_BW: item_index of what was found, -1 = nothing.
+        scores_BW: finite where an item was found.
+        num_items: size N of the catalogue.
+        history: items that leave the ranking of their row (the target itself never does); None ranks against everything.
+    """
+    targets = torch.as_tensor(np.asarray(targets_B, np.int64))
+    is_target_BW = items_BW == targets[:, None]
+    counts_BW, out_B = items_BW >= 0, torch.zeros(len(targets), dtype=torch.int64)
+    if history is not None:
+        pairs = np.unique(history.rows() * num_items + history.items)
+        own = np.arange(len(targets)) * num_items + targets.numpy()
+        out = np.setdiff1d(pairs, own)
+        keys = (torch.arange(len(targets))[:, None] * num_items + items_BW).numpy()
+        counts_BW = counts_BW & ~torch.from_numpy(np.isin(keys, out))
+        out_B = torch.from_numpy(np.bincount(out // num_items, minlength=len(targets)))
+    found_B, count_B = is_target_BW.any(1), counts_BW.sum(1)
+    score_B1 = scores_BW.masked_fill(~is_target_BW, -torch.inf).max(1, keepdim=True).values
+    above_B = ((scores_BW > score_B1) & counts_BW).sum(1)
+    equal_B = ((scores_BW == score_B1) & counts_BW).sum(1) - 1
+    missed_B = (count_B + 1 + num_items - out_B).double() / 2
+    return torch.where(found_B, 1.0 + above_B.double() + 0.5 * equal_B.double(), missed_B).numpy()
+
+
 def recall_at(ranks_B: ArrayLike, k: int) -> Floats:
     """1.0 where the target stands at rank k or better, else 0.0, per row; the mean is Recall@k (= hit rate, one target a row)."""
     return (np.asarray(ranks_B) <= k).astype(np.float64)
@@ -99,7 +129,7 @@ def ndcg_at(ranks_B: ArrayLike, k: int) -> Floats:
     return np.where(rank_B <= k, 1.0 / np.log2(rank_B + 1.0), 0.0)
 
 
-def ranking_metrics(ranks_B: ArrayLike, ks: Sequence[int] = (10, 50)) -> dict[str, float]:
+def ranking_metrics(ranks_B: ArrayLike, ks: Sequence[int] = CUTOFFS) -> dict[str, float]:
     """`recall@k` and `ndcg@k` for every k; empty without rows."""
     if not np.size(ranks_B):
         return {}
@@ -176,6 +206,20 @@ def by_slice(slices: ArrayLike, metric: Callable[[Ints], float]) -> dict[str, fl
     return {str(name): metric(np.flatnonzero(inverse == number)) for number, name in enumerate(names)}
 
 
+def strata(stratum_B: NDArray[np.str_], evidence_B: ArrayLike) -> dict[str, NDArray[np.bool_]]:
+    """Slice -> mask of its rows, empty ones left out: all, by popularity, and cold items (0 and 1-4 events at the cutoff).
+
+    Args:
+        stratum_B: head | torso | tail of the row's item.
+        evidence_B: events of the row's item at the cutoff.
+    """
+    evidence = np.asarray(evidence_B)
+    masks = {"all": np.ones(len(evidence), dtype=bool)}
+    masks |= {name: stratum_B == name for name in ("head", "torso", "tail")}
+    masks |= {"evidence_0": evidence == 0, "evidence_1_4": (evidence >= 1) & (evidence <= 4)}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
 # ---------------------------------------------------------------- paired intervals
 
 
@@ -237,6 +281,59 @@ def paired_gauc_bootstrap(
     return paired_bootstrap(a.auc - b.auc, weights=a.impressions, resamples=resamples, seed=seed, level=level)
 
 
+def retrieval_table(
+    ranks: Mapping[str, Sequence[Floats]],
+    users: ArrayLike,
+    masks: Mapping[str, NDArray[np.bool_]],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    ks: Sequence[int] = CUTOFFS,
+    resamples: int = 500,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Tables of a report as JSON: `arms` (arm -> slice -> recall@k, ndcg@k, rows, thin) and `differences` (a, b, stratum, metric, mean, low, high, ...).
+
+    Args:
+        ranks: arm -> ranks of the same rows, one array per seed; a metric is the mean over seeds.
+        users: user of each row, who is resampled with all rows.
+        masks: slices as of `strata`; thin ones have fewer than 1,000 rows and carry no verdict.
+        pairs: arms to compare, absent ones are left out.
+    """
+    user_B = np.asarray(users)
+    values = {arm: [_row_metrics(run, ks) for run in runs] for arm, runs in ranks.items()}
+    arms = {
+        arm: {
+            name: {metric: float(np.mean([run[metric][mask].mean() for run in runs])) for metric in runs[0]}
+            | {"rows": int(mask.sum()), "thin": bool(mask.sum() < THIN_ROWS)}
+            for name, mask in masks.items()
+        }
+        for arm, runs in values.items()
+    }
+    differences = [
+        {"a": a, "b": b, "stratum": name, "metric": metric, "thin": bool(mask.sum() < THIN_ROWS)}
+        | _paired(values[a], values[b], metric, mask, user_B, resamples, seed)
+        for a, b in pairs
+        if a in values and b in values
+        for name, mask in masks.items()
+        for metric in values[a][0]
+    ]
+    return {"arms": arms, "differences": differences}
+
+
+def _row_metrics(ranks_B: Floats, ks: Sequence[int]) -> dict[str, Floats]:
+    return {name: metric(ranks_B, k) for k in ks for name, metric in ((f"recall@{k}", recall_at), (f"ndcg@{k}", ndcg_at))}
+
+
+def _paired(
+    a: Sequence[Mapping[str, Floats]], b: Sequence[Mapping[str, Floats]], metric: str, mask: NDArray[np.bool_], user_B: NDArray[Any], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Mean difference over seeds with its interval over users, and the deviation between seeds; a floor has one run for all seeds."""
+    by_seed = [x[metric][mask] - y[metric][mask] for x, y in itertools.zip_longest(a, b, fillvalue=(b if len(b) < len(a) else a)[0])]
+    interval = paired_bootstrap(np.mean(by_seed, axis=0), user_B[mask], resamples=resamples, seed=seed)
+    spread = float(np.std([part.mean() for part in by_seed], ddof=1)) if len(by_seed) > 1 else None
+    return {"mean": interval.estimate, "low": interval.low, "high": interval.high, "seed_sd": spread, "seeds": len(by_seed)}
+
+
 class _SortedRows:
     """Rows in the order of one arm's score, ready for AUC under many weightings of their users."""
 
@@ -256,6 +353,27 @@ class _SortedRows:
         pairs_R = positive_RG.sum(1) * negative_RG.sum(1)
         wins_R = (positive_RG * (below_RG + 0.5 * negative_RG)).sum(1)
         return np.divide(wins_R, pairs_R, out=np.full_like(wins_R, np.nan), where=pairs_R > 0)
+
+
+# ---------------------------------------------------------------- a table of ids
+
+
+def id_table(codes_NL: ArrayLike) -> dict[str, Any]:
+    """Facts of a table of semantic IDs as JSON: items, distinct, colliding (items that share their tuple), largest (group), perplexity and used codes by level.
+
+    Perplexity is exp of the entropy of code use, so it does not depend on the codebook's nominal size.
+    """
+    table_NL = np.asarray(codes_NL)
+    sizes_G = np.unique(table_NL, axis=0, return_counts=True)[1]
+    shares = [np.unique(code_N, return_counts=True)[1] / len(table_NL) for code_N in table_NL.T]
+    return {
+        "items": len(table_NL),
+        "distinct": int(sizes_G.size),
+        "colliding": int(sizes_G[sizes_G > 1].sum()),
+        "largest": int(sizes_G.max(initial=0)),
+        "perplexity": [float(np.exp(-(share_K * np.log(share_K)).sum())) for share_K in shares],
+        "used": [int(share_K.size) for share_K in shares],
+    }
 
 
 # ---------------------------------------------------------------- vectors and ranks
@@ -341,15 +459,30 @@ def ease_weights(histories: Packed, num_items: int, *, l2: float = 200.0) -> Flo
     return weights_NN.fill_diagonal_(0.0).numpy()
 
 
-def floor_ranks(histories: Packed, targets_B: ArrayLike, num_items: int, *, mask_history: bool, ease: bool = True, l2: float = 200.0) -> dict[str, Floats]:
-    """Rank of each user's target under popularity, first-order Markov (popularity breaks ties) and EASE; one fit on `histories`, which is also the context.
+def floor_ranks(
+    histories: Packed,
+    targets_B: ArrayLike,
+    num_items: int,
+    *,
+    mask_history: bool,
+    ease: bool = True,
+    l2: float = 200.0,
+    decay: float = 1.0,
+    fitted_on: Packed | None = None,
+    seen: Packed | None = None,
+) -> dict[str, Floats]:
+    """Rank of each target under popularity, first-order Markov (popularity breaks ties) and EASE.
 
     Args:
-        histories: each user's events before the target, at least one.
+        histories: each row's events before the target, at least one.
         ease: False leaves EASE out (it costs N^3).
+        decay: EASE's context counts decay ** age.
+        fitted_on: events that counts and weights come from; None = the histories themselves.
+        seen: items that leave the ranking when the history is masked; None = the history.
     """
-    popularity_N = popularity_scores(histories, num_items)
-    successors = markov_counts(histories, num_items)
+    known = histories if fitted_on is None else fitted_on
+    popularity_N = popularity_scores(known, num_items)
+    successors = markov_counts(known, num_items)
     last_B = histories.items[histories.offsets[1:] - 1]
     tie_N = popularity_N / (popularity_N.max() + 1.0)
     scorers: dict[str, Callable[[slice], Floats]] = {
@@ -357,10 +490,10 @@ def floor_ranks(histories: Packed, targets_B: ArrayLike, num_items: int, *, mask
         "markov": lambda rows: successors[last_B[rows]].toarray() + tie_N,
     }
     if ease:
-        matrix, weights_NN = history_matrix(histories, num_items), ease_weights(histories, num_items, l2=l2)
+        matrix, weights_NN = history_matrix(histories, num_items, decay=decay), ease_weights(known, num_items, l2=l2)
         scorers["ease"] = lambda rows: matrix[rows] @ weights_NN
-    seen = histories if mask_history else None
-    return {name: ranks_in_chunks(_as_tensor(score), targets_B, num_items, seen) for name, score in scorers.items()}
+    left_out = (histories if seen is None else seen) if mask_history else None
+    return {name: ranks_in_chunks(_as_tensor(score), targets_B, num_items, left_out) for name, score in scorers.items()}
 
 
 def _as_tensor(score: Callable[[slice], Floats]) -> Score:

@@ -1,12 +1,11 @@
-"""The DIN-style ranker that reads semantic IDs: examples as arrays, the network, its training, its evaluation, the checkpoint.
+"""The ranker that reads semantic IDs: examples as arrays, arms, training, evaluation, the checkpoint.
 
-Not here: reading tables (jobs/train_ranker.py), drawing examples (jobs/rank_example.py), metrics (pipeline/evaluation.py).
+Not here: the networks (pipeline/rankers), reading tables (jobs/train_ranker.py), drawing examples (jobs/rank_example.py), metrics (pipeline/evaluation.py).
 Tensor suffixes: B batch, N item rows (row 0 = padding), T history, L positions, K codes, D width, U distinct items of a batch, R rows.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,23 +16,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import evaluation
 from pipeline.config import TrainRanker
 from pipeline.context import derive_seed
 from pipeline.errors import ConfigError, ContractError, VersionMismatch
+from pipeline.rankers import network
+from pipeline.rankers.base import ItemTable, Network, Widths, equal_budget
 
 logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-THIN_ROWS = 1000  # a stratum below this is shown without a verdict
-ATTENTION_WIDTH = 36
-EMBEDDING_STD = 0.05
+THIN_ROWS = evaluation.THIN_ROWS
 WEIGHT_DECAY = 1e-5  # per unit of learning rate it is tiny; it only keeps rows of rare items near zero
 PREFIX_BUCKETS = 4  # hashed prefixes per position, in units of its codebook size
+SHAPE = ("model", "dim", "hidden_dims", "weights", "prefix_ngrams", "pooling", "gate_dim", "cross_layers", "cross_rank")  # settings that rebuild a network
 DIFFERENCES = (("id_sid", "id"), ("id_sid", "id_permuted"))
 
 
@@ -181,13 +181,19 @@ def permute_within_deciles(codes: ItemCodes, popularity_N: Floats, seed: int) ->
 
     Deciles are by rank of popularity, ties in item order. What is left of a gain is capacity and popularity, not meaning.
     """
-    has_sid = np.flatnonzero((codes.codes != np.asarray(codes.codebook_sizes)).any(axis=1))
+    source = shuffled_within_deciles((codes.codes != np.asarray(codes.codebook_sizes)).any(axis=1), popularity_N, seed)
+    return replace(codes, codes=codes.codes[source], weights=codes.weights[source])
+
+
+def shuffled_within_deciles(has_sid_N: npt.NDArray[np.bool_], popularity_N: npt.NDArray[Any], seed: int) -> Ints:
+    """Row (N,) that each row's codes shall come from: another one of its decile of popularity, or itself for an item without a SID."""
+    has_sid = np.flatnonzero(has_sid_N)
     ranked = has_sid[np.argsort(popularity_N[has_sid], kind="stable")]
     decile = np.arange(len(ranked)) * 10 // max(len(ranked), 1)
     draw = np.random.default_rng(seed).random(len(ranked))
-    source = np.arange(len(codes.codes))
+    source = np.arange(len(has_sid_N))
     source[ranked] = ranked[np.lexsort((draw, decile))]
-    return replace(codes, codes=codes.codes[source], weights=codes.weights[source])
+    return source
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -274,26 +280,6 @@ def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return state ^ (state >> np.uint64(27))
 
 
-@dataclass(frozen=True)
-class ItemTable:
-    """What the network is told about each item row; masked or absent features are zero rows.
-
-    Args:
-        id_row: (N,) row in the id table, 0 for items without a training row.
-        tokens: (N, L) rows in the token table, 0 for masked slots; L = 0 for arms without codes.
-        factors: (N, L) factor of each token's embedding.
-        dense: (N, F) further numbers (router weights, log popularity).
-        id_rows / token_rows: sizes of the two tables, row 0 included.
-    """
-
-    id_row: Ints
-    tokens: Ints
-    factors: Floats
-    dense: Floats
-    id_rows: int
-    token_rows: int
-
-
 def item_table(data: RankData, arm: str, params: TrainRanker, seed: int) -> ItemTable:
     """The item features of one arm.
 
@@ -337,94 +323,6 @@ def _codes_of(data: RankData, kind: Arm, seed: int) -> ItemCodes | None:
     return data.codes if kind.codes else None
 
 
-# ---------------------------------------------------------------- network
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Widths of one arm's embedding tables."""
-
-    id: int
-    token: int
-
-
-def equal_budget(table: ItemTable, *, budget: int, dim: int) -> Widths:
-    """Widths so that the tables of an arm together hold at most `budget` numbers (at least one per row).
-
-    `budget` is what the id arm spends, rows x dim. Tokens take up to `dim` per row and at most half of it beside ids; ids take the rest.
-    """
-    has_tokens, has_ids = table.tokens.shape[1] > 0, table.id_rows > 1
-    for_tokens = budget // 2 if has_ids else budget
-    token = min(dim, max(1, for_tokens // table.token_rows)) if has_tokens else 0
-    left = budget - token * table.token_rows if has_tokens else budget
-    return Widths(id=max(1, min(dim, left // table.id_rows)) if has_ids else 0, token=token)
-
-
-class ItemEncoder(nn.Module):
-    """Vector of width D per item row: id row, weighted code tokens and dense features, concatenated and projected."""
-
-    id_row: Tensor
-    tokens: Tensor
-    factors: Tensor
-    dense: Tensor
-
-    def __init__(self, table: ItemTable, widths: Widths, dim: int) -> None:
-        super().__init__()
-        self.id_table = nn.Embedding(table.id_rows, widths.id, padding_idx=0) if widths.id else None
-        self.token_table = nn.Embedding(table.token_rows, widths.token, padding_idx=0) if widths.token else None
-        self.projection = nn.Linear(widths.id + widths.token * table.tokens.shape[1] + table.dense.shape[1], dim)
-        for name, values in (("id_row", table.id_row), ("tokens", table.tokens), ("factors", table.factors), ("dense", table.dense)):
-            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(values)), persistent=False)  # the release's, not the checkpoint's
-
-    def forward(self, item_U: Tensor) -> Tensor:
-        """Vectors (U, D) of item rows."""
-        parts = [self.dense[item_U]]
-        if self.id_table is not None:
-            parts.append(self.id_table(self.id_row[item_U]))
-        if self.token_table is not None:
-            parts.append((self.token_table(self.tokens[item_U]) * self.factors[item_U].unsqueeze(-1)).flatten(1))
-        return self.projection(torch.cat(parts, dim=1))
-
-
-class DinRanker(nn.Module):
-    """Logit per (user, target, history).
-
-    Source: Deep Interest Network (KDD 2018): attention unit on [h, t, h - t, h * t], weights not soft-maxed, sum pooling.
-    differs: one hidden layer of PReLU in the unit, weights divided by the root of the history's length so that the sum does not grow
-    with it, and the product target * pooled beside the two.
-    """
-
-    def __init__(self, table: ItemTable, widths: Widths, *, num_users: int, dim: int, hidden_dims: Sequence[int]) -> None:
-        super().__init__()
-        self.items = ItemEncoder(table, widths, dim)
-        self.users = nn.Embedding(num_users + 1, dim, padding_idx=0)
-        self.attention = nn.Sequential(nn.Linear(4 * dim, ATTENTION_WIDTH), nn.PReLU(), nn.Linear(ATTENTION_WIDTH, 1))
-        sizes = [4 * dim, *hidden_dims]
-        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.PReLU())]
-        self.head = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
-        for table_ in self.modules():
-            if isinstance(table_, nn.Embedding):
-                nn.init.normal_(table_.weight, std=EMBEDDING_STD)
-                with torch.no_grad():
-                    table_.weight[0] = 0
-
-    def forward(self, user_B: Tensor, target_B: Tensor, history_BT: Tensor) -> Tensor:
-        """Logits (B,); history rows of 0 are padding and weigh nothing."""
-        item_U, row = torch.unique(torch.cat([target_B, history_BT.flatten()]), return_inverse=True)
-        vector_UD = self.items(item_U)
-        target_BD = vector_UD[row[: len(target_B)]]
-        history_BTD = vector_UD[row[len(target_B) :]].view(*history_BT.shape, -1)
-        pooled_BD = self.pool(target_BD, history_BTD, history_BT > 0)
-        return self.head(torch.cat([target_BD, pooled_BD, target_BD * pooled_BD, self.users(user_B)], dim=1)).squeeze(1)
-
-    def pool(self, target_BD: Tensor, history_BTD: Tensor, valid_BT: Tensor) -> Tensor:
-        """Attention-weighted sum (B, D) of the history."""
-        target_BTD = target_BD.unsqueeze(1).expand_as(history_BTD)
-        unit = torch.cat([history_BTD, target_BTD, history_BTD - target_BTD, history_BTD * target_BTD], dim=2)
-        weight_BT = self.attention(unit).squeeze(2) * valid_BT / valid_BT.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
-        return torch.einsum("bt,btd->bd", weight_BT, history_BTD)
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -450,14 +348,14 @@ def fit(data: RankData, arm: str, params: TrainRanker, seed: int) -> RankerFit:
         torch.manual_seed(derive_seed(seed, "init"))
         table = item_table(data, arm, params, seed)
         widths = equal_budget(table, budget=_id_budget(data, params.dim), dim=params.dim)
-        model = DinRanker(table, widths, num_users=len(data.users), dim=params.dim, hidden_dims=params.hidden_dims).to(_device())
+        model = network(params.model_dump(), table, widths, num_users=len(data.users)).to(_device())
     losses = _train(model, data.train, params, seed)
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     config = _checkpoint_config(data, arm, params, table, widths)
     return RankerFit(scores(model, data.test, params.batch_size), {"train_loss": losses}, state, config)
 
 
-def scores(model: DinRanker, rows: RankRows, batch_size: int) -> Floats:
+def scores(model: Network, rows: RankRows, batch_size: int) -> Floats:
     """Logits (R,) of the rows."""
     model.eval()
     with torch.no_grad():
@@ -465,7 +363,7 @@ def scores(model: DinRanker, rows: RankRows, batch_size: int) -> Floats:
     return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
 
 
-def _train(model: DinRanker, rows: RankRows, params: TrainRanker, seed: int) -> list[float]:
+def _train(model: Network, rows: RankRows, params: TrainRanker, seed: int) -> list[float]:
     """Mean training loss per epoch; the batches are slices of one seeded permutation per epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=WEIGHT_DECAY)
     generator = np.random.default_rng(derive_seed(seed, "order"))
@@ -503,14 +401,6 @@ def _id_budget(data: RankData, dim: int) -> int:
 # ---------------------------------------------------------------- evaluation
 
 
-def strata(rows: RankRows) -> dict[str, npt.NDArray[np.bool_]]:
-    """Stratum -> mask of its rows, empty ones left out: all, by popularity, and items with few events at the cutoff."""
-    masks = {"all": np.ones(len(rows), dtype=bool)}
-    masks |= {name: rows.stratum == name for name in ("head", "torso", "tail")}
-    masks |= {"evidence_0": rows.evidence == 0, "evidence_1_4": (rows.evidence >= 1) & (rows.evidence <= 4)}
-    return {name: mask for name, mask in masks.items() if mask.any()}
-
-
 def evaluate(test: RankRows, scores_by_arm: Mapping[str, Sequence[Floats]], *, resamples: int, seed: int) -> dict[str, Any]:
     """Tables of the report as JSON: `arms` (arm -> stratum -> auc, gauc, logloss, auc_sd, rows, thin), `differences`, `users_covered`.
 
@@ -519,7 +409,7 @@ def evaluate(test: RankRows, scores_by_arm: Mapping[str, Sequence[Floats]], *, r
         resamples: bootstrap resamples of the users per difference.
     A metric is the mean over seeds; None where a class is missing. `thin` strata have fewer than 1,000 rows and carry no verdict.
     """
-    masks = strata(test)
+    masks = evaluation.strata(test.stratum, test.evidence)
     pairs = [(a, b) for a, b in DIFFERENCES if a in scores_by_arm and b in scores_by_arm]
     return {
         "arms": {arm: {name: _stratum_metrics(test, runs, mask) for name, mask in masks.items()} for arm, runs in scores_by_arm.items()},
@@ -595,7 +485,7 @@ def _number(value: Any) -> float | None:
 class LoadedRanker:
     """A checkpoint beside the codes of one release: what a consumer scores with."""
 
-    model: DinRanker
+    model: Network
     items: pa.Array
     users: pa.Array
 
@@ -647,7 +537,7 @@ def load_ranker(
     table = _table(kind, codes, popularity_N, id_N, len(id_items) + 1, weights=config["weights"], prefix_ngrams=config["prefix_ngrams"])
     widths = Widths(id=config["id_width"], token=config["token_width"])
     users = pa.array(config["users"], type=pa.string())
-    model = DinRanker(table, widths, num_users=len(users), dim=config["dim"], hidden_dims=config["hidden_dims"]).to(_device())
+    model = network(config, table, widths, num_users=len(users)).to(_device())
     model.load_state_dict(dict(state))
     return LoadedRanker(model, items, users)
 
@@ -658,10 +548,7 @@ def _checkpoint_config(data: RankData, arm: str, params: TrainRanker, table: Ite
     return {
         "kind": "sid_ranker",
         "arm": arm,
-        "dim": params.dim,
-        "hidden_dims": list(params.hidden_dims),
-        "weights": params.weights,
-        "prefix_ngrams": params.prefix_ngrams,
+        **{name: getattr(params, name) for name in SHAPE},
         "id_width": widths.id,
         "token_width": widths.token,
         "embedding_parameters": widths.id * table.id_rows + widths.token * table.token_rows * bool(table.tokens.shape[1]),

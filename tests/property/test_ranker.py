@@ -21,12 +21,12 @@ def codes_of(draw_seed: int, rows: int = TABLE_SIZE) -> ranker.ItemCodes:
     return ranker.ItemCodes(codes, draw.random((rows, 2)).astype(np.float32) * (codes != np.asarray(SIZES)), SIZES)
 
 
-def model_of(seed: int) -> ranker.DinRanker:
+def model_of(seed: int) -> ranker.Network:
     codes = codes_of(seed)
     tokens, token_rows = ranker.position_tokens(codes)
     table = ranker.ItemTable(np.arange(TABLE_SIZE), tokens, codes.weights, codes.weights, TABLE_SIZE, token_rows)
     torch.manual_seed(seed)
-    model = ranker.DinRanker(table, ranker.Widths(id=4, token=3), num_users=3, dim=6, hidden_dims=[5]).eval()
+    model = ranker.network({"dim": 6, "hidden_dims": [5]}, table, ranker.Widths(id=4, token=3), num_users=3).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model

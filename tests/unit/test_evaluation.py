@@ -194,3 +194,86 @@ def test_floors_find_what_is_in_the_counts() -> None:
     assert ranks["popularity"].tolist() == [4, 4, 2.5, 1, 2.5]
     masked = ev.floor_ranks(packed(lists), [3, 3, 0, 2, 1], 4, mask_history=True, ease=False)
     assert masked["popularity"].tolist() == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranks_in_a_list_equal_a_slow_loop_and_what_was_not_found_stands_in_the_middle_of_the_rest(masked: bool) -> None:
+    draw = np.random.default_rng(3)
+    items = np.stack([draw.permutation(12)[:5] for _ in range(30)])
+    items[:3, 3:] = -1
+    scores = np.where(items >= 0, -np.sort(-draw.integers(0, 4, items.shape).astype(float), axis=1), -np.inf)
+    targets, lists = draw.integers(0, 12, 30), [draw.integers(0, 12, draw.integers(0, 5)).tolist() for _ in range(30)]
+    lists[4] = [int(targets[4])] * 2
+    found = ev.listed_ranks(torch.from_numpy(items), torch.from_numpy(scores), targets, 12, packed(lists) if masked else None)
+    for row, target in enumerate(targets):
+        out = set(lists[row]) - {target} if masked else set()
+        listed = {int(item): score for item, score in zip(items[row], scores[row], strict=True) if item >= 0 and item not in out}
+        rest = 12 - len(out)
+        slow = (
+            1 + sum(s > listed[target] for s in listed.values()) + sum(s == listed[target] for i, s in listed.items() if i != target) / 2
+            if target in listed
+            else (len(listed) + 1 + rest) / 2
+        )
+        assert found[row] == slow
+
+
+def test_slices_are_popularity_and_cold_items() -> None:
+    masks = ev.strata(np.array(["head", "tail", "tail", "torso"]), [9, 0, 4, 5])
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "all": [True] * 4,
+        "head": [True, False, False, False],
+        "torso": [False, False, False, True],
+        "tail": [False, True, True, False],
+        "evidence_0": [False, True, False, False],
+        "evidence_1_4": [False, False, True, False],
+    }
+    assert "evidence_0" not in ev.strata(np.array(["head"]), [3])
+
+
+def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users() -> None:
+    draw = np.random.default_rng(0)
+    users, masks = draw.integers(0, 40, 200), {"all": np.ones(200, bool), "tail": draw.random(200) < 0.4}
+    good, floor = [draw.integers(1, 30, 200).astype(float) for _ in range(2)], [draw.integers(1, 300, 200).astype(float)]
+    table = ev.retrieval_table({"real": good, "markov": floor}, users, masks, [("real", "markov"), ("real", "absent")], ks=(10,), resamples=100)
+    assert table["arms"]["real"]["tail"]["recall@10"] == pytest.approx(np.mean([ev.recall_at(run, 10)[masks["tail"]].mean() for run in good]))
+    assert table["arms"]["markov"]["all"] == {
+        "recall@10": ev.recall_at(floor[0], 10).mean(),
+        "ndcg@10": ev.ndcg_at(floor[0], 10).mean(),
+        "rows": 200,
+        "thin": True,
+    }
+    assert {(row["b"], row["stratum"], row["metric"]) for row in table["differences"]} == {
+        ("markov", name, metric) for name in masks for metric in ("recall@10", "ndcg@10")
+    }
+    row = next(row for row in table["differences"] if (row["stratum"], row["metric"]) == ("all", "ndcg@10"))
+    by_seed = [ev.ndcg_at(run, 10) - ev.ndcg_at(floor[0], 10) for run in good]
+    expected = ev.paired_bootstrap(np.mean(by_seed, axis=0), users, resamples=100)
+    assert (row["mean"], row["low"], row["high"], row["seeds"]) == (expected.estimate, expected.low, expected.high, 2)
+    assert row["seed_sd"] == pytest.approx(np.std([part.mean() for part in by_seed], ddof=1))
+    assert row["low"] > 0
+
+
+def test_floors_can_be_fitted_on_other_events_than_they_are_asked_with() -> None:
+    train, contexts = [[0, 1, 2], [0, 1, 2], [3, 1]], [[0], [1], [2, 3]]
+    ranks = ev.floor_ranks(packed(contexts), [1, 2, 0], 4, mask_history=True, fitted_on=packed(train), seen=packed([[0, 2], [1], [2, 3]]), ease=False)
+    assert ranks["markov"].tolist() == [1, 1, 2]
+    assert ranks["popularity"].tolist() == [1, 1.5, 2]
+    decayed, flat = (ev.floor_ranks(packed([[0, 3]]), [2], 4, mask_history=False, fitted_on=packed(train), decay=decay, l2=0.1)["ease"] for decay in (0.1, 1.0))
+    weights, target = ev.ease_weights(packed(train), 4, l2=0.1), 2
+    for found, decay in ((decayed, 0.1), (flat, 1.0)):
+        scores = weights[3] + decay * weights[0]
+        assert found[0] == 1 + (scores > scores[target]).sum()
+
+
+def test_facts_of_an_id_table_equal_slow_loops() -> None:
+    codes = RNG.integers(0, 3, (40, 3))
+    rows = [tuple(row) for row in codes.tolist()]
+    facts = ev.id_table(codes)
+    assert facts["distinct"] == len(set(rows))
+    assert facts["colliding"] == sum(rows.count(row) > 1 for row in rows)
+    assert facts["largest"] == max(rows.count(row) for row in rows)
+    for level in range(3):
+        column = codes[:, level].tolist()
+        shares = [column.count(code) / 40 for code in set(column)]
+        assert facts["used"][level] == len(shares)
+        assert facts["perplexity"][level] == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))

@@ -16,6 +16,8 @@ from pipeline import evaluation, ranker
 from pipeline.config import Config, RankExample, TrainRanker
 from pipeline.context import Context, Home, write_json
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing, VersionMismatch
+from pipeline.rankers.dcnv2 import DcnV2
+from pipeline.rankers.ppnet import PpNet
 
 SIZES = (4, 3, 4)
 PARAMS = TrainRanker(dim=8, hidden_dims=[16], max_epochs=2, batch_size=64, bootstrap=50)
@@ -202,11 +204,11 @@ def test_items_without_training_rows_share_the_zero_id_row(data):
 # ---------------------------------------------------------------- network
 
 
-def network(data: ranker.RankData, arm: str = "id_sid") -> ranker.DinRanker:
+def network(data: ranker.RankData, arm: str = "id_sid") -> ranker.Network:
     torch.manual_seed(0)
     table = ranker.item_table(data, arm, PARAMS, 0)
     widths = ranker.equal_budget(table, budget=table.id_rows * 8, dim=8)
-    return ranker.DinRanker(table, widths, num_users=len(data.users), dim=8, hidden_dims=[16]).eval()
+    return ranker.network({"dim": 8, "hidden_dims": [16]}, table, widths, num_users=len(data.users)).eval()
 
 
 def test_item_vectors_and_pooling_against_slow_loops(data):
@@ -260,6 +262,77 @@ def test_codes_that_carry_taste_beat_the_same_codes_permuted_on_rare_items():
     found = {arm: evaluation.auc(data.test.label[rare], fit.scores_test[rare]) for arm, fit in fits.items()}
     assert found["sid"] > found["permuted"] + 0.1
     assert fits["sid"].curves["train_loss"][-1] < fits["sid"].curves["train_loss"][0]
+
+
+def test_the_gates_of_ppnet_and_the_crosses_of_dcnv2_equal_slow_loops():
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    ppnet, dcn = PpNet(2, [5], gate_dim=4), {rank: DcnV2(2, [5], 2, rank) for rank in (0, 3)}
+    for module in (ppnet, *dcn.values()):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    w = {name: value.detach().numpy() for name, value in ppnet.named_parameters()}
+    for row, found in zip(x.numpy(), ppnet(x).detach().numpy(), strict=True):
+        asked, hidden = np.concatenate([row[:2], row[6:], row]), row
+        for layer in range(2):
+            gate = w[f"gates.{layer}.layers.2.weight"] @ np.maximum(w[f"gates.{layer}.layers.0.weight"] @ asked + w[f"gates.{layer}.layers.0.bias"], 0)
+            scale = 2 / (1 + np.exp(-gate - w[f"gates.{layer}.layers.2.bias"]))
+            hidden = w[f"layers.{layer}.weight"] @ (scale * hidden) + w[f"layers.{layer}.bias"]
+            hidden = np.maximum(hidden, 0) if layer == 0 else hidden
+        np.testing.assert_allclose(found, hidden, rtol=1e-4, atol=1e-5)
+    for rank, model in dcn.items():
+        w = {name: value.detach().numpy() for name, value in model.named_parameters()}
+        for row, found in zip(x.numpy(), model(x).detach().numpy(), strict=True):
+            crossed = row
+            for layer in range(2):
+                name = f"crosses.{layer}.layer"
+                matrix, bias = (w[f"{name}.1.weight"] @ w[f"{name}.0.weight"], w[f"{name}.1.bias"]) if rank else (w[f"{name}.weight"], w[f"{name}.bias"])
+                crossed = row * (matrix @ crossed + bias) + crossed
+            deep = np.maximum(w["layers.0.weight"] @ row + w["layers.0.bias"], 0)
+            np.testing.assert_allclose(found, w["out.weight"] @ np.concatenate([crossed, deep]) + w["out.bias"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_gates_of_ppnet_give_no_gradient_to_what_they_read_but_the_priors():
+    torch.manual_seed(0)
+    gate = PpNet(2, [5], gate_dim=4)
+    torch.nn.init.normal_(gate.gates[0].layers[2].weight)
+    x = torch.randn(1, 8, requires_grad=True)
+    fresh = x.detach().clone().requires_grad_()
+    scale = gate.gates[0](torch.cat([fresh[:, :2], fresh[:, 6:]], dim=1), x.detach())
+    scale.sum().backward()
+    assert fresh.grad[0, 2:6].abs().sum() == 0
+    assert fresh.grad[0, :2].abs().sum() > 0
+    assert torch.equal(PpNet(2, [5], gate_dim=4).gates[0](x[:, :4], x).detach(), torch.ones(1, 8)), "factors begin at 1"
+
+
+@pytest.mark.parametrize("model", ["ppnet", "dcnv2"])
+@pytest.mark.parametrize("form", [{}, {"pooling": "sum"}, {"pooling": "sum", "prefix_ngrams": True}, {"weights": False}])
+def test_every_network_and_form_of_codes_trains_and_comes_back_from_its_checkpoint(model, form):
+    examples, release = world(rows=400)
+    params = PARAMS.model_copy(update={"max_epochs": 1, "model": model, "cross_rank": 4, **form})
+    fit = ranker.fit(ranker.rank_data(examples, release, SIZES), "id_sid", params, seed=0)
+    test = examples.filter(pa.compute.equal(examples["split"], "test"))
+    loaded = ranker.load_ranker(checkpoint(fit), fit.state, release, codebook_digest="abc")
+    np.testing.assert_allclose(loaded.score(test), fit.scores_test, rtol=1e-5, atol=1e-5)
+    assert fit.config["model"] == model
+
+
+def test_summed_codes_are_the_sum_of_their_rows(data):
+    table = ranker.item_table(data, "sid", PARAMS, 0)
+    model = ranker.network({"dim": 8, "hidden_dims": [16], "pooling": "sum"}, table, ranker.Widths(id=0, token=5), num_users=2)
+    rows = model.items.token_table.weight.detach().numpy()
+    summed = sum(rows[token] * factor for token, factor in zip(table.tokens[7], table.factors[7], strict=True))
+    slow = model.items.projection.weight.detach().numpy() @ np.concatenate([table.dense[7], summed]) + model.items.projection.bias.detach().numpy()
+    np.testing.assert_allclose(model.items(torch.tensor([7]))[0].detach().numpy(), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_network_is_named_and_an_old_checkpoint_is_a_din(data):
+    table = ranker.item_table(data, "id", PARAMS, 0)
+    with pytest.raises(ConfigError, match="no such ranker"):
+        ranker.network({"model": "wukong", "dim": 8, "hidden_dims": []}, table, ranker.Widths(id=4, token=0), num_users=1)
+    fit = ranker.fit(data, "id_sid", PARAMS.model_copy(update={"max_epochs": 1}), seed=0)
+    old = {name: value for name, value in checkpoint(fit).items() if name not in ("model", "pooling", "gate_dim", "cross_layers", "cross_rank")}
+    assert ranker.load_ranker(old, fit.state, world()[1], codebook_digest="abc").model is not None
 
 
 # ---------------------------------------------------------------- evaluation

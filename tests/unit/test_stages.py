@@ -10,7 +10,7 @@ from pipeline import lakehouse
 from pipeline.context import ROOT
 from pipeline.stages import BY_NAME, STAGES, Stage, group, upstream
 
-GROUPS = ("refresh", "consumers", "maintenance")
+GROUPS = ("refresh", "consumers", "maintenance", "rollback")
 
 
 def test_names_are_unique_and_looked_up() -> None:
@@ -60,6 +60,7 @@ def test_edges_follow_who_writes_what_is_read() -> None:
     assert "train_tokenizer" in upstream(BY_NAME["assign_sid"])  # an order no table shows
     assert upstream(BY_NAME["publish_release"]) == ("assign_sid",)
     assert upstream(BY_NAME["train_ranker"]) == ("rank_example",)
+    assert upstream(BY_NAME["train_retriever"]) == ("rank_example",)
 
 
 def test_a_stage_that_reads_last_nights_rows_of_a_later_table_waits_for_nobody() -> None:
