@@ -10,11 +10,19 @@ from jobs.airflow_task import DEFAULTS, PARAMS, stage_tasks
 
 DOC = """
 ### What it does
-Drops audit branches nobody inspected for weeks, expires snapshots that no live tag holds, and compacts small files.
-`sid.item_sid` is never compacted, a tagged snapshot is never expired.
+Drops the tags of releases older than `maintain.release_days` (never the newest current one, the first of a generation, or a pinned one), audit
+branches nobody inspected for weeks, snapshots nothing points at, orphan files and old staging folders; then takes days that serve no live release
+off the derived tables and joins small files. `sid.item_sid` is never compacted; raw tables lose no row.
+
+### Before something goes
+`sid maintain --dry-run` lists it, with the bytes that are really freed. `sid pin TAG --by NAME` holds a release, `--release` lets it go.
 
 ### A task is red
-Nothing is lost: every step is one Iceberg commit. Clear the task; `sid run maintain --date D --dry-run` shows what it would do.
+Nothing is lost: every step is one Iceberg commit, and a second run goes on where the first stopped. Clear the task.
+
+### The disk is full
+Lower `maintain.release_days` or `maintain.keep_snapshots_days` for one run through `overrides`; days and small files become free only with the
+snapshots that still show them, so run it again when those have aged.
 
 Owner: the data engineer on call for the recommendation lake.
 """

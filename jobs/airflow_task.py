@@ -9,13 +9,18 @@ from datetime import date, timedelta
 from typing import Any
 
 from airflow.sdk import DAG, Asset, AssetAlias, BaseOperator, Param
+from airflow.sdk.definitions.callback import AsyncCallback
+from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.log import mask_secret
 
+from jobs import alerts
 from pipeline.stages import Stage, group, upstream
 
 logger = logging.getLogger(__name__)
 RELEASE = Asset(name="sid_release", uri="sid://release", extra={"table": "sid.item_sid"})
 NEW_RELEASE = AssetAlias("new_sid_release")  # an alias, because only a release that becomes the newest one makes an event
+ANNOUNCING = ("publish_release", "rollback")
 
 DEFAULTS: dict[str, Any] = {"retries": 3, "retry_delay": timedelta(minutes=2), "retry_exponential_backoff": True, "max_retry_delay": timedelta(minutes=30)}
 
@@ -27,6 +32,14 @@ PARAMS: dict[str, Param] = {
     "release": Param(
         None, type=["null", "string"], pattern="^d[0-9]{8}(_r[0-9]+)?$", title="Release", description="tag to read; empty = from the triggering event"
     ),
+}
+# Counted from the queueing: a backfill of an old day is not late the moment it begins.
+LATE = DeadlineAlert(
+    name="night_is_late", reference=DeadlineReference.DAGRUN_QUEUED_AT, interval=alerts.night_limit(), callback=AsyncCallback(alerts.on_missed_deadline)
+)
+ROLLBACK_PARAMS: dict[str, Param] = {  # without defaults: nobody rolls back by pressing enter
+    "tag": Param(type="string", pattern="^d[0-9]{8}(_r[0-9]+)?$", title="Release", description="tag to restore; all newer releases are withdrawn"),
+    "reason": Param(type="string", minLength=3, title="Reason", description="why; stored in the snapshot"),
 }
 
 
@@ -47,14 +60,16 @@ class StageOperator(BaseOperator):
         Raises: AirflowFailException when a retry cannot help, AirflowException when it may.
         """
         from jobs import launchers
-        from pipeline import log
+        from pipeline import log, redact
         from pipeline.config import load
         from pipeline.context import Context, Home
         from pipeline.errors import SidError
 
         log.configure()
+        for secret in redact.secret_values():  # whatever a library prints, a traceback included
+            mask_secret(secret)
         params = context["params"]
-        release = params.get("release") or newest_event_release(context.get("triggering_asset_events") or {})
+        release = params.get("release") or params.get("tag") or newest_event_release(context.get("triggering_asset_events") or {})
         try:
             config = load(params["profile"], tuple(params["overrides"]))
             ctx = Context(
@@ -115,14 +130,14 @@ def logical_date(params: Mapping[str, Any], context: Mapping[str, Any], release:
 def announce(outcome: Mapping[str, Any], context: Mapping[str, Any]) -> None:
     """Make the asset event of a release that became the newest one; older or reused releases make none."""
     outputs = outcome["outputs"]
-    if outcome["stage"] == "publish_release" and outputs.get("is_current_newest"):
+    if outcome["stage"] in ANNOUNCING and outputs.get("is_current_newest"):
         extra = {name: outputs[name] for name in ("tag", "logical_date", "codebook_digest", "generation") if name in outputs}
         context["outlet_events"][NEW_RELEASE].add(RELEASE, extra={"release": outputs["tag"], **extra})
 
 
 def _scheduling(stage: Stage) -> dict[str, Any]:
-    outlets = [NEW_RELEASE] if stage.name == "publish_release" else []
-    return {"pool": _pool(stage), "outlets": outlets, "doc_md": stage.summary}
+    outlets = [NEW_RELEASE] if stage.name in ANNOUNCING else []
+    return {"pool": _pool(stage), "outlets": outlets, "doc_md": stage.summary, "on_failure_callback": alerts.on_failure}
 
 
 def _pool(stage: Stage) -> str:

@@ -1,17 +1,31 @@
-"""Housekeeping that never touches what a reader may hold: old audit branches, snapshots no reference needs, small files.
+"""Housekeeping that never touches what a reader may hold: what goes is listed first (`survey`), then taken away (`carry_out`).
 
-`sid.item_sid` is written once in its final layout and is never compacted. Iceberg itself keeps every snapshot a tag or branch holds.
+Live releases: published at most `release_days` ago, the newest current one, the first of each generation, and pinned ones. Their tags stay, and so does
+everything a tag, a branch or a young snapshot shows. Below the oldest release that lives by its age, the derived tables lose the days of no live release.
+Order: references, snapshots, orphan files, staging; then days and small files, whose bytes are freed by a later run: the snapshot that was main when the
+run began, which a running stage may have pinned, is still there when it ends. Ages count back from the end of the run's date.
+Never: `sid.item_sid` is written once in its final layout and not compacted; raw tables, codebooks, generations, releases and day counts lose no row.
 """
 
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
-from typing import TYPE_CHECKING
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline import lakehouse
+from jobs import pins
+from jobs.releases import newest_current
+from pipeline import lakehouse, tracking
 from pipeline.config import Maintain
 from pipeline.context import Context
+from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.lakehouse import History, StoredFile
 from pipeline.stages import StageResult
 
 if TYPE_CHECKING:
@@ -20,46 +34,292 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
 
 logger = logging.getLogger(__name__)
-NEVER_COMPACTED = frozenset({"sid.item_sid"})
+SIDS = "sid.item_sid"
+NEVER_COMPACTED = frozenset({SIDS})
+BY_DAY = (SIDS, "feature.item_popularity", "feature.user_sequence", "feature.item_feature", "rank.rank_example")  # a day of these serves its release only
+TRAINED = "feature.item_behavior_vector"  # a day of it serves every later night that refers to it
+RELEASE_TAG = re.compile(r"^d\d{8}(_r\d+)?$")
+SMALL_BYTES = int(0.75 * 512 * 2**20)  # Iceberg joins files below three quarters of its target size
+NAMED = 20  # names a row of the listing holds at most
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What goes from one table.
+
+    Args:
+        branches, tags: name -> snapshot id it pointed at when it was looked at; one that moved since then stays.
+        freed, orphans: path -> bytes of files that no kept snapshot shows, and of files that no snapshot knows.
+        days: days of main that go, with the bytes that become free when the last snapshot showing them has gone.
+        small: number of files to be joined.
+    """
+
+    table: str
+    branches: Mapping[str, int] = field(default_factory=dict)
+    tags: Mapping[str, int] = field(default_factory=dict)
+    snapshots: tuple[int, ...] = ()
+    freed: Mapping[str, int] = field(default_factory=dict)
+    orphans: Mapping[str, int] = field(default_factory=dict)
+    days: tuple[date, ...] = ()
+    day_bytes: int = 0
+    small: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """Everything that goes: by table, and staging folders with their bytes."""
+
+    sweeps: tuple[Sweep, ...]
+    staging: Mapping[Path, int]
+    older: datetime
+
+    @property
+    def freed(self) -> int:
+        """Bytes that are free when the run ends: files no kept snapshot shows, orphans, staging."""
+        return sum(sum(sweep.freed.values()) + sum(sweep.orphans.values()) for sweep in self.sweeps) + sum(self.staging.values())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per kind and table: what, table, count, frees_now and frees_later in bytes, and the first names."""
+        rows = [row for sweep in self.sweeps for row in _rows(sweep)]
+        if self.staging:
+            rows.append(_row("staging folder", "", [path.name for path in self.staging], now=sum(self.staging.values())))
+        return rows
 
 
 def run(inputs: Inputs, params: Maintain, ctx: Context) -> StageResult:
-    """Counts of what was dropped, expired and rewritten; with the parameter dry_run=true only the branches that would go."""
+    """The listing in `outputs`, and what was done as metrics; with the run parameter dry_run=true nothing is done (status `skipped`).
+
+    Raises: ContractError for a date that has not come yet.
+    """
     spark = inputs.spark
-    assert spark is not None
-    stale = stale_branches(spark, ctx, params.keep_branches_days)
-    outputs = {"branches": [f"{table}:{branch}" for table, branch in stale]}
+    assert spark is not None, "a Spark stage"
+    found = survey(spark, params, ctx)
+    outputs = {"rows": found.rows(), "freed_bytes": found.freed}
     if ctx.param("dry_run") == "true":
-        return StageResult(outputs=outputs, metrics={"stale_branches": float(len(stale))}, status="skipped")
-    for table, branch in stale:
-        lakehouse.drop_branch(spark, table, branch)
-    older = f"{(ctx.cutoff - timedelta(days=params.keep_snapshots_days)):%Y-%m-%d %H:%M:%S}"
-    expired = sum(_expire(spark, table, older) for table in lakehouse.table_names())
-    rewritten = sum(_compact(spark, table) for table in lakehouse.table_names() if table not in NEVER_COMPACTED)
-    logger.info("maintained branches=%d files_deleted=%d files_rewritten=%d", len(stale), expired, rewritten)
-    return StageResult(outputs=outputs, metrics={"stale_branches": float(len(stale)), "files_deleted": float(expired), "files_rewritten": float(rewritten)})
+        return StageResult(outputs=outputs, metrics={"freed_bytes": float(found.freed)}, status="skipped")
+    return StageResult(outputs=outputs, metrics=carry_out(spark, found, params, ctx))
 
 
-def stale_branches(spark: SparkSession, ctx: Context, days: int) -> list[tuple[str, str]]:
-    """(table, audit branch) of every audit branch whose newest snapshot is older than `days` before the cutoff."""
+# ---------------------------------------------------------------- which releases live (pure)
+
+
+def first_of_generations(releases: Sequence[Row]) -> set[str]:
+    """Tags of the first release of each generation that was not withdrawn: drift is measured against them as long as the generation serves."""
+    standing = [row for row in releases if row["status"] != "withdrawn"]
+    ordered = sorted(standing, key=lambda row: (row["logical_date"], row["revision"]), reverse=True)
+    return set({row["generation"]: row["tag"] for row in ordered}.values())
+
+
+def live_releases(releases: Sequence[Row], published: Mapping[str, datetime], pinned: Iterable[str], limit: datetime) -> tuple[set[str], set[str]]:
+    """(tags that live by their age, all live tags).
+
+    Args:
+        published: tag -> instant its snapshot was committed; a backfilled release is as young as its publication.
+        limit: what was published earlier lives only for another reason.
+    """
+    known = {row["tag"] for row in releases}
+    young = {tag for tag in known if tag in published and published[tag] >= limit}
+    newest = newest_current(releases)
+    kept = {newest["tag"]} if newest is not None else set()
+    return young, (young | kept | first_of_generations(releases) | set(pinned)) & set(published)
+
+
+def dropped_tags(releases: Sequence[Row], published: Mapping[str, datetime], live: set[str], bare_limit: datetime) -> list[str]:
+    """Tags of releases that do not live any more, and tags that no release names and that were made before `bare_limit`; sorted."""
+    known = {row["tag"] for row in releases}
+    return sorted(tag for tag, at in published.items() if tag not in live and (tag in known or at < bare_limit))
+
+
+def dropped_days(stored: Iterable[date], releases: Sequence[Row], young: set[str], live: set[str]) -> list[date]:
+    """Days of a derived table that serve no live release and lie below the oldest release that lives by its age; sorted."""
+    oldest = min((row["logical_date"] for row in releases if row["tag"] in young), default=None)
+    if oldest is None:  # nothing published lately: keep what is there rather than guess
+        return []
+    serving = {row["logical_date"] for row in releases if row["tag"] in live}
+    return sorted(day for day in set(stored) if day < oldest and day not in serving)
+
+
+def kept_snapshots(history: History, dropped: Iterable[str], limit: datetime) -> set[int]:
+    """Snapshots that stay: where a kept branch or tag points, and what was committed at or after `limit`."""
+    gone = set(dropped)
+    heads = {at for name, at in {**history.branches, **history.tags}.items() if name not in gone}
+    return heads | {one for one, at in history.committed.items() if at >= limit}
+
+
+def stale_branches(history: History, limit: datetime) -> dict[str, int]:
+    """Audit branch -> its snapshot, of those last written before `limit`.
+
+    One that shows what main shows holds nothing, and may have been cut a moment ago by a stage that is still computing: it stays.
+    """
+    main = history.branches.get("main")
+    return {name: at for name, at in sorted(history.branches.items()) if name.startswith("audit_") and at != main and history.committed[at] < limit}
+
+
+def small_files(files: Iterable[StoredFile], from_files: int) -> list[StoredFile]:
+    """Files of partitions with at least `from_files` small ones."""
+    small = [file for file in files if file.bytes < SMALL_BYTES]
+    counts = Counter(file.partition for file in small)
+    return [file for file in small if counts[file.partition] >= from_files]
+
+
+# ---------------------------------------------------------------- looking
+
+
+def survey(spark: SparkSession, params: Maintain, ctx: Context) -> Survey:
+    """What would go, and the bytes that are really freed; nothing is changed.
+
+    Raises: ContractError for a date that has not come yet: everything would look old.
+    """
+    if ctx.logical_date > _today():
+        raise ContractError("the date has not come yet", expected=f"{_today()} or earlier", found=str(ctx.logical_date), where="maintain")
+    home, lake = ctx.home, ctx.config.lake
+    releases = lakehouse.read_releases(home, lake).to_pylist()
+    histories = {table: history for table in lakehouse.table_names() if (history := _history(ctx, table)) is not None}
+    sids = histories.get(SIDS, History(committed={}, branches={}, tags={}))
+    published = {tag: sids.committed[at] for tag, at in sids.tags.items() if RELEASE_TAG.fullmatch(tag)}
+    young, live = live_releases(releases, published, pins.by_release(sids.tags), _ago(ctx, params.release_days))
+    tags = dropped_tags(releases, published, live, _ago(ctx, params.keep_branches_days))
+    sweeps = [_sweep(spark, params, ctx, table, history, tags if table == SIDS else []) for table, history in histories.items()]
+    days = retention(spark, ctx, releases, young, live, histories)
+    return Survey(
+        sweeps=tuple(_with_days(ctx, sweep, histories[sweep.table], days.get(sweep.table, [])) for sweep in sweeps),
+        staging=stale_staging(ctx, params.keep_staging_days),
+        older=_ago(ctx, params.keep_snapshots_days),
+    )
+
+
+def _sweep(spark: SparkSession, params: Maintain, ctx: Context, table: str, history: History, tags: Sequence[str]) -> Sweep:
+    branches = stale_branches(history, _ago(ctx, params.keep_branches_days))
+    kept = kept_snapshots(history, [*branches, *tags], _ago(ctx, params.keep_snapshots_days))
+    gone = tuple(sorted(set(history.committed) - kept))
+    freed: dict[str, int] = {}
+    if gone:
+        held = lakehouse.files_at(ctx.home, ctx.config.lake, table, kept)
+        freed = {path: file.bytes for path, file in lakehouse.files_at(ctx.home, ctx.config.lake, table, gone).items() if path not in held}
+    orphans = lakehouse.remove_orphans(spark, table, dry_run=True)
+    small = [] if table in NEVER_COMPACTED else small_files(_main_files(ctx, table, history).values(), params.compact_from_files)
+    return Sweep(
+        table=table,
+        branches=branches,
+        tags={tag: history.tags[tag] for tag in tags},
+        snapshots=gone,
+        freed=freed,
+        orphans=orphans,
+        small=len(small),
+    )
+
+
+def retention(
+    spark: SparkSession, ctx: Context, releases: Sequence[Row], young: set[str], live: set[str], histories: Mapping[str, History]
+) -> dict[str, list[date]]:
+    """Table -> days of main that go. A day of behaviour vectors stays while a feature row that stays refers to it."""
     from pyspark.sql import functions as F
 
-    limit = (ctx.cutoff - timedelta(days=days)).replace(tzinfo=None)
-    found: list[tuple[str, str]] = []
-    for table in lakehouse.table_names():
-        references = spark.table(f"{lakehouse.CATALOG}.{table}.refs").where(F.col("name").startswith("audit_"))
-        written = spark.table(f"{lakehouse.CATALOG}.{table}.snapshots").select("snapshot_id", "committed_at")
-        old = references.join(written, "snapshot_id").where(F.col("committed_at") < F.lit(limit))
-        found += [(table, row.name) for row in old.select("name").collect()]
+    days = {table: _stored_days(_main_files(ctx, table, histories[table]).values()) for table in (*BY_DAY, TRAINED) if table in histories}
+    found = {table: dropped_days(stored, releases, young, live) for table, stored in days.items()}
+    if found.get(TRAINED):
+        manifest = spark.table(f"{lakehouse.CATALOG}.feature.item_feature")
+        staying = manifest.where(~F.col("logical_date").isin([F.lit(day) for day in found.get("feature.item_feature", [])]))
+        needed = {row.behavior_date for row in staying.select("behavior_date").distinct().collect()}
+        found[TRAINED] = [day for day in found[TRAINED] if day not in needed]
+    return {table: gone for table, gone in found.items() if gone}
+
+
+def stale_staging(ctx: Context, days: int) -> dict[Path, int]:
+    """Folder -> bytes of runs that changed nothing for `days`; a run whose records have not reached MLflow stays."""
+    limit = _ago(ctx, days).timestamp()
+    found: dict[Path, int] = {}
+    for folder in sorted(ctx.home.folder("staging").iterdir()):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        states = [path.lstat() for path in (folder, *folder.rglob("*"))]
+        waiting = [path for path in folder.glob(f"mlflow/*/{tracking.RECORD}") if not path.with_name(tracking.FLUSHED).is_file()]
+        if not waiting and max(state.st_mtime for state in states) < limit:
+            found[folder] = sum(state.st_size for state in states[1:])
     return found
 
 
-def _expire(spark: SparkSession, table: str, older: str) -> int:
-    arguments = {"table": table, "older": older}
-    row = spark.sql("CALL lake.system.expire_snapshots(table => :table, older_than => CAST(:older AS TIMESTAMP))", args=arguments).collect()[0]
-    return sum(value or 0 for value in row.asDict().values())
+def _with_days(ctx: Context, sweep: Sweep, history: History, days: Sequence[date]) -> Sweep:
+    names = {str(day) for day in days}
+    stored = _main_files(ctx, sweep.table, history).values() if days else ()
+    return Sweep(**{**vars(sweep), "days": tuple(days), "day_bytes": sum(file.bytes for file in stored if file.partition[0] in names)})
 
 
-def _compact(spark: SparkSession, table: str) -> int:
-    row = spark.sql("CALL lake.system.rewrite_data_files(table => :table)", args={"table": table}).collect()[0]
-    return int(row.rewritten_data_files_count)
+def _history(ctx: Context, table: str) -> History | None:
+    try:
+        return lakehouse.history(ctx.home, ctx.config.lake, table)
+    except UpstreamMissing:
+        return None
+
+
+def _main_files(ctx: Context, table: str, history: History) -> dict[str, StoredFile]:
+    return lakehouse.files_at(ctx.home, ctx.config.lake, table, [history.branches["main"]]) if "main" in history.branches else {}
+
+
+def _stored_days(files: Iterable[StoredFile]) -> list[date]:
+    return [date.fromisoformat(name) for name in {file.partition[0] for file in files}]
+
+
+def _ago(ctx: Context, days: int) -> datetime:
+    return ctx.cutoff - timedelta(days=days)
+
+
+def _today() -> date:
+    return datetime.now(UTC).date()
+
+
+# ---------------------------------------------------------------- doing
+
+
+def carry_out(spark: SparkSession, found: Survey, params: Maintain, ctx: Context) -> dict[str, float]:
+    """What was done, in numbers; each step is one commit, so a killed run is simply run again."""
+    metrics = Counter({"freed_bytes": found.freed, "staging_folders": len(found.staging)})
+    for sweep in found.sweeps:
+        with lakehouse.table_locks(ctx.home, ctx.config.lake, [sweep.table]):
+            metrics.update(_clean(spark, sweep, found.older))
+            metrics.update(_tidy(spark, sweep, params, ctx))
+    for folder in found.staging:
+        shutil.rmtree(folder)
+    logger.info("maintained %s", " ".join(f"{name}={value}" for name, value in sorted(metrics.items())))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _clean(spark: SparkSession, sweep: Sweep, older: datetime) -> dict[str, int]:
+    """References first: a snapshot can only be expired when nothing points at it."""
+    if sweep.branches or sweep.tags:
+        now = lakehouse.references(spark, sweep.table)
+        branches, tags = ([name for name, at in group.items() if now.get(name) == at] for group in (sweep.branches, sweep.tags))
+        lakehouse.drop_references(spark, sweep.table, branches=branches, tags=tags)
+    deleted = lakehouse.expire_snapshots(spark, sweep.table, older) if sweep.snapshots else 0
+    orphans = lakehouse.remove_orphans(spark, sweep.table, dry_run=False) if sweep.orphans else {}
+    return {"branches": len(sweep.branches), "tags": len(sweep.tags), "snapshots": len(sweep.snapshots), "files_deleted": deleted, "orphans": len(orphans)}
+
+
+def _tidy(spark: SparkSession, sweep: Sweep, params: Maintain, ctx: Context) -> dict[str, int]:
+    """Last, so that the files these steps leave behind outlive the stages that read them now."""
+    if sweep.days:
+        lakehouse.delete_partitions(spark, sweep.table, sweep.days, {"sid.stage": ctx.stage, "sid.run_id": ctx.run_id, "sid.reason": ctx.reason})
+    joined = lakehouse.compact(spark, sweep.table, params.compact_from_files) if sweep.small else 0
+    return {"days": len(sweep.days), "files_compacted": joined}
+
+
+# ---------------------------------------------------------------- the listing
+
+
+def _rows(sweep: Sweep) -> list[dict[str, Any]]:
+    named = [f"{len(sweep.freed)} data file(s)"] if sweep.freed else []
+    rows = [
+        _row("audit branch", sweep.table, list(sweep.branches)),
+        _row("tag", sweep.table, list(sweep.tags)),
+        _row("snapshot", sweep.table, named, count=len(sweep.snapshots), now=sum(sweep.freed.values())),
+        _row("orphan file", sweep.table, [path.rsplit("/", 1)[-1] for path in sweep.orphans], now=sum(sweep.orphans.values())),
+        _row("day", sweep.table, [str(day) for day in sweep.days], later=sweep.day_bytes),
+        _row("small file", sweep.table, [], count=sweep.small),  # joined, not freed: the same bytes are written again
+    ]
+    return [row for row in rows if row["count"]]
+
+
+def _row(what: str, table: str, names: Sequence[str], *, count: int | None = None, now: int = 0, later: int = 0) -> dict[str, Any]:
+    counted = len(names) if count is None else count
+    return {"what": what, "table": table, "count": counted, "frees_now": now, "frees_later": later, "names": list(names[:NAMED])}

@@ -8,20 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs import pins
 from pipeline.config import Config, PlanNight
 from pipeline.context import Context, Plan, PlannedFile, Release
-from pipeline.errors import UpstreamMissing
-from pipeline.stages import StageResult
+from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.stages import StageResult, group
 
 if TYPE_CHECKING:
     from jobs.inputs import Inputs
     from pipeline.datasets.base import Kind, SourceSpec
 
 logger = logging.getLogger(__name__)
+READERS = tuple(stage.section for stage in group("consumers"))  # settings of models that read releases change no release
 Row = Mapping[str, Any]
 
 
@@ -37,6 +39,8 @@ def run(inputs: Inputs, params: PlanNight, ctx: Context) -> StageResult:
     ledger = inputs.arrow("raw.source_file", where=f"file_date <= '{ctx.logical_date}'").to_pylist()
     files = planned(spec, ctx, ledger)
     plan = make_plan(ctx, params, files, ledger, inputs.arrow("sid.release").to_pylist(), inputs.arrow("sid.generation").to_pylist())
+    if plan.parent is not None and not plan.reuse:
+        check_held(plan.parent.tag, pins.held_tags(ctx.home, ctx.config))
     logger.info(
         "planned date=%s tag=%s generation=%d begins=%s parent=%s files=%d reuse=%s",
         plan.logical_date,
@@ -102,6 +106,23 @@ def make_plan(
     )
 
 
+def check_held(tag: str, held: Container[str]) -> None:
+    """Nothing, when the parent's rows are still there.
+
+    Args:
+        held: tags of sid.item_sid.
+    Raises: ContractError for a release that has expired.
+    """
+    if tag not in held:
+        raise ContractError(
+            "the parent release has expired, so nothing can be built on it",
+            expected=f"tag {tag} on sid.item_sid",
+            found="swept away by `sid maintain`",
+            where="sid.release",
+            next_command="sid releases  (choose a later date, or begin anew with --set plan_night.policy=cold on a date without earlier releases)",
+        )
+
+
 def begins(params: PlanNight, parent: Row | None) -> tuple[Literal["", "cold", "warm", "anchored"], str]:
     """(how a new generation begins tonight, empty = the parent's goes on; why)."""
     if parent is None:
@@ -151,7 +172,7 @@ def _fingerprint(config: Config, day: date, files: Iterable[PlannedFile], ledger
         "files": digests,
         "parent": parent["rows_digest"] if parent else "",
         "start": start,
-        "config": config.digest(),
+        "config": config.digest(without=READERS),
         "seed": config.seed,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -53,6 +53,7 @@ def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
     plan, assigned = ctx.plan(), ctx.outcome("assign_sid")["outputs"]
     branch = held_branch(assigned)
     releases = [row.asDict() for row in inputs.frame("sid.release").collect()]
+    check_parent(plan, releases)
     decision = decide(plan, releases, assigned["rows_digest"], bare_tags(inputs.spark, plan, releases))
     with lakehouse.table_locks(ctx.home, ctx.config.lake, [TABLE]):
         snapshot_id = apply(inputs.spark, decision, branch, plan)
@@ -86,6 +87,21 @@ def held_branch(assigned: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- deciding (pure)
+
+
+def check_parent(plan: Plan, releases: Sequence[Row]) -> None:
+    """Nothing, when the release that the night was built on still stands; a night that was planned before a rollback is not published after it.
+
+    Raises: ContractError for a parent that was withdrawn meanwhile.
+    """
+    if plan.parent is not None and any(row["tag"] == plan.parent.tag and row["status"] == "withdrawn" for row in releases):
+        raise ContractError(
+            f"the night was built on {plan.parent.tag}, which was withdrawn meanwhile",
+            expected="a parent that is current or superseded",
+            found="withdrawn",
+            where="sid.release",
+            next_command=f"sid run refresh --date {plan.logical_date}",
+        )
 
 
 def decide(plan: Plan, releases: Sequence[Row], rows_digest: str, tags: Mapping[str, tuple[int, str]]) -> Decision:

@@ -63,7 +63,7 @@ def run_stage(ctx: Context) -> dict[str, Any]:
         write_json(path, outcome)
         _track(stage, ctx, None, "failed", outcome, snapshots, error)
         raise
-    if stage.name == "publish_release":
+    if stage.name in ("publish_release", "rollback"):
         step(ctx, "before_alias")
         derived.align(ctx.home, ctx.config)
     outcome = _outcome(stage, result.status, started, result, ledger)
@@ -202,13 +202,9 @@ def _reused(stage: Stage, ctx: Context) -> tuple[StageResult, Ledger] | None:
 
 
 def _require_lake(stage: Stage, ctx: Context) -> None:
-    """Make the tables of a lake that is not there yet; costs a session only then."""
-    for table in {*stage.inputs, *stage.outputs}:
-        try:
-            lakehouse.current_snapshot(ctx.home, ctx.config.lake, table)
-        except UpstreamMissing:
-            lakehouse.create_tables(_session(ctx))
-            return
+    """Make the tables of a lake that is not there yet, and migrate those that are behind; costs a session only then."""
+    if not all(lakehouse.is_ready(ctx.home, ctx.config.lake, table) for table in {*stage.inputs, *stage.outputs}):
+        lakehouse.create_tables(_session(ctx))
 
 
 def _session(ctx: Context) -> SparkSession:

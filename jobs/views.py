@@ -9,11 +9,11 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import derived
-from jobs.releases import diff_rows, resolve, show_item
+from jobs import derived, pins
+from jobs.releases import diff_rows, release_rows, resolve, show_item
 from pipeline import lakehouse, tracking
 from pipeline.config import Config
-from pipeline.context import ROOT, Home
+from pipeline.context import ROOT, Context, Home
 from pipeline.errors import UpstreamMissing
 
 if TYPE_CHECKING:
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 Lake = tuple[Home, Config]
 Row = dict[str, Any]
+
+
+def releases(lake: Lake) -> list[Row]:
+    """Rows of sid.release by date and revision, with `pinned_by` (names that hold it) and `expired` (its rows were swept away)."""
+    home, config = lake
+    tags = pins.held_tags(home, config)
+    holders = pins.by_release(tags)
+    return [
+        {**row, "pinned_by": holders.get(row["tag"], []), "expired": row["tag"] not in tags} for row in release_rows(lakehouse.read_releases(home, config.lake))
+    ]
 
 
 def item(lake: Lake, item_id: str, tag: str = "") -> Row:
@@ -74,6 +84,27 @@ def repair(lake: Lake, *, dry_run: bool) -> list[Row]:
     home, config = lake
     flushed = 0 if dry_run else sum(tracking.flush(home, folder) for folder in sorted(home.folder("staging").iterdir()) if folder.is_dir())
     return [{"model": "(buffered runs)", "alias": "", "points_at": "", "should_be": "", "moved": flushed}, *derived.align(home, config, dry_run=dry_run)]
+
+
+def rollback(lake: Lake, tag: str) -> list[Row]:
+    """tag, was, becomes of every release that a rollback to `tag` would change.
+
+    Raises: ContractError when the release cannot be restored.
+    """
+    from jobs.rollback import changes, restorable
+
+    home, config = lake
+    rows = lakehouse.read_releases(home, config.lake).to_pylist()
+    return list(changes(rows, restorable(rows, tag, pins.held_tags(home, config))))
+
+
+def maintain(ctx: Context) -> list[Row]:
+    """What `sid maintain` would take away; nothing is changed and no run is recorded."""
+    from jobs.maintain import survey
+    from pipeline import spark as gate
+
+    spark = gate.session(ctx.home, ctx.config.lake, ctx.config.launch)
+    return survey(spark, ctx.config.maintain, ctx).rows()
 
 
 def generation(lake: Lake, number: int) -> Row:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -583,9 +584,13 @@ class Config(Section):
     train_retriever: TrainRetriever = TrainRetriever()
     maintain: Maintain = Maintain()
 
-    def digest(self) -> str:
-        """12 hex digits that name this configuration; where it runs (`launch`) does not count."""
-        content = self.model_dump(mode="json", exclude={"launch", "name"})
+    def digest(self, without: Iterable[str] = ()) -> str:
+        """12 hex digits that name this configuration; where it runs (`launch`) and housekeeping do not count.
+
+        Args:
+            without: further sections that do not count.
+        """
+        content = self.model_dump(mode="json", exclude={"launch", "name", "maintain", *without})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def flat(self) -> dict[str, Any]:
@@ -607,7 +612,7 @@ def load(profile: str, overrides: tuple[str, ...] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("the profile is not valid TOML", expected="a TOML file in UTF-8", found=str(error), where=str(path)) from error
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     return parse({"name": path.stem, **data}, where=str(path))
 
 
@@ -637,7 +642,11 @@ def _profile_path(profile: str) -> Path:
     return path
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set the key of `section.key=value` in a nested dict; the value is TOML, a bare word is a string.
+
+    Raises: ConfigError for an override that is not one assignment.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"cannot read the override {override!r}", expected="section.key=value", found=override, where="--set")

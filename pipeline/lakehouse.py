@@ -6,22 +6,26 @@ Correctness rests on `publish` being ONE metadata commit; the file lock only spa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import catalog
 from pipeline.config import Lake
 from pipeline.context import SQL, Home
 from pipeline.errors import ConfigError, ContractError, PublishConflict, UpstreamMissing
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table as IcebergTable
     from pyspark.sql import DataFrame, SparkSession
 
@@ -29,6 +33,11 @@ logger = logging.getLogger(__name__)
 CATALOG = "lake"
 NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 REFERENCE = re.compile(r"^[A-Za-z0-9_]+$")
+SCHEMA_VERSION = "sid.schema_version"
+UNREACHABLE = "the catalog cannot be reached"
+MIGRATION = re.compile(r"^(\d{3})_[a-z0-9_]+\.sql$")
+_EPOCH = date(1970, 1, 1).toordinal()
+ADDITIVE = re.compile(r"ALTER TABLE (\S+) ADD COLUMNS? \((.*)\)", re.DOTALL)
 
 
 # ---------------------------------------------------------------- tables
@@ -40,7 +49,7 @@ def table_names() -> list[str]:
 
 
 def create_tables(spark: SparkSession) -> None:
-    """Make every table that is not there yet, each with an empty first snapshot (a table without one cannot be branched)."""
+    """Make every table that is not there yet, each with an empty first snapshot (a table without one cannot be branched); migrate the others."""
     namespaces = sorted({name.split(".")[0] for name in table_names()})
     for namespace in namespaces:
         spark.sql(f"CREATE NAMESPACE IF NOT EXISTS {CATALOG}.{_checked(namespace)}")
@@ -49,8 +58,75 @@ def create_tables(spark: SparkSession) -> None:
         if name not in known:
             namespace, table = name.split(".")
             spark.sql((SQL / namespace / table / "table.sql").read_text(encoding="utf-8"))
+        migrate(spark, name)  # of a new table, whose table.sql has every column, only its version is noted
         if snapshot(spark, name) is None:  # a kill between the two statements leaves a table without a snapshot
             spark.table(_full(name)).limit(0).writeTo(_full(name)).append()
+
+
+def migrations(table: str) -> list[tuple[int, Path]]:
+    """(number, file) of sql/<namespace>/<table>/migrations/NNN_name.sql, in order.
+
+    Raises: ConfigError when the numbers are not 1, 2, 3, ...
+    """
+    folder = SQL / table.replace(".", "/") / "migrations"
+    found = [(int(match.group(1)), path) for path in sorted(folder.glob("*.sql")) if (match := MIGRATION.fullmatch(path.name))]
+    if [number for number, _ in found] != list(range(1, len(list(folder.glob("*.sql"))) + 1)):
+        raise ConfigError(
+            f"the migrations of {table} are not numbered 1, 2, 3, ...",
+            expected="001_name.sql, 002_name.sql, ...",
+            found=", ".join(path.name for path in sorted(folder.glob("*.sql"))),
+            where=str(folder),
+        )
+    return found
+
+
+def is_ready(home: Home, lake: Lake, table: str) -> bool:
+    """Whether the table exists and has every migration, without a JVM."""
+    newest = len(migrations(table))
+    try:
+        properties = open_table(home, lake, table).properties
+    except UpstreamMissing as error:
+        if error.headline == UNREACHABLE:
+            raise
+        return False
+    return int(properties.get(SCHEMA_VERSION, 0)) >= newest
+
+
+def migrate(spark: SparkSession, table: str) -> int:
+    """Number of migrations the table was behind; each is one additive statement, noted in the table property `sid.schema_version`.
+
+    A kill between the statement and the note is met by the next call: columns that are there with the right type are not added twice.
+    Raises: ConfigError for a statement that is not additive; ContractError when a column exists with another type.
+    """
+    files = migrations(table)
+    if not files:
+        return 0
+    properties = {row.key: row.value for row in spark.sql(f"SHOW TBLPROPERTIES {_full(table)}").collect()}
+    pending = [(number, path) for number, path in files if number > int(properties.get(SCHEMA_VERSION, 0))]
+    for number, path in pending:
+        _add_columns(spark, table, path)
+        spark.sql(f"ALTER TABLE {_full(table)} SET TBLPROPERTIES ('{SCHEMA_VERSION}' = '{number:d}')")
+        logger.info("migrated table=%s version=%d file=%s", table, number, path.name)
+    return len(pending)
+
+
+def _add_columns(spark: SparkSession, table: str, path: Path) -> None:
+    """Run one migration unless its columns are there already."""
+    text = re.sub(r"(?m)^\s*--.*$", "", path.read_text(encoding="utf-8")).strip().rstrip(";")
+    parts = ADDITIVE.fullmatch(text)
+    if parts is None or parts.group(1) != table or ";" in text or re.search(r"(?i)\bnot\s+null\b", text):
+        raise ConfigError(
+            f"a migration of {table} is not additive",
+            expected=f"one statement: ALTER TABLE {table} ADD COLUMNS (name TYPE COMMENT 'what', ...), each column nullable",
+            found=text[:120],
+            where=str(path),
+        )
+    wanted = {field.name: field.dataType.simpleString() for field in spark.createDataFrame([], parts.group(2)).schema.fields}
+    found = {field.name: field.dataType.simpleString() for field in spark.table(_full(table)).schema.fields if field.name in wanted}
+    if not found:
+        spark.sql(text)
+    elif found != wanted:
+        raise ContractError(f"{table} has columns of a migration with another type", expected=str(wanted), found=str(found), where=str(path))
 
 
 def snapshot(spark: SparkSession, table: str, reference: str = "main") -> int | None:
@@ -250,6 +326,117 @@ def _writer(frame: DataFrame, table: str, branch: str, properties: Mapping[str, 
     return writer
 
 
+# ---------------------------------------------------------------- upkeep: what is held, what may go
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A table's snapshots and what points at them: `committed` id -> instant (UTC), `branches` and `tags` name -> id."""
+
+    committed: Mapping[int, datetime]
+    branches: Mapping[str, int]
+    tags: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A data or delete file: bytes, and the values of its partition as text, e.g. ("2026-11-20",)."""
+
+    bytes: int
+    partition: tuple[str, ...]
+
+
+def history(home: Home, lake: Lake, table: str) -> History:
+    """Snapshots, branches and tags of a table, without a JVM.
+
+    Raises: UpstreamMissing when the table does not exist yet.
+    """
+    metadata = open_table(home, lake, table).metadata
+    kinds: dict[str, dict[str, int]] = {"branch": {}, "tag": {}}
+    for name, reference in metadata.refs.items():
+        kinds[str(reference.snapshot_ref_type.value)][name] = int(reference.snapshot_id)
+    committed = {int(one.snapshot_id): datetime.fromtimestamp(one.timestamp_ms / 1000, UTC) for one in metadata.snapshots}
+    return History(committed=committed, branches=kinds["branch"], tags=kinds["tag"])
+
+
+def files_at(home: Home, lake: Lake, table: str, snapshot_ids: Iterable[int]) -> dict[str, StoredFile]:
+    """Path -> file of everything that any of the snapshots shows, without a JVM; each manifest is read once."""
+    iceberg = open_table(home, lake, table)
+    shown = [found for one in snapshot_ids if (found := iceberg.snapshot_by_id(one)) is not None]
+    manifests = {manifest.manifest_path: manifest for one in shown for manifest in one.manifests(iceberg.io)}
+    entries = (entry.data_file for manifest in manifests.values() for entry in manifest.fetch_manifest_entry(iceberg.io, discard_deleted=True))
+    days = [field.field_type.__class__.__name__ == "DateType" for field in iceberg.spec().partition_type(iceberg.schema()).fields]
+    return {entry.file_path: StoredFile(bytes=int(entry.file_size_in_bytes), partition=_partition(entry.partition, days)) for entry in entries}
+
+
+def _partition(record: Any, days: Sequence[bool]) -> tuple[str, ...]:
+    """The partition's values as text; a day is stored as days since 1970."""
+    values = [record[place] for place in range(len(days))]
+    return tuple(str(date.fromordinal(_EPOCH + value) if is_day and isinstance(value, int) else value) for value, is_day in zip(values, days, strict=True))
+
+
+def create_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None:
+    """Tag a snapshot, one commit.
+
+    Raises: ContractError when the tag exists: tags are never moved.
+    """
+    if _checked_reference(tag) in references(spark, table):
+        raise ContractError(f"tag {tag} of {table} exists and is never moved", expected="a tag that is not there yet", found=tag, where=table)
+    _loaded(spark, table).manageSnapshots().createTag(tag, int(snapshot_id)).commit()
+
+
+def drop_references(spark: SparkSession, table: str, *, tags: Iterable[str] = (), branches: Iterable[str] = ()) -> None:
+    """Drop tags and branches in one commit; their snapshots stay until they are expired."""
+    change = _loaded(spark, table).manageSnapshots()
+    for tag in tags:
+        change = change.removeTag(_checked_reference(tag))
+    for branch in branches:
+        change = change.removeBranch(_checked_reference(branch))
+    change.commit()
+
+
+def delete_partitions(spark: SparkSession, table: str, days: Sequence[date], properties: Mapping[str, str]) -> None:
+    """Drop whole days from main in one metadata commit; no file is rewritten and snapshots before it still show them."""
+    expressions = spark._jvm.org.apache.iceberg.expressions.Expressions  # type: ignore[union-attr]
+    column = partition_columns(table)[0]
+    condition = reduce(getattr(expressions, "or"), [expressions.equal(column, str(day)) for day in days])
+    change = _loaded(spark, table).newDelete().deleteFromRowFilter(condition)
+    for name, value in properties.items():
+        change = change.set(name, value)
+    change.commit()
+
+
+def expire_snapshots(spark: SparkSession, table: str, older: datetime) -> int:
+    """Number of files deleted with the snapshots committed before `older` that no branch or tag holds; the newest of main always stays."""
+    row = _call(spark, "expire_snapshots", table, f"older_than => TIMESTAMP '{older:%Y-%m-%d %H:%M:%S}'")[0]
+    return sum(value or 0 for value in row.asDict().values())
+
+
+def remove_orphans(spark: SparkSession, table: str, *, dry_run: bool) -> dict[str, int]:
+    """Path -> bytes of files in the table's folder that no snapshot knows and that are at least three days old (Iceberg's own guard), removed unless dry."""
+    found = sorted(row.orphan_file_location for row in _call(spark, "remove_orphan_files", table, "dry_run => true"))
+    files = _loaded(spark, table).io()
+    sizes = {path: int(files.newInputFile(path).getLength()) for path in found}
+    if found and not dry_run:
+        _call(spark, "remove_orphan_files", table, "dry_run => false")
+    return sizes
+
+
+def compact(spark: SparkSession, table: str, from_files: int) -> int:
+    """Number of small files that were joined into larger ones, in partitions with at least `from_files` of them; the rows are the same."""
+    row = _call(spark, "rewrite_data_files", table, f"options => map('min-input-files', '{from_files:d}')")[0]
+    return int(row.rewritten_data_files_count)
+
+
+def _call(spark: SparkSession, procedure: str, table: str, argument: str) -> list[Any]:
+    """Rows of an Iceberg procedure, whose grammar knows no parameters: the table's name is checked, `argument` holds numbers and instants only."""
+    return spark.sql(f"CALL {CATALOG}.system.{_checked(procedure)}(table => '{_full(table).removeprefix(f'{CATALOG}.')}', {argument})").collect()
+
+
+def _loaded(spark: SparkSession, table: str) -> Any:
+    return spark._jvm.org.apache.iceberg.spark.Spark3Util.loadIcebergTable(spark._jsparkSession, _full(table))  # type: ignore[union-attr]
+
+
 # ---------------------------------------------------------------- reading without a JVM
 
 
@@ -263,13 +450,37 @@ def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
 
     if lake.catalog == "hadoop":
         return StaticTable.from_metadata(str(_newest_metadata(home, table)))
+    return _load_table(tuple(sorted(catalog.for_pyiceberg(home, lake).items())), table)
+
+
+def _load_table(properties: tuple[tuple[str, str], ...], table: str) -> IcebergTable:
+    """The table as a catalog server knows it now.
+
+    Raises: UpstreamMissing when the table does not exist yet, or when the server does not answer.
+    """
+    from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
+    from requests.exceptions import RequestException
+    from sqlalchemy.exc import OperationalError, ProgrammingError
+
+    where = dict(properties)["warehouse"]
+    try:
+        return _server(properties).load_table(table)
+    except (NoSuchTableError, NoSuchNamespaceError, ProgrammingError, OperationalError, RequestException) as error:
+        found = str(getattr(error, "orig", error)).splitlines()[0]
+        absent = not isinstance(error, OperationalError | RequestException) or "no such table" in found
+        if absent:  # ProgrammingError (PostgreSQL) and "no such table" (SQLite): the catalog's own tables are not made yet
+            raise UpstreamMissing(
+                f"table {table} does not exist yet", expected=table, found=found, where=where, next_command="sid run refresh --date D"
+            ) from error
+        raise UpstreamMissing(UNREACHABLE, expected="an answering catalog", found=found, where="SID_CATALOG_URI") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _server(properties: tuple[tuple[str, str], ...]) -> Catalog:
+    """A client of the catalog server, one per process and address."""
     from pyiceberg.catalog import load_catalog
 
-    uri = os.environ.get("SID_CATALOG_URI", "")
-    kind = "sql" if lake.catalog == "jdbc" else lake.catalog
-    address = re.sub(r"^jdbc:sqlite:([^?]*).*", r"sqlite:///\1", uri)
-    address = re.sub(r"^jdbc:postgresql://", "postgresql+psycopg2://", address)
-    return load_catalog(CATALOG, type=kind, uri=address, warehouse=home.warehouse, **lake.properties).load_table(table)
+    return load_catalog(CATALOG, **dict(properties))
 
 
 def read_arrow(home: Home, lake: Lake, table: str, *, snapshot_id: int | None = None, columns: Sequence[str] = ("*",), where: str = "") -> pa.Table:
@@ -304,7 +515,7 @@ def read_releases(home: Home, lake: Lake) -> pa.Table:
 def read_release(home: Home, lake: Lake, tag: str, columns: Sequence[str] = ("*",)) -> pa.Table:
     """Rows of one release, sorted by item_id: its tag AND its date, never one without the other.
 
-    Raises: UpstreamMissing for a tag that sid.release does not know.
+    Raises: UpstreamMissing for a tag that sid.release does not know; ContractError for one whose rows have been swept away.
     """
     import pyarrow.compute as pc
 
@@ -314,6 +525,14 @@ def read_release(home: Home, lake: Lake, tag: str, columns: Sequence[str] = ("*"
         known = ", ".join(releases["tag"].to_pylist()[-5:]) if releases.num_rows else "none"
         raise UpstreamMissing(
             f"no release {tag!r}", expected=f"a tag of sid.release, e.g. {known}", found=tag, where="sid.release", next_command="sid releases"
+        )
+    if open_table(home, lake, "sid.item_sid").snapshot_by_id(row[0]["snapshot_id"]) is None:
+        raise ContractError(
+            f"release {tag} has expired",
+            expected="a release that is not older than maintain.release_days, or pinned",
+            found="its rows were swept away",
+            where="sid.item_sid",
+            next_command="sid releases",
         )
     rows = read_arrow(home, lake, "sid.item_sid", snapshot_id=row[0]["snapshot_id"], columns=columns, where=f"logical_date == '{row[0]['logical_date']}'")
     return rows.sort_by("item_id") if "item_id" in rows.column_names else rows

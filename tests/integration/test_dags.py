@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 import os
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from pipeline.errors import ConfigError, ContractError, GateFailed, PublishConfl
 from pipeline.stages import BY_NAME, STAGES, group, upstream
 
 pytestmark = pytest.mark.airflow
-GROUPS = {"sid_refresh": "refresh", "rank_training": "consumers", "lake_maintenance": "maintenance"}
+GROUPS = {"sid_refresh": "refresh", "rank_training": "consumers", "lake_maintenance": "maintenance", "sid_rollback": "rollback"}
+BY_HAND = {"sid_rollback": {"tag": "d20260301", "reason": "a bad file"}}  # parameters that somebody must give
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +60,22 @@ def test_tasks_are_the_stages_and_edges_the_derived_edges(bag: Any, dag_id: str)
 
 @pytest.mark.parametrize("dag_id", GROUPS)
 def test_parameters_are_typed_titled_and_pass_their_own_defaults(bag: Any, dag_id: str) -> None:
+    from airflow.sdk.exceptions import ParamValidationError
+
     dag = bag.dags[dag_id]
     for name in dag.params:
         schema = dag.params.get_param(name).schema
         assert schema["title"], name
         assert schema["type"], name
         assert dag.params.get_param(name).description
-    dag.params.validate()
-    assert set(dag.params) == {"date", "profile", "overrides", "reason"} | ({"release"} if dag_id == "rank_training" else set())
+    asked = copy.deepcopy(dag.params)
+    for name, value in BY_HAND.get(dag_id, {}).items():
+        with pytest.raises(ParamValidationError, match=name):
+            asked.validate()
+        asked[name] = value
+    asked.validate()
+    usual = {"profile", "overrides", "reason"} | ({"tag"} if dag_id == "sid_rollback" else {"date"})
+    assert set(dag.params) == usual | ({"release"} if dag_id == "rank_training" else set())
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,7 @@ def test_the_readers_start_on_the_asset_and_only_publishing_announces_it(bag: An
 
     assert list(bag.dags["rank_training"].timetable.asset_condition.objects) == [RELEASE]
     announcing = {task.task_id: task.outlets for dag in bag.dags.values() for task in dag.task_dict.values() if task.outlets}
-    assert announcing == {"publish_release": [NEW_RELEASE]}
+    assert announcing == {"publish_release": [NEW_RELEASE], "rollback": [NEW_RELEASE]}
 
 
 def test_gpu_stages_share_one_slot_and_every_writer_has_its_own(bag: Any) -> None:
@@ -261,6 +271,21 @@ def test_a_release_that_became_the_newest_is_announced_with_its_facts(airflow: H
     ((asset, extra),) = given["outlet_events"][NEW_RELEASE].added
     assert asset == RELEASE
     assert extra == {"release": "d20260301", "tag": "d20260301", "logical_date": "2026-03-01", "codebook_digest": "c", "generation": 1}
+
+
+def test_a_restored_release_is_announced_even_when_a_killed_try_had_written_it(bag: Any, airflow: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import airflow_home, launchers
+
+    seen: list[Context] = []
+
+    def launch(ctx: Context, request: launchers.Request) -> dict[str, Any]:
+        seen.append(ctx)
+        return {"stage": ctx.stage, "status": "reused", "seconds": 0.1, "outputs": {**PUBLISHED, "tag": "d20260302"}}
+
+    monkeypatch.setattr(launchers, "launch", launch)
+    airflow_home.run_dag("sid_rollback", datetime(2026, 3, 9, tzinfo=UTC), {"profile": "tiny", "tag": "d20260302", "reason": "a bad file"})
+    assert [(ctx.stage, str(ctx.logical_date), ctx.param("release"), ctx.reason) for ctx in seen] == [("rollback", "2026-03-02", "d20260302", "a bad file")]
+    assert airflow_home.newest_event()["release"] == "d20260302"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.plan_night import make_plan, parent_release, planned, tag_name
+from jobs.plan_night import check_held, make_plan, parent_release, planned, tag_name
 from pipeline import config
 from pipeline.context import Context, Home, Plan, PlannedFile
 from pipeline.datasets.base import EVENT_COLUMNS, SourceSpec, file_digest
@@ -97,6 +97,18 @@ def test_only_the_parents_refit_counts(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- parent
+
+
+def test_an_expired_parent_is_refused() -> None:
+    check_held("d20260301", {"d20260301": 7})
+    with pytest.raises(ContractError, match="expired"):
+        check_held("d20260301", {"d20260302": 7})
+
+
+def test_settings_of_readers_and_of_housekeeping_change_no_night(tmp_path: Path) -> None:
+    plain = plan_of(context(tmp_path)).input_fingerprint
+    assert plan_of(context(tmp_path, "train_ranker.dim=32", "maintain.release_days=30", "launch.threads=2")).input_fingerprint == plain
+    assert plan_of(context(tmp_path, "train_tokenizer.max_epochs=3")).input_fingerprint != plain
 
 
 def test_the_parent_is_the_current_revision_of_the_latest_earlier_date() -> None:

@@ -114,6 +114,14 @@ def plan():
     )  # fmt: skip
 
 
+def test_a_night_planned_before_a_rollback_is_not_published_after_it():
+    before = release_row("d20260104", D - timedelta(days=1), digest="x")
+    publish_release.check_parent(plan(), [before])
+    publish_release.check_parent(plan(), [{**before, "status": "superseded"}])
+    with pytest.raises(ContractError, match="withdrawn meanwhile"):
+        publish_release.check_parent(plan(), [{**before, "status": "withdrawn"}])
+
+
 @pytest.mark.parametrize(
     ("rows", "tags", "expected"),
     [

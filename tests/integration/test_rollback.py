@@ -1,0 +1,123 @@
+"""Rollback through the real runner: one commit, pinned readers, the next night's parent, a kill before the alias; pins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from typing import Any
+
+import pytest
+
+from jobs import pins, plan_night, runner, views
+from pipeline import config, lakehouse, tracking
+from pipeline.context import ROOT, Context, Home
+from pipeline.errors import ContractError
+
+pytestmark = pytest.mark.spark
+TINY = config.load("tiny")
+D1, D2, D3, D4 = (date(2026, 1, day) for day in (5, 6, 7, 8))
+
+
+@pytest.fixture
+def _without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
+    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
+
+
+def back(home: Home, tag: str, day: date) -> dict[str, Any]:
+    """The stage, as the command and the DAG launch it."""
+    ctx = Context(config=TINY, home=home, stage="rollback", logical_date=day, run_id=f"rollback__{tag}", reason="a bad file", params=(("release", tag),))
+    return runner.run_stage(ctx)
+
+
+def next_night(home: Home, day: date) -> Any:
+    """The manifest of the next night, as plan_night makes it from sid.release."""
+    releases = lakehouse.read_releases(home, TINY.lake).to_pylist()
+    ctx = Context(config=TINY, home=home, stage="plan_night", logical_date=day, run_id="next")
+    return plan_night.make_plan(ctx, TINY.plan_night, (), [], releases, [{"generation": 1, "input_fingerprint": "x"}])
+
+
+@pytest.mark.usefixtures("_without_mlflow")
+def test_one_commit_restores_a_release_and_no_reader_of_a_tag_notices(spark: Any, lake_home: Home, shelf: Any) -> None:
+    for day in (D1, D2, D3):
+        shelf.release(day)
+    shelf.rows[0]["status"] = "superseded"
+    shelf.release(D1, revision=2)  # a backfill of the first day, published last
+    shelf.save()
+    tags = [row["tag"] for row in shelf.rows]
+    read = {tag: lakehouse.read_release(lake_home, TINY.lake, tag) for tag in tags}
+    references = lakehouse.references(spark, "sid.item_sid")
+    snapshots = spark.table("lake.sid.release.snapshots").count()
+    assert [row["becomes"] for row in views.rollback((lake_home, TINY), "d20260106")] == ["withdrawn"]
+    assert shelf.status()["d20260107"] == "current", "looking changes nothing"
+
+    started = time.monotonic()
+    done = back(lake_home, "d20260106", D2)
+    assert time.monotonic() - started < 60
+    assert shelf.status() == {"d20260105": "superseded", "d20260105_r2": "current", "d20260106": "current", "d20260107": "withdrawn"}
+    assert done["outputs"]["is_current_newest"]
+    assert done["outputs"]["changes"] == [{"tag": "d20260107", "was": "current", "becomes": "withdrawn"}]
+    assert spark.table("lake.sid.release.snapshots").count() == snapshots + 1
+    assert lakehouse.references(spark, "sid.item_sid") == references
+    assert all(lakehouse.read_release(lake_home, TINY.lake, tag).equals(read[tag]) for tag in tags)
+    said = spark.table("lake.sid.release.snapshots").orderBy("committed_at").collect()[-1].summary
+    assert (said["sid.stage"], said["sid.reason"]) == ("rollback", "a bad file")
+
+    again = back(lake_home, "d20260106", D2)
+    assert (again["status"], again["outputs"]["is_current_newest"]) == ("reused", True)
+    assert spark.table("lake.sid.release.snapshots").count() == snapshots + 1
+    with pytest.raises(ContractError, match="d20260107") as caught:
+        back(lake_home, "d20260107", D3)
+    assert caught.value.expected == "one of: d20260106, d20260105_r2, d20260105"
+
+    assert next_night(lake_home, D4).parent.tag == "d20260106"
+    redone = next_night(lake_home, D3)
+    assert (redone.tag, redone.parent.tag, redone.reuse) == ("d20260107_r2", "d20260106", ""), "a withdrawn night is made again, under a new tag"
+
+
+def test_a_kill_before_the_alias_is_repaired(spark: Any, lake_home: Home, shelf: Any, tmp_path: Any) -> None:
+    shelf.release(D1)
+    shelf.release(D2, generation=2)
+    shelf.save()
+    generations = [
+        (number, D1, "opq", [4], ["a"], f"c{number}", "none", f"models:/sid_tokenizer/{number}", "{}", None, None, "h", f"f{number}") for number in (1, 2)
+    ]
+    shelf.put("sid.generation", generations)
+    with tracking._session(lake_home) as client:
+        client.create_registered_model("sid_tokenizer")
+        for _ in generations:
+            client.create_model_version("sid_tokenizer", source=str(tmp_path))
+    tracking.set_alias(lake_home, "sid_tokenizer", "2", "current")
+
+    words = ["rollback", "--to", "d20260105", "--reason", "a bad vocabulary", "--profile", "tiny"]
+    given = {**os.environ, "SID_HOME": str(lake_home.root), "SID_KILL_AT": "rollback:before_alias"}
+    killed = subprocess.run([sys.executable, "-m", "jobs.cli", *words], env=given, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert shelf.status() == {"d20260105": "current", "d20260106": "withdrawn"}, "the row is the truth"
+    assert tracking.alias_target(lake_home, "sid_tokenizer", "current") == "models:/sid_tokenizer/2"
+
+    (row,) = [row for row in views.repair((lake_home, TINY), dry_run=False) if row["model"] == "sid_tokenizer"]
+    assert row["moved"]
+    assert tracking.alias_target(lake_home, "sid_tokenizer", "current") == "models:/sid_tokenizer/1"
+
+
+def test_pins_are_counted_shown_and_let_go(spark: Any, lake_home: Home, shelf: Any) -> None:
+    lake = (lake_home, TINY)
+    with pytest.raises(ContractError, match="none"):
+        pins.pin(lake, "d20260105", "ranking")
+    tag, other = shelf.release(D1), shelf.release(D2)
+    shelf.save()
+    assert pins.pin(lake, tag, "ranking") == pins.pin(lake, tag, "ranking") == [{"tag": tag, "pinned_by": ["ranking"]}]
+    assert pins.pin(lake, tag, "ads") == [{"tag": tag, "pinned_by": ["ads", "ranking"]}]
+    assert lakehouse.references(spark, "sid.item_sid")[f"pin_{tag}__ads"] == shelf.rows[0]["snapshot_id"]
+    shown = {row["tag"]: (row["pinned_by"], row["expired"]) for row in views.releases(lake)}
+    assert shown == {tag: (["ads", "ranking"], False), other: ([], False)}
+    pins.pin(lake, tag, "ads", release=True)
+    assert pins.pin(lake, tag, "ads", release=True) == [{"tag": tag, "pinned_by": ["ranking"]}], "one name lets go for itself only"
+    with pytest.raises(ContractError, match="cannot be pinned") as caught:
+        pins.pin(lake, "d20260109", "ranking")
+    assert caught.value.expected == f"one of: {tag}, {other}"

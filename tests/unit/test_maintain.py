@@ -1,0 +1,138 @@
+"""Which releases live, which tags, days, branches, snapshots and files go."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import maintain
+from pipeline.config import Config
+from pipeline.context import Context, Home
+from pipeline.errors import ContractError
+from pipeline.lakehouse import History, StoredFile
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+LIMIT = NOW - timedelta(days=90)
+
+
+def row(day: str, generation: int = 1, revision: int = 1, status: str = "current") -> dict[str, Any]:
+    tag = f"d{day.replace('-', '')}" + (f"_r{revision}" if revision > 1 else "")
+    return {"tag": tag, "logical_date": date.fromisoformat(day), "revision": revision, "generation": generation, "status": status}
+
+
+ROWS = [
+    row("2026-01-01"), row("2026-01-02", status="superseded"), row("2026-01-02", revision=2), row("2026-01-03", 2, status="withdrawn"),
+    row("2026-01-04", 2), row("2026-01-05", 2), row("2026-05-01", 2), row("2026-05-02", 2, status="withdrawn"),
+]  # fmt: skip
+PUBLISHED = {found["tag"]: datetime.combine(found["logical_date"], datetime.min.time(), tzinfo=UTC) for found in ROWS}
+
+
+def live(pinned: tuple[str, ...] = (), published: dict[str, datetime] = PUBLISHED, limit: datetime = LIMIT) -> tuple[set[str], set[str]]:
+    return maintain.live_releases(ROWS, published, pinned, limit)
+
+
+def test_young_newest_first_of_a_generation_and_pinned_releases_live() -> None:
+    young, alive = live(("d20260102",))
+    assert young == {"d20260501", "d20260502"}, "a withdrawn release has readers too"
+    assert alive == young | {"d20260101", "d20260104", "d20260102"}, "the first that was not withdrawn stands for its generation"
+
+
+def test_the_newest_current_release_lives_however_old_it_is() -> None:
+    young, alive = live(limit=NOW + timedelta(days=400))
+    assert young == set()
+    assert alive == {"d20260101", "d20260104", "d20260501"}
+
+
+def test_a_backfilled_release_is_as_young_as_its_publication_and_a_swept_one_does_not_come_back() -> None:
+    published = {**PUBLISHED, "d20260102_r2": NOW}
+    del published["d20260101"]
+    young, alive = live(("d20260101",), published)
+    assert "d20260102_r2" in young
+    assert "d20260101" not in alive, "a pin of what is gone holds nothing"
+
+
+def test_tags_of_dead_releases_go_and_a_tag_without_a_row_only_when_it_is_old() -> None:
+    _, alive = live()
+    published = {**PUBLISHED, "d20260106": NOW - timedelta(days=30), "d20260503": NOW - timedelta(hours=1)}
+    gone = maintain.dropped_tags(ROWS, published, alive, NOW - timedelta(days=14))
+    assert gone == ["d20260102", "d20260102_r2", "d20260103", "d20260105", "d20260106"]
+
+
+def test_days_go_below_the_oldest_young_release_where_no_release_lives() -> None:
+    young, alive = live()
+    days = [date(2026, 1, day) for day in range(1, 8)] + [date(2026, 4, 30), date(2026, 5, 1), date(2026, 5, 2)]
+    gone = maintain.dropped_days(days, ROWS, young, alive)
+    assert gone == [date(2026, 1, day) for day in (2, 3, 5, 6, 7)] + [date(2026, 4, 30)]
+    assert maintain.dropped_days(days, ROWS, set(), alive) == [], "with nothing young there is no line to draw"
+
+
+def test_a_snapshot_stays_while_it_is_young_or_pointed_at() -> None:
+    history = History(
+        committed={number: NOW - timedelta(days=100 - 10 * number) for number in range(1, 10)}, branches={"main": 9, "audit_x": 3}, tags={"t": 2, "u": 4}
+    )
+    assert maintain.kept_snapshots(history, ["t"], NOW - timedelta(days=30)) == {3, 4, 7, 8, 9}
+    assert maintain.kept_snapshots(history, ["audit_x"], NOW + timedelta(days=1)) == {2, 4, 9}
+
+
+def test_a_branch_that_shows_what_main_shows_may_have_been_cut_just_now() -> None:
+    old = NOW - timedelta(days=50)
+    history = History(committed={1: old, 2: old, 3: NOW}, branches={"main": 2, "audit_new": 2, "audit_old": 1, "audit_written": 3, "other": 1}, tags={})
+    assert maintain.stale_branches(history, NOW - timedelta(days=14)) == {"audit_old": 1}
+
+
+def test_small_files_count_by_partition() -> None:
+    def files(partition: str, number: int, size: int) -> list[StoredFile]:
+        return [StoredFile(bytes=size, partition=(partition,))] * number
+
+    found = maintain.small_files([*files("a", 5, 10), *files("b", 4, 10), *files("c", 9, maintain.SMALL_BYTES)], 5)
+    assert [file.partition for file in found] == [("a",)] * 5
+
+
+def context(home: Path, day: date = date(2026, 5, 31)) -> Context:
+    return Context(config=Config(), home=Home(home), stage="maintain", logical_date=day, run_id="m")
+
+
+def test_old_staging_goes_but_not_what_mlflow_has_not_seen(tmp_path: Path) -> None:
+    staging = Home(tmp_path).folder("staging")
+    for name, age, flushed in (("old", 40, True), ("waiting", 40, False), ("young", 2, True)):
+        record = staging / name / "mlflow" / "ingest-1"
+        record.mkdir(parents=True)
+        (record / "record.json").write_text("{}")
+        if flushed:
+            (record / "flushed.json").write_text("{}")
+        at = (NOW - timedelta(days=age)).timestamp()
+        for path in (*(staging / name).rglob("*"), staging / name):
+            os.utime(path, (at, at))
+    (staging / "elsewhere").symlink_to(tmp_path)
+    found = maintain.stale_staging(context(tmp_path), 30)
+    assert [path.name for path in found] == ["old"]
+    assert found[staging / "old"] >= 4
+    os.utime(staging / "old" / "mlflow")
+    assert maintain.stale_staging(context(tmp_path), 30) == {}, "one fresh file keeps the folder"
+
+
+def test_a_date_to_come_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="not come yet"):
+        maintain.survey(None, Config().maintain, context(tmp_path, date(2999, 1, 1)))  # type: ignore[arg-type]
+
+
+def test_the_listing_names_kind_table_count_and_bytes() -> None:
+    sweep = maintain.Sweep(
+        table="sid.item_sid",
+        tags={"d20260102": 1},
+        snapshots=(1, 2),
+        freed={"a": 10, "b": 5},
+        orphans={"x/y.parquet": 7},
+        days=(date(2026, 1, 2),),
+        day_bytes=9,
+    )
+    survey = maintain.Survey(sweeps=(sweep, maintain.Sweep(table="raw.item")), staging={Path("run1"): 4}, older=NOW)
+    assert survey.freed == 26
+    assert [(found["what"], found["count"], found["frees_now"], found["frees_later"]) for found in survey.rows()] == [
+        ("tag", 1, 0, 0), ("snapshot", 2, 15, 0), ("orphan file", 1, 7, 0), ("day", 1, 0, 9), ("staging folder", 1, 4, 0),
+    ]  # fmt: skip
+    assert survey.rows()[2]["names"] == ["y.parquet"]
