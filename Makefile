@@ -3,10 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 SETTLED := .venv/.installed
 
-.PHONY: help demo test test-unit lint format clean
+.PHONY: help demo test test-unit test-services lint format clean chaos stability
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: $(SETTLED)  ## two nights of MovieLens-100K through Airflow, Spark, torch, Iceberg and MLflow, then a ranker on the release
 	$(BIN)/sid demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATASET_PATH),--dataset-path $(DATASET_PATH))
@@ -14,8 +14,18 @@ demo: $(SETTLED)  ## two nights of MovieLens-100K through Airflow, Spark, torch,
 test: $(SETTLED)  ## every test that needs no accelerator
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not bench" --durations 10 -q
 
+test-services: $(SETTLED)  ## a night, its readers and a backfill on PostgreSQL, MLflow, Spark and Airflow servers (S3=1: tables on an S3 server)
+	$(BIN)/python tests/services/run.py $(if $(S3),--s3)
+
 test-unit: $(SETTLED)  ## the fast tests: no JVM, no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
+
+chaos: $(SETTLED)  ## random kills and faults on a small shop, half an hour or so; chaos.json says what held
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills $(or $(KILLS),50)
+
+stability: $(SETTLED)  ## what each refresh policy keeps and costs, night by night: make stability SOURCE=<folder of day files> WORK=<folder>
+	@test -n "$(SOURCE)" -a -n "$(WORK)" || { echo "make stability SOURCE=<folder of YYYY-MM-DD.csv of Online Retail> WORK=<empty folder>"; exit 64; }
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/stability.py --set source.path=$(SOURCE) --work $(WORK)
 
 lint: $(SETTLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from jobs.inputs import Inputs
 
+SHOWN = 100  # returned ids that the outcome names
 TRAINED_DDL = "item_id string, evidence_count bigint, evidence_bucket int, richness float, strength float"
 
 
@@ -57,8 +58,21 @@ def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult
         text_encoder_id=encoders.get("text_encoder_id"),
         image_encoder_id=encoders.get("image_encoder_id"),
     ).persist()
-    write = Write(table="feature.item_feature", frame=frame, dates=(plan.logical_date,))
-    return StageResult(writes=(write,), metrics=measured(frame, parent, plan.logical_date, base_date))
+    metrics, returned = measured(frame, parent, plan.logical_date, base_date), returned_as_others(frame, parent)
+    write = Write(table="feature.item_feature", frame=frame, dates=(plan.logical_date,), metrics={"returned_as_others": float(len(returned))})
+    return StageResult(writes=(write,), metrics=metrics, outputs={"returned_as_others": returned[:SHOWN]})
+
+
+def returned_as_others(frame: DataFrame, parent: DataFrame) -> list[str]:
+    """Ids that were retired in the parent and are back tonight with other content, sorted: perhaps reused for another item.
+
+    Their codes stay the old item's until the next behaviour row or generation, like any changed content; people should look at them.
+    """
+    from pyspark.sql import functions as F
+
+    gone = parent.where(F.col("status") == "retired").select("item_id", F.col("content_hash").alias("content_before"))
+    back = frame.where(F.col("status") == "live").join(gone, "item_id").where(~F.col("content_hash").eqNullSafe(F.col("content_before")))
+    return [row.item_id for row in back.select("item_id").orderBy("item_id").collect()]
 
 
 def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapping[str, Any], date]:

@@ -4,7 +4,8 @@ The stages that no policy touches run once for all nights. Then every (tokenizer
 by night, resumable: a night that is published is not run again. The lake is reached through one link, because Iceberg's metadata holds absolute paths.
 Measured on the releases: SIDs kept from night to night and since the first (by items, by popularity mass, in the head; moved items apart from copied ones),
 collisions, Recall@20 of neighbours by shared codes against what is bought together in the next 7 days, and the reference `never update`: the first release
-read on every later night, in which new items have no codes.
+read on every later night, in which new items have no codes. And what a change of codes costs a reader that is not trained again: rankers trained on the
+first release score the next 7 days with the codes of each later night, less the AUC they have with the codes they were trained on.
 Suffixes: N items, L positions, Q queries.
 """
 
@@ -16,22 +17,25 @@ import os
 import shutil
 import subprocess
 import sys
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy import stats
 
-from pipeline import config, lakehouse
-from pipeline.context import Home, read_json
+from pipeline import config, evaluation, lakehouse, ranker
+from pipeline.context import Home, derive_seed, read_json
+from pipeline.ranker import RankerFit
 
 WITHOUT_POLICY = "item_popularity,content_embedding,user_sequence"
 WITH_POLICY = "content_embedding,train_behavior_encoder,behavior_embedding,item_feature,train_tokenizer,assign_sid,publish_release,gate_drift"
 POLICIES = ("frozen", "anchored", "warm", "cold")
 FUTURE_DAYS = 7
 NEIGHBOURS = 20
+READERS = 3
 LOOSE = ["publish_release.max_churn=1.0", "publish_release.max_head_churn=1.0", "publish_release.max_refit_churn=1.0", "plan_night.refit=anchored"]
 
 
@@ -75,11 +79,13 @@ def run_nights(work: Work, first: date, last: date, tokenizers: list[str], polic
         work.sid(*span, "--end", str(last), "--stages", WITHOUT_POLICY)
         for kind in ("lakes", "homes"):
             (work.root / kind / "base.new").rename(work.root / kind / "base")
-    for tokenizer in filter(None, tokenizers):
+    for tokenizer in tokenizers:
         chosen = f"train_tokenizer.tokenizer={tokenizer}"
         work.use(tokenizer, "base")
         work.sid(*span, "--end", str(first), "--stages", WITH_POLICY, sets=(chosen,))
-        for policy in filter(None, policies):
+        examples = ("run", "rank_example", "--run-id", "stability_examples", "--param", f"release=d{first:%Y%m%d}")
+        work.sid(*examples, "--date", str(last + timedelta(days=FUTURE_DAYS)), sets=(chosen, "rank_example.train_on=before_cutoff"))
+        for policy in policies:
             work.use(f"{tokenizer}_{policy}", tokenizer)
             nights = ("backfill", "--start", str(first + timedelta(days=1)), "--reason", "stability", "--end", str(last), "--stages", WITH_POLICY)
             work.sid(*nights, sets=(chosen, f"plan_night.policy={policy}"))
@@ -145,7 +151,25 @@ def recall(release: pa.Table, sizes: list[int], pairs: pa.Table) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def measure(work: Work, name: str, first: date) -> list[dict[str, Any]]:
+def old_readers(work: Work, tokenizer: str, first: date) -> tuple[list[RankerFit], pa.Table]:
+    """Rankers trained on the first release's codes, and the rows of later days."""
+    home, lake = work.use(tokenizer), config.load(work.profile).lake
+    examples = lakehouse.read_arrow(home, lake, "rank.rank_example")
+    sizes = lakehouse.read_arrow(home, lake, "sid.generation").to_pylist()[0]["codebook_sizes"]
+    data = ranker.rank_data(examples, lakehouse.read_release(home, lake, f"d{first:%Y%m%d}"), sizes)
+    fits = [ranker.fit(data, "id_sid", config.TrainRanker(), derive_seed("stability", seed)) for seed in range(READERS)]
+    return fits, examples.filter(pc.equal(examples["split"], "test"))
+
+
+def read_by(fits: list[RankerFit], release: pa.Table, rows: pa.Table) -> list[float]:
+    """AUC of each ranker on the rows with the codes of a release."""
+    labels = rows["label"].to_numpy()
+    made = {"codebook_digest": "", "sid_version": ""}
+    readers = [ranker.load_ranker({**one.config, **made}, one.state, release, codebook_digest="", allow_foreign_codebook=True) for one in fits]
+    return [evaluation.auc(labels, reader.score(rows)) for reader in readers]
+
+
+def measure(work: Work, name: str, first: date, fits: list[RankerFit], later: pa.Table) -> list[dict[str, Any]]:
     """One row per night of a branch."""
     home, lake = work.use(name), config.load(work.profile).lake
     releases = [row for row in lakehouse.read_releases(home, lake).to_pylist() if row["status"] == "current"]
@@ -164,33 +188,39 @@ def measure(work: Work, name: str, first: date) -> list[dict[str, Any]]:
             "recall": recall(table, sizes[row["generation"]], pairs),
             "recall_never_update": recall(tables[first], sizes[releases[0]["generation"]], pairs),
         }
+        after = later.filter(pc.and_(pc.greater(later["event_ts"], _instant(night, 1)), pc.less(later["event_ts"], _instant(night, 1 + FUTURE_DAYS))))
+        losses = [one - other for one, other in zip(read_by(fits, tables[first], after), read_by(fits, table, after), strict=True)]
+        found |= {"reader_loss": float(np.mean(losses)), "reader_losses": losses, "reader_rows": len(after)}
         rows.append(found | {"seconds": round(sum(seconds.values()), 1)})
         before = table
     return rows
 
 
+def _instant(day: date, days: int) -> datetime:
+    """The first instant some days later, UTC."""
+    return datetime.combine(day + timedelta(days=days), time(), tzinfo=UTC)
+
+
+def upper_loss(rows: list[dict[str, Any]]) -> float:
+    """Upper end of the 95 % interval, over rankers, of the mean AUC loss over nights."""
+    by_ranker = np.array([row["reader_losses"] for row in rows]).mean(axis=0)
+    return float(by_ranker.mean() + stats.t.ppf(0.975, len(by_ranker) - 1) * stats.sem(by_ranker))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table: one line per branch, means over the nights, kept shares at the last one."""
     parts = "(items / mass / head)"
-    titles = [
-        "branch",
-        "nights",
-        f"kept a night {parts}",
-        f"kept since the first {parts}",
-        "moved a night",
-        "collisions",
-        "R@20",
-        "R@20 never update",
-        "s a night",
-    ]
+    kept_titles = [f"kept a night {parts}", f"kept since the first {parts}"]
+    titles = ["branch", "nights", *kept_titles, "moved a night", "collisions", "R@20", "R@20 never update", "AUC loss of old readers (upper 95 %)", "s a night"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for branch in dict.fromkeys(row["branch"] for row in rows):
         mine = [row for row in rows if row["branch"] == branch and "night_items" in row]
         mean = {key: float(np.nanmean([row[key] for row in mine])) for key in mine[0] if isinstance(mine[0][key], float)}
         views = {"night": mean, "since_first": mine[-1]}
         shares = [" / ".join(f"{values[f'{kind}_{part}']:.3f}" for part in ("items", "mass", "head")) for kind, values in views.items()]
-        tail = f"{mean['night_moved']:.0f} | {mean['collision_rate']:.3f} | {mean['recall']:.4f} | {mean['recall_never_update']:.4f} | {mean['seconds']:.0f}"
-        lines.append(f"| {branch} | {len(mine)} | {shares[0]} | {shares[1]} | {tail} |")
+        quality = f"{mean['night_moved']:.0f} | {mean['collision_rate']:.3f} | {mean['recall']:.4f} | {mean['recall_never_update']:.4f}"
+        cost = f"{mean['reader_loss']:.4f} ({upper_loss(mine):.4f}) | {mean['seconds']:.0f}"
+        lines.append(f"| {branch} | {len(mine)} | {shares[0]} | {shares[1]} | {quality} | {cost} |")
     return "\n".join(lines)
 
 
@@ -207,9 +237,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("stability.json"))
     given = parser.parse_args()
     work = Work(given.work, given.profile, given.sets)
-    tokenizers, policies = given.tokenizers.split(","), given.policies.split(",")
+    tokenizers, policies = ([name for name in text.split(",") if name] for text in (given.tokenizers, given.policies))
     run_nights(work, given.first, given.last, tokenizers, policies)
-    rows = [row for tokenizer in tokenizers for policy in policies for row in measure(work, f"{tokenizer}_{policy}", given.first)]
+    rows: list[dict[str, Any]] = []
+    for tokenizer in tokenizers:
+        fits, later = old_readers(work, tokenizer, given.first)
+        rows += [row for policy in policies for row in measure(work, f"{tokenizer}_{policy}", given.first, fits, later)]
     given.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     sys.stdout.write(table(rows) + "\n")
 

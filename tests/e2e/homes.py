@@ -18,9 +18,9 @@ UNDATED = {"feature.item_content_vector", "sid.codebook", "sid.generation"}
 NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, and the list of releases says how one got there
 
 
-def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`sid` with the profile `tiny` in a process of its own."""
-    environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny"}
+def start(home: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    """`sid` with the profile `tiny` in a process of its own, with `more` in its environment."""
+    environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", **more}
     return subprocess.Popen([sys.executable, "-m", "jobs.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -23,7 +23,7 @@ TABLES = {
     "feature.item_content_vector": "encoder_id string, modality string, content_hash string, vector array<float>",
     "feature.item_behavior_vector": "logical_date date, item_id string, generation int, norm float, evidence_count bigint, evidence_bucket int",
     "feature.item_feature": "logical_date date, item_id string, generation int, behavior_date date, evidence_count bigint, evidence_bucket int,"
-    " richness float, strength float",
+    " richness float, strength float, status string, content_hash string",
     "sid.generation": "generation int, logical_date date, richness_reference string",
 }
 
@@ -62,9 +62,9 @@ def night(spark, tmp_path, *, new_generation, extra=()):
         "feature.item_behavior_vector": [(D, "trained", 7, 1.0, 8, 3), (D, "trained", 6, 9.0, 99, 6), (BASE, "copied", 7, 0.7, 5, 2)]
         + [(D, name, 7, 50.0, 4096, 12) for name in extra],
         "feature.item_feature": [
-            (BASE, "trained", 7, BASE, 4, 2, 0.1, 0.2),
-            (BASE, "copied", 7, BASE, 5, 2, 0.123456789, 0.987654321),
-            (BASE, "masked", 7, None, 0, -1, 0.0, 0.0),
+            (BASE, "trained", 7, BASE, 4, 2, 0.1, 0.2, "live", "c-old"),
+            (BASE, "copied", 7, BASE, 5, 2, 0.123456789, 0.987654321, "retired", "c-copied"),
+            (BASE, "masked", 7, None, 0, -1, 0.0, 0.0, "retired", "c-old"),
         ],
         "sid.generation": [(7, BASE, json.dumps(reference()))],
     }
@@ -136,3 +136,11 @@ def test_the_mapper_is_the_richness_module_in_float32():
 def _arguments(made):
     inputs, ctx = made
     return inputs, config.ItemFeature(), ctx
+
+
+@pytest.mark.spark
+def test_a_retired_id_that_comes_back_with_other_content_is_named(spark, tmp_path):
+    inputs, ctx = night(spark, tmp_path, new_generation=False)
+    result = item_feature.run(inputs, ctx.config.item_feature, ctx)
+    assert result.outputs == {"returned_as_others": ["masked"]}, "not the one that changed while it lived, nor the one that came back as it was"
+    assert result.writes[0].metrics == {"returned_as_others": 1.0}
