@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 SETTLED := .venv/.installed
 
-.PHONY: help demo test test-unit test-services lint format clean chaos stability
+.PHONY: help demo test test-unit test-services study-smoke study-cpu lint format clean chaos stability
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -26,6 +26,15 @@ chaos: $(SETTLED)  ## random kills and faults on a small shop, half an hour or s
 stability: $(SETTLED)  ## what each refresh policy keeps and costs, night by night: make stability SOURCE=<folder of day files> WORK=<folder>
 	@test -n "$(SOURCE)" -a -n "$(WORK)" || { echo "make stability SOURCE=<folder of YYYY-MM-DD.csv of Online Retail> WORK=<empty folder>"; exit 64; }
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/stability.py --set source.path=$(SOURCE) --work $(WORK)
+
+study-smoke: $(SETTLED)  ## the study in small: a grid on a generated shop, its verdicts and its page
+	$(BIN)/sid study study-smoke
+
+study-cpu: $(SETTLED)  ## one night on two cores: SOURCE is a folder with amazon_beauty/ and online_retail/
+	$(BIN)/sid study study-cpu --set source.path=$(SOURCE)
+
+bench: $(SETTLED)  ## ours beside its peers on this machine: ROWS=1,6 and SCALE=quick|normal|full choose; peers: pip install ".[bench]" where they may be installed
+	OMP_NUM_THREADS=$(or $(THREADS),2) $(BIN)/python tests/bench/bench.py --threads $(or $(THREADS),2) --scale $(or $(SCALE),normal) --rows "$(ROWS)"
 
 lint: $(SETTLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from airflow.sdk import DAG, CronDataIntervalTimetable
 
-from jobs.airflow_task import DEFAULTS, PARAMS, stage_tasks
+from jobs.airflow_task import DEFAULTS, LATE, PARAMS, stage_tasks
 
 DOC = """
 ### What it does
@@ -18,6 +18,9 @@ audits them and publishes one tagged release. Each table is written on an audit 
 2. `GateFailed`: main is untouched; `sid inspect BRANCH` shows the rows that failed.
 3. `UpstreamMissing`: a day's file is not there; the message names the command for it. The task retries on its own first.
 4. Anything else: clear the task. Stages are safe to run again, and a published night ends as `reused`.
+
+### Who is told
+Every failed task, and a night that has not ended six hours after it was queued, goes to the log and to the webhook in `SID_ALERT_WEBHOOK`.
 
 ### Run it again
 Trigger with the parameter `date`; the same inputs publish nothing new, other inputs publish `d<yyyymmdd>_r2`.
@@ -33,6 +36,7 @@ with DAG(
     max_active_runs=1,
     default_args=DEFAULTS | {"owner": "data-engineering"},
     params={name: PARAMS[name] for name in ("date", "profile", "overrides", "reason")},
+    deadline=LATE,
     tags=["sid", "nightly"],
     doc_md=DOC,
 ) as dag:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from pipeline.context import ROOT, Home
@@ -47,6 +49,7 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
     bag = DagBag(str(ROOT / "dags"))
     if bag.import_errors:
         raise ContractError("a DAG file cannot be read", expected="no import errors", found=str(bag.import_errors), where="dags/")
+    bag.dags[dag_id].deadline = None  # no scheduler watches here, and Airflow 3.3.2 looks for the alert in a table that such a run never fills
     done = bag.dags[dag_id].test(logical_date=logical_date, run_after=logical_date, run_conf=conf)
     identity = f"{done.run_id}__{dag_id}"
     unfinished = sorted((task.state != "failed", task.task_id, str(task.state)) for task in done.get_task_instances() if task.state != "success")
@@ -72,6 +75,21 @@ def newest_event() -> dict[str, Any]:
         return dict(found.extra) if found is not None else {}
 
 
+def initialise() -> None:
+    """Database, pools and the login of a deployment, from its environment; run once before the services start, again after each upgrade.
+
+    Raises: KeyError when AIRFLOW_LOGIN or the path of the password file is not set.
+    """
+    from airflow.utils.db import upgradedb
+
+    upgradedb()
+    _make_pools()
+    path = Path(os.environ["AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"])
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    path.write_text(json.dumps({"admin": os.environ["AIRFLOW_LOGIN"]}), encoding="utf-8")
+
+
 def _make_pools() -> None:
     from airflow.models.pool import Pool
 
@@ -79,3 +97,7 @@ def _make_pools() -> None:
 
     for name, slots in pools().items():
         Pool.create_or_update_pool(name=name, slots=slots, description="", include_deferred=False)
+
+
+if __name__ == "__main__":
+    initialise()

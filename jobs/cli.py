@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -338,6 +339,36 @@ def demo(
     story.run(dataset=dataset, nights=nights, dataset_path=dataset_path, overrides=tuple(sets or ()), console=console)
 
 
+@app.command(epilog="sid study study-cpu --set source.path=FOLDER --only 'beauty/(ada_sid|plain)/'")
+def study(
+    page: Annotated[str, typer.Argument(help="A name in pipeline/studies or a .toml file.")],
+    sets: Sets = None,
+    only: Annotated[str, typer.Option("--only", help="Regular expression over the names of cells; what they need runs too.")] = "",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes of one thread each; 0 = one per core.", min=0)] = 0,
+    out: Annotated[str, typer.Option("--out", help="Folder of study.json, study.md and index.html; empty = reports/<page> of the home.")] = "",
+    results: Annotated[str, typer.Option("--results", help="Markdown file whose part between the study's markers is replaced.")] = "",
+    final: Annotated[bool, typer.Option("--final", help="Open the test part; counted, at most three times.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Open the confirmation part; once.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of data sets, tokenizers, readers and seeds, resumable, and judge the page's claims."""
+    from jobs import study as grid
+
+    home = Home.from_environment()
+    todo = grid.plan(page, sets=tuple(sets or ()), only=only, part="confirm" if confirm else "test" if final else "valid", home=home, command=_typed())
+    if dry_run:
+        show_rows(grid.overview(todo), todo.page.name, as_json)
+        return
+    folder = Path(out) if out else home.folder("reports") / (todo.page.name if todo.part == "valid" else f"{todo.page.name}-{todo.part}")
+    document = grid.run(todo, jobs=jobs or os.cpu_count() or 1, out=folder, results=Path(results) if results else None)
+    if as_json:
+        typer.echo(json.dumps(document, indent=1, default=str))
+        return
+    show_rows(grid.claims_table(document), todo.page.title or todo.page.name)
+    console.print(f"wrote {escape(str(folder / 'index.html'))}", soft_wrap=True, highlight=False)
+
+
 @app.command(epilog="sid up --port-airflow 8090 --port-mlflow 5010")
 def up(
     port_airflow: Annotated[int, typer.Option("--port-airflow", help="Port of Airflow's interface.", min=1, max=65535)] = 8080,
@@ -399,6 +430,11 @@ def _short(row: Mapping[str, Any]) -> dict[str, Any]:
     notes = [text for name, text in known.items() if row[name]] + [f"pinned by {name}" for name in row["pinned_by"]]
     kept = {"tag": row["tag"], "items": row["items"], "gen": row["generation"], "status": row["status"], "parent": row["parent_tag"], "reason": row["reason"]}
     return {**kept, "notes": ", ".join(notes)}
+
+
+def _typed() -> str:
+    """The command as it was typed, quoted where a shell needs it."""
+    return shlex.join(["sid", *sys.argv[1:]])
 
 
 def _cell(value: Any) -> str:

@@ -22,6 +22,7 @@ from jobs.display import table
 from pipeline import config
 from pipeline.context import Context, Home, read_json
 from pipeline.errors import ConfigError
+from pipeline.redact import scrub
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import SourceSpec
@@ -259,7 +260,7 @@ def _ranker(story: Story) -> None:
 def _where_to_look(story: Story, page: Path) -> None:
     story.console.rule()
     story.console.print(f"report   {page}", soft_wrap=True, highlight=False)
-    story.console.print(f"MLflow   mlflow ui --backend-store-uri {story.home.tracking_uri} --host 127.0.0.1", soft_wrap=True, highlight=False)
+    story.console.print(f"MLflow   mlflow ui --backend-store-uri {scrub(story.home.tracking_uri)} --host 127.0.0.1", soft_wrap=True, highlight=False)
     story.console.print(f"look     sid releases   |   sid show 50   |   sid stages      (SID_HOME={story.home.root})", soft_wrap=True, highlight=False)
     story.say("done")
 

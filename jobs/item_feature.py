@@ -38,7 +38,7 @@ def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult
     from pyspark.sql import functions as F
 
     plan = ctx.plan()
-    encoders = ctx.outcome("content_embedding")["outputs"]
+    encoders = content_encoders(ctx)
     reference, base_date = generation_reference(inputs, ctx, plan)
     popularity = inputs.frame("feature.item_popularity").where(F.col("logical_date") == F.lit(plan.logical_date))
     first_event = popularity.where("first_event_date IS NOT NULL").select("item_id", "first_event_date")
@@ -73,6 +73,13 @@ def returned_as_others(frame: DataFrame, parent: DataFrame) -> list[str]:
     gone = parent.where(F.col("status") == "retired").select("item_id", F.col("content_hash").alias("content_before"))
     back = frame.where(F.col("status") == "live").join(gone, "item_id").where(~F.col("content_hash").eqNullSafe(F.col("content_before")))
     return [row.item_id for row in back.select("item_id").orderBy("item_id").collect()]
+
+
+def content_encoders(ctx: Context) -> Mapping[str, Any]:
+    """text_encoder_id and image_encoder_id of the night: content_cre's answer, or content_embedding's in a run without that stage."""
+    asked = ctx.config.content_cre.enabled or (ctx.staging / "content_cre.json").is_file()
+    outputs: Mapping[str, Any] = ctx.outcome("content_cre" if asked else "content_embedding")["outputs"]
+    return outputs
 
 
 def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapping[str, Any], date]:

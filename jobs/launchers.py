@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import redact
 from pipeline import spark as spark_gate
 from pipeline.context import Context, read_json
 from pipeline.errors import ConfigError, UpstreamMissing, from_fields
@@ -28,7 +29,7 @@ Commands = tuple[list[str], ...]  # run one after the other, stopping at the fir
 START_SECONDS = 3_600  # a node with a GPU may have to be bought first
 WAIT_SECONDS = 86_400
 DISTRIBUTED = frozenset({"train_tokenizer"})  # their jobs join a process group; any other would do its work once per process
-PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "MLFLOW_TRACKING_URI")
+PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "SID_CATALOG_USER", "SID_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,9 @@ def submit_commands(ctx: Context, request: Request) -> Commands:
         return ([sys.executable, "-m", "jobs.cli", *request.arguments(ctx)],)
     launch_settings = ctx.config.launch
     submit = str(Path(sys.executable).with_name("spark-submit"))
-    jar = str(spark_gate.iceberg_jar())
-    options = ["--master", launch_settings.master, "--driver-memory", launch_settings.driver_memory, "--jars", jar, "--driver-class-path", jar]
+    jars = list(map(str, spark_gate.jars()))
+    options = ["--master", launch_settings.master, "--driver-memory", launch_settings.driver_memory]
+    options += ["--jars", ",".join(jars), "--driver-class-path", os.pathsep.join(jars)]
     return ([submit, *options, str(ENTRY), *request.arguments(ctx)],)
 
 
@@ -110,7 +112,7 @@ def kubernetes_manifest(ctx: Context, request: Request) -> dict[str, Any]:
         "name": "stage",
         "image": image,
         "command": ["python", "-m", "jobs.cli", *request.arguments(ctx)],
-        "env": [{"name": name, "value": addresses[name]} for name in PASSED_ON if name in addresses],
+        "env": [{"name": name, "value": addresses[name]} for name in PASSED_ON if name in addresses and not redact.holds_secret(addresses[name])],
         "envFrom": [{"secretRef": {"name": "sidmill", "optional": True}}],
         "resources": {"limits": {"nvidia.com/gpu": "1"}} if stage.gpu else {},
         "securityContext": {"runAsNonRoot": True, "allowPrivilegeEscalation": False},

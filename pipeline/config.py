@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 
@@ -125,6 +125,86 @@ class ContentEmbedding(Section):
     image_size: int = Field(224, ge=32, description="pixels per side after resizing")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of one image that are decoded at most")
     max_tokens: int = Field(128, ge=8, description="tokens of one text that are read")
+
+
+class ContentCre(Section):
+    """SAIL-Embedding's recipe over the base encoders' vectors; a cold generation trains it, later nights and refits keep its model."""
+
+    enabled: bool = Field(False, description="train it at the next cold generation; a generation that has one keeps it whatever this says")
+    widths: list[int] = Field([64, 128, 256], min_length=1, description="nested output widths, ascending: each is trained to stand alone")
+    width: int = Field(0, ge=0, description="width that is delivered, one of `widths`; 0 = the widest")
+    input_dim: int = Field(256, ge=2, description="principal axes of a modality's base vectors that its adapter reads")
+    hidden_dim: int = Field(512, ge=2, description="hidden width of a modality's adapter")
+    patterns: list[str] = Field(
+        ["fused-fused", "text-text", "image-image", "text-image", "image-text"],
+        description="query-target patterns over text | image | fused; a pair counts in those that it has the vectors for",
+    )
+    sources: list[str] = Field(["category", "words", "session", "sequence"], description="pair sets in use: category | words | session | sequence")
+    target: Literal["content", "collaborative"] = Field("collaborative", description="whose held-out pairs the sources are weighed against")
+    pairs_per_item: int = Field(20, ge=1, description="pairs of one source that an item brings at most")
+    min_together: int = Field(2, ge=1, description="sessions, or neighbourhoods in sequences, that two items must share")
+    window: int = Field(3, ge=1, description="events apart that still count as neighbours in a sequence")
+    max_holders: int = Field(60, ge=2, description="items of one word pair, or of one session, that are paired at most, chosen by a hash")
+    held_share: float = Field(0.1, gt=0, lt=1, description="share of items that nothing is trained on; pairs among them are the measure")
+    steps: int = Field(300, ge=0, description="steps of each of the three content phases (all sources, nearest sources, hard negatives)")
+    sequence_steps: int = Field(300, ge=0, description="steps of sequence-to-item distillation; 0 = ablation")
+    identity_steps: int = Field(300, ge=0, description="steps of ID-to-item distillation; 0 = ablation")
+    round_steps: int = Field(50, ge=1, description="steps between checkpoints, and between looks at weights and hard negatives")
+    batch_size: int = Field(256, ge=2, description="pairs, questions or items per step")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW step size, cosine to a twentieth")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    clip_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
+    temperature: float = Field(0.07, gt=0, description="first tau of every source; learned from there")
+    negatives: Literal["f1", "fixed", "off"] = Field("f1", description="threshold of hard negatives: chosen by F1, fixed, or no hard negatives (ablations)")
+    fixed_threshold: float = Field(0.9, ge=-1, le=1, description="cosine threshold of negatives = fixed")
+    num_hard: int = Field(8, ge=1, description="hard negatives per query")
+    weights: Literal["adaptive", "uniform"] = Field("adaptive", description="weights of the sources; uniform = ablation")
+    weight_temperature: float = Field(0.05, gt=0, description="temperature of the softmax over the sources' agreement")
+    specialised: bool = Field(True, description="one source per batch; False = ablation, all sources in every batch")
+    cosent: float = Field(0.1, ge=0, description="weight of the order of graded pairs")
+    single: float = Field(0.5, ge=0, description="weight of patterns within one modality")
+    cross: float = Field(0.25, ge=0, description="weight of patterns across modalities")
+    keep: float = Field(1.0, ge=0, description="weight of the auxiliary item pairs while distilling")
+    hidden_share: float = Field(0.1, ge=0, lt=0.5, description="share of items that have their text hidden in a step, and as many their image")
+    max_history: int = Field(10, ge=1, description="past items of a question")
+    max_questions: int = Field(200_000, ge=1, description="questions drawn from the sequences at most")
+    min_peak: int = Field(3, ge=1, description="past items like the target that a single-peak question needs")
+    peak_quantile: float = Field(0.9, gt=0, lt=1, description="like = above this quantile of the similarity of random pairs")
+    peak_share: float = Field(0.5, ge=0, le=1, description="share of the history in the target's cluster that a multi-peak question needs")
+    sample: int = Field(4096, ge=16, description="pairs that choose the sources' weights, and candidates for hard negatives, at most")
+    clusters: int = Field(16, ge=2, description="centroids per pair set, and clusters of the multi-peak samplers")
+    cluster_sizes: list[int] = Field([64, 256], description="code-book sizes of the clustered IDs in the embedding report")
+    quantise_levels: int = Field(3, ge=1, description="levels of the quantised IDs in the embedding report")
+
+    @field_validator("widths")
+    @classmethod
+    def ascending(cls, given: list[int]) -> list[int]:
+        """The widths; each holds the ones before it."""
+        if sorted(set(given)) != given or given[0] < 2:
+            raise ValueError("widths must ascend from 2 or more")
+        return given
+
+    @field_validator("patterns")
+    @classmethod
+    def known_patterns(cls, given: list[str]) -> list[str]:
+        """The patterns; both sides are text, image or fused."""
+        sides = ("text", "image", "fused")
+        wrong = [pattern for pattern in given if tuple(pattern.split("-")) not in {(query, target) for query in sides for target in sides}]
+        if wrong or not given:
+            raise ValueError(f"unknown patterns {wrong}: use <text | image | fused>-<text | image | fused>")
+        return given
+
+    @model_validator(mode="after")
+    def known_width(self) -> ContentCre:
+        """The section; the delivered width is a trained one."""
+        if self.width and self.width not in self.widths:
+            raise ValueError(f"width must be one of widths {self.widths} or 0")
+        return self
+
+    @property
+    def delivered(self) -> int:
+        """The width that is stored."""
+        return self.width or self.widths[-1]
 
 
 class UserSequence(Section):
@@ -571,6 +651,7 @@ class Config(Section):
     ingest: Ingest = Ingest()
     item_popularity: ItemPopularity = ItemPopularity()
     content_embedding: ContentEmbedding = ContentEmbedding()
+    content_cre: ContentCre = ContentCre()
     user_sequence: UserSequence = UserSequence()
     train_behavior_encoder: TrainBehaviorEncoder = TrainBehaviorEncoder()
     behavior_embedding: BehaviorEmbedding = BehaviorEmbedding()

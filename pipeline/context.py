@@ -42,7 +42,8 @@ class Home:
 
     def run_folder(self, run_id: str) -> Path:
         """Folder of one run's JSON documents, below staging/."""
-        path = self.folder("staging") / re.sub(r"[^A-Za-z0-9_.-]", "_", run_id)
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", run_id)
+        path = self.folder("staging") / (name if name.strip(".") else f"_{name}")  # neither `..` nor the folder itself
         path.mkdir(exist_ok=True)
         return path
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pipeline.redact import scrub
+
 EXIT_DO_NOT_RETRY = 64
 EXIT_MAY_RETRY = 75
 
@@ -33,11 +35,8 @@ class SidError(Exception):
     retry: ClassVar[bool] = False
 
     def __init__(self, headline: str, *, expected: str = "", found: str = "", where: str = "", next_command: str = "") -> None:
-        self.headline = headline
-        self.expected = expected
-        self.found = found
-        self.where = where
-        self.next_command = next_command
+        # Scrubbed here, once: errors are printed, stored in documents and sent to MLflow.
+        self.headline, self.expected, self.found, self.where, self.next_command = map(scrub, (headline, expected, found, where, next_command))
         super().__init__(self.message())
 
     @property

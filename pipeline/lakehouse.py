@@ -414,11 +414,13 @@ def expire_snapshots(spark: SparkSession, table: str, older: datetime) -> int:
 
 def remove_orphans(spark: SparkSession, table: str, *, dry_run: bool) -> dict[str, int]:
     """Path -> bytes of files in the table's folder that no snapshot knows and that are at least three days old (Iceberg's own guard), removed unless dry."""
-    found = sorted(row.orphan_file_location for row in _call(spark, "remove_orphan_files", table, "dry_run => true"))
     files = _loaded(spark, table).io()
+    in_store = not str(_loaded(spark, table).location()).startswith(("/", "file:"))
+    listing = ", prefix_listing => true" if in_store else ""  # an object store is listed by the table's own FileIO, not by a file system of Hadoop's
+    found = sorted(row.orphan_file_location for row in _call(spark, "remove_orphan_files", table, f"dry_run => true{listing}"))
     sizes = {path: int(files.newInputFile(path).getLength()) for path in found}
     if found and not dry_run:
-        _call(spark, "remove_orphan_files", table, "dry_run => false")
+        _call(spark, "remove_orphan_files", table, f"dry_run => false{listing}")
     return sizes
 
 

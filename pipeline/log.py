@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from pipeline import redact
+
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 QUIET_SECONDS = 30.0
@@ -15,6 +17,7 @@ QUIET_SECONDS = 30.0
 
 def configure(level: int = logging.INFO) -> None:
     """Send sidmill's log lines to stderr; libraries speak from WARNING on."""
+    redact.clean_records()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s %(message)s", datefmt="%H:%M:%S")
     for name in ("pipeline", "jobs"):
         logging.getLogger(name).setLevel(level)

@@ -245,6 +245,85 @@ def stage_seconds(*, seconds: Mapping[str, float]) -> Figure:
     return figure
 
 
+def differences(*, rows: Sequence[Mapping[str, Any]], label: str = "difference") -> Figure:
+    """Paired differences with their intervals, one row each, in the colour of their verdict; 0 is the control.
+
+    Args:
+        rows: {"name", "difference", "low", "high", "verdict": kept | not kept | cannot tell}; ends may be None.
+        label: what the difference is of.
+    """
+    figure, axes = _canvas(width=9.0, height=1.0 + 0.3 * max(len(rows), 2))
+    for verdict, colour in (("kept", COLOURS[2]), ("not kept", COLOURS[3]), ("cannot tell", COLOURS[6])):
+        places = [place for place, row in enumerate(rows) if row["verdict"] == verdict]
+        points = [rows[place]["difference"] for place in places]
+        ends = [[abs(_or(rows[place][end], point) - point) for place, point in zip(places, points, strict=True)] for end in ("low", "high")]
+        if places:
+            axes.errorbar(points, places, xerr=ends, fmt="o", color=colour, label=verdict, markersize=5, capsize=3, linewidth=1.5)
+    axes.axvline(0.0, color=INK, linewidth=1, linestyle=":", alpha=0.6)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    _dress(axes, label, "", legend=True)
+    return figure
+
+
+def by_stratum(*, arms: Mapping[str, Mapping[str, float | None]], rows: Mapping[str, int] | None = None, label: str = "recall@50") -> Figure:
+    """A metric of each arm by stratum of the answer, one line of dots per stratum; strata under 1,000 rows are grey.
+
+    Args:
+        arms: arm -> stratum -> value.
+        rows: stratum -> questions.
+        label: what the value is, with its unit.
+    """
+    strata = list(dict.fromkeys(stratum for values in arms.values() for stratum in values))
+    figure, axes = _canvas(width=7.0, height=1.3 + 0.2 * max(len(arms) * len(strata), 4))
+    for index, (arm, values) in enumerate(arms.items()):
+        shown = [stratum for stratum in strata if values.get(stratum) is not None]
+        places = [strata.index(stratum) + (index - (len(arms) - 1) / 2) * 0.7 / max(len(arms), 1) for stratum in shown]
+        marker = "osD^v"[index // len(COLOURS) % 5]
+        axes.plot([_or(values[stratum], math.nan) for stratum in shown], places, marker, color=COLOURS[index % len(COLOURS)], label=arm, markersize=5)
+    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(strata)), [f"{stratum} (n={rows[stratum]:,})" if rows and stratum in rows else stratum for stratum in strata])
+    axes.set_ylim(len(strata) - 0.5, -0.5)
+    _dress(axes, label, "", legend=True)
+    for text, stratum in zip(axes.get_yticklabels(), strata, strict=True):
+        text.set_alpha(0.45 if rows and rows.get(stratum, MIN_ROWS) < MIN_ROWS else 1.0)
+    return figure
+
+
+def _or(value: float | None, fallback: float) -> float:
+    return fallback if value is None else value
+
+
+def embedding_report(*, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Six ways to look at an embedding on items that nothing was trained on, one row per space; the best value of a column is bold.
+
+    Args:
+        columns: measures, `<measure>/<content | collaborative>`; more is better in each.
+        rows: space -> one value per measure, None = not measured.
+    """
+    figure, axes = _canvas(width=1.6 + 0.85 * max(len(columns), 1), height=1.0 + 0.3 * max(len(rows), 1))
+    _dress(axes, "items that nothing was trained on; bold = best of its column", "", grid=False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    names = list(rows)
+    if not names or not columns:
+        return figure
+    texts = [["-" if value is None else f"{value:.3f}" for value in rows[name]] for name in names]
+    table = axes.table(cellText=texts, rowLabels=names, colLabels=[column.replace("/", chr(10)) for column in columns], loc="center", cellLoc="right")
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+    table.scale(1.0, 1.25)
+    for cell in table.get_celld().values():
+        cell.set(edgecolor="none", facecolor="none")
+        cell.get_text().set_color(INK)
+    for column in range(len(columns)):
+        table[0, column].set_height(1.7 * table[0, column].get_height())
+        values = [math.nan if (value := rows[name][column]) is None else value for name in names]
+        if not np.isnan(values).all():
+            table[1 + int(np.nanargmax(values)), column].get_text().set_fontweight("bold")
+    return figure
+
+
 FIGURES: dict[str, Callable[..., Figure]] = {
     "code_usage": code_usage,
     "collisions_by_decile": collisions_by_decile,
@@ -256,6 +335,9 @@ FIGURES: dict[str, Callable[..., Figure]] = {
     "ranker_auc": ranker_auc,
     "recall_by_decile": recall_by_decile,
     "stage_seconds": stage_seconds,
+    "embedding_report": embedding_report,
+    "differences": differences,
+    "by_stratum": by_stratum,
 }
 
 
@@ -376,9 +458,9 @@ SECTIONS = {
     "codes": ("code_usage", "collisions_by_decile"),
     "popularity": ("strength_by_stratum", "router_by_richness", "weight_by_popularity"),
     "churn": ("churn",),
-    "training": ("loss_curves", "recall_by_decile"),
+    "training": ("loss_curves", "recall_by_decile", "embedding_report"),
     "ranker": ("ranker_auc",),
-}  # stage_seconds is for MLflow: the page has a table with bars
+}  # stage_seconds is for MLflow: the page has a table with bars; differences and by_stratum are for studies
 HEADINGS = {
     "collisions_by_decile": "Collisions by popularity",
     "strength_by_stratum": "Alignment strength by stratum",
@@ -386,6 +468,7 @@ HEADINGS = {
     "weight_by_popularity": "Weights by popularity",
     "ranker_auc": "AUC by stratum",
     "recall_by_decile": "Recall by popularity",
+    "embedding_report": "Content vectors, six ways",
 }
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import catalog
 from pipeline.config import Lake, Launch
 from pipeline.context import Home
 from pipeline.errors import ConfigError
@@ -72,32 +73,35 @@ def iceberg_jar() -> Path:
     return jar
 
 
+def jars() -> list[Path]:
+    """The Iceberg runtime and the site's own jars (SID_JARS, separated as in PATH): a JDBC driver, the AWS SDK for S3FileIO.
+
+    Raises: ConfigError for a jar that is not there.
+    """
+    extra = [Path(text) for text in os.environ.get("SID_JARS", "").split(os.pathsep) if text]
+    absent = [str(path) for path in extra if not path.is_file()]
+    if absent:
+        raise ConfigError("a jar is not there", expected="files", found=", ".join(absent), where="SID_JARS")
+    return [iceberg_jar(), *extra]
+
+
 def catalog_settings(home: Home, lake: Lake) -> dict[str, str]:
     """Spark settings of the catalog `lake` for the configured type; addresses come from the environment."""
     prefix = f"spark.sql.catalog.{CATALOG}"
-    settings = {
+    return {
         prefix: "org.apache.iceberg.spark.SparkCatalog",
-        f"{prefix}.type": lake.catalog,
-        f"{prefix}.warehouse": home.warehouse,
         f"{prefix}.cache-enabled": "false",  # references move under our feet: always look again
-        **{f"{prefix}.{key}": value for key, value in lake.properties.items()},
+        **{f"{prefix}.{name}": value for name, value in catalog.for_spark(home, lake).items()},
     }
-    uri = os.environ.get("SID_CATALOG_URI", "")
-    if lake.catalog in ("jdbc", "rest"):
-        if not uri:
-            raise ConfigError(f"a {lake.catalog} catalog needs an address", expected="SID_CATALOG_URI in the environment", found="nothing", where="environment")
-        settings[f"{prefix}.uri"] = uri
-    if lake.catalog == "jdbc":
-        settings[f"{prefix}.jdbc.schema-version"] = "V1"
-    return settings
 
 
 def _settings(launch: Launch) -> dict[str, str]:
-    jars = str(iceberg_jar())
+    found = list(map(str, jars()))
+    host = os.environ.get("SID_DRIVER_HOST", "")  # the name under which executors on other machines find the driver
     return {
-        "spark.jars": jars,
-        "spark.driver.extraClassPath": jars,
-        "spark.executor.extraClassPath": jars,
+        "spark.jars": ",".join(found),
+        "spark.driver.extraClassPath": os.pathsep.join(found),
+        "spark.executor.extraClassPath": os.pathsep.join(found),
         "spark.sql.extensions": "org.apache.iceberg.spark.extensions.IcebergSparkSessionExtensions",
         "spark.sql.defaultCatalog": CATALOG,
         "spark.sql.session.timeZone": "UTC",
@@ -106,8 +110,8 @@ def _settings(launch: Launch) -> dict[str, str]:
         "spark.sql.shuffle.partitions": str(launch.shuffle_partitions),
         "spark.driver.memory": launch.driver_memory,
         "spark.driver.extraJavaOptions": f"-Duser.timezone=UTC {launch.java_options}".strip(),
-        "spark.driver.bindAddress": "127.0.0.1",
-        "spark.driver.host": "127.0.0.1",
+        "spark.driver.bindAddress": "0.0.0.0" if host else "127.0.0.1",  # noqa: S104  asked for by name
+        "spark.driver.host": host or "127.0.0.1",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.adaptive.enabled": "true",

@@ -50,6 +50,7 @@ ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else a server leaves job workers behind
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to the command line
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the runner retries as well
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -404,6 +405,48 @@ def _draw(folder: Path, document: dict[str, Any]) -> str:
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+# --------------------------------------------------------------------------------------------------------------- studies
+
+
+def log_study(home: Home, name: str, config_hash: str, page: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
+    """MLflow id of the study's run, one per name and configuration, with one child per cell; a cell that is there already is not logged again.
+
+    Args:
+        page: the study's page, kept as a file of the run.
+        cells: documents of finished cells: name, key, kind, commit, config, data_digest, command, seconds, metrics, and curves where there are any.
+    Raises: UpstreamMissing if MLflow cannot be reached.
+    """
+    if not cells:
+        return ""
+    with _session(home) as client:
+        experiment = _experiment(client, home, f"sid/study-{name}")
+        found = _search(client, [experiment], {"sid.kind": "study", "config_hash": config_hash})
+        tags = {"sid.kind": "study", "config_hash": config_hash, "git_sha": git_sha()}
+        parent = str((found[0] if found else client.create_run(experiment, None, tags, f"{name} {config_hash}")).info.run_id)
+        if not found:
+            client.log_dict(parent, dict(page), "page.json")
+        known = {run.data.tags["study.cell"] for run in _search(client, [experiment], {"sid.kind": "cell", "mlflow.parentRunId": parent})}
+        for cell in cells:
+            if cell["key"] not in known:
+                _log_cell(client, experiment, parent, cell)
+        client.set_terminated(parent, "FINISHED")
+    return parent
+
+
+def _log_cell(client: MlflowClient, experiment: str, parent: str, cell: Mapping[str, Any]) -> None:
+    """A child run that is finished: its numbers, its curves and where they come from."""
+    texts = {name: str(cell[name]) for name in ("kind", "commit", "config", "data_digest", "command")}
+    tags = {"sid.kind": "cell", "study.cell": cell["key"], "mlflow.parentRunId": parent, **texts}
+    run_id = client.create_run(experiment, None, tags, cell["name"]).info.run_id
+    ranked = {f"{stratum}/{metric}": value for stratum, row in cell.get("table", {}).items() if isinstance(row, Mapping) for metric, value in row.items()}
+    values = {**cell.get("metrics", {}), **ranked, "seconds": cell["seconds"]}
+    metrics = {metric: float(value) for metric, value in values.items() if isinstance(value, int | float)}
+    _log_metrics(
+        client, run_id, metrics, {name: [x for x in curve if x is not None] for name, curve in cell.get("curves", {}).items()}, int(time.time() * 1000)
+    )
+    client.set_terminated(run_id, "FINISHED")
 
 
 # ---------------------------------------------------------------------------------------------------------------- models

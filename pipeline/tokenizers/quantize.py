@@ -51,7 +51,7 @@ def nearest_centroid(points_ND: Tensor, centroids_KD: Tensor) -> Tensor:
     """The code of smallest Euclidean distance per point, (N,) int64; blocks of rows, so that memory stays bounded."""
     half_K = 0.5 * centroids_KD.square().sum(1)
     rows = max(1, CHUNK // len(centroids_KD))
-    return torch.cat([(block_BD @ centroids_KD.T - half_K).argmax(1) for block_BD in points_ND.split(rows)])
+    return torch.cat([(block_BD @ centroids_KD.T).sub_(half_K).max(1).indices for block_BD in points_ND.split(rows)])
 
 
 def gather_codes(codes_BL: Tensor, codebook_LKD: Tensor) -> Tensor:

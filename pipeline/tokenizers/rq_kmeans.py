@@ -16,8 +16,9 @@ from pipeline import config as profile
 from pipeline.tokenizers import metrics
 from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
 from pipeline.tokenizers.fit import generator_for
-from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes, take_rows
+from pipeline.tokenizers.quantize import gather_codes, kmeans, nearest_centroid, residual_codes, take_rows
 from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.residual import ResidualSearch
 
 POINTS_PER_CODE = 1024  # items per code that a level is fitted on, at most
 
@@ -64,6 +65,7 @@ class RqKmeans:
         self.settings = settings
         self.widths: dict[str, int] = {}
         self.codebook_LKD = torch.zeros(settings.num_levels, settings.codebook_size, 0)
+        self._searched: tuple[Tensor, ResidualSearch] | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -122,13 +124,24 @@ class RqKmeans:
         """Codes of the residual walk, weights of one, and the sum of the code rows."""
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
-            held = (keep.codes_NL, keep.margin) if keep else (None, 0.0)
-            codes_BL, quantized_BD = residual_codes(concatenate(rows, self.widths), self.codebook_LKD, *held)
+            points_BD = concatenate(rows, self.widths)
+            if keep is None:
+                codes_BL = self._search.codes(points_BD)
+                quantized_BD = gather_codes(codes_BL, self.codebook_LKD).sum(1)
+            else:
+                codes_BL, quantized_BD = residual_codes(points_BD, self.codebook_LKD, keep.codes_NL, keep.margin)
             return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
 
         if not self.widths:
             raise ValueError("the tokenizer is not fitted: call fit or load")
         return encode_in_chunks(items, block, keep)
+
+    @property
+    def _search(self) -> ResidualSearch:
+        """The search for the code rows of now; its tables cost as much as some thousand items, so they are kept."""
+        if self._searched is None or self._searched[0] is not self.codebook_LKD:
+            self._searched = (self.codebook_LKD, ResidualSearch(self.codebook_LKD))
+        return self._searched[1]
 
     def relabel(self, order: Sequence[Tensor]) -> None:
         """Rename codes: code k of level l is what order[l][k] was."""

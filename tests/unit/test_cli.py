@@ -59,7 +59,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> list[Cont
 
 def test_the_commands_are_the_promised_ones() -> None:
     assert set(COMMANDS) == {"run", "releases", "show", "diff", "inspect", "repair", "report", "equations", "stages", "demo"} | {
-        "backfill", "rollback", "pin", "maintain", "up",
+        "backfill", "rollback", "pin", "maintain", "up", "study",
     }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_the_example_of_a_command_is_a_command_line_that_parses(name: str) -> No
 def test_a_command_that_looks_has_json_and_one_that_changes_the_lake_a_dry_run() -> None:
     options = {name: {option for parameter in command.params for option in parameter.opts} for name, command in COMMANDS.items()}
     assert {name for name in COMMANDS if "--json" not in options[name]} == ACTING
-    assert {name for name in COMMANDS if "--dry-run" in options[name]} == {"run", "repair", "backfill", "rollback", "maintain"}
+    assert {name for name in COMMANDS if "--dry-run" in options[name]} == {"run", "repair", "backfill", "rollback", "maintain", "study"}
     assert "--reason" in options["run"]
 
 

@@ -67,6 +67,9 @@ def figure_data(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
             "recall": {"sasrec": np.linspace(0.02, 0.21, 10).tolist(), "markov": np.linspace(0.0, 0.19, 10).tolist()},
         },
         "stage_seconds": {"seconds": {"ingest": 12.4, "item_popularity": 6.1, "train_tokenizer": 61.0}},
+        "embedding_report": {"columns": ["recall@50/content", "auc/collaborative"], "rows": {"base text": [0.4, 0.61], "cre fused": [0.48, None]}},
+        "differences": {"rows": [{"name": "one", "difference": 0.01, "low": 0.002, "high": 0.02, "verdict": "kept"}], "label": "recall@50"},
+        "by_stratum": {"arms": {"ada_sid": {"all": 0.13, "tail": 0.04}, "plain": {"all": 0.12, "tail": None}}, "rows": {"all": 9000, "tail": 800}},
     }
 
 
@@ -139,7 +142,7 @@ def sample() -> ReportContent:
             {"name": "perplexity share, worst position", "value": 0.61, "min": 0.3, "severity": "fail"},
             {"name": "agreement with co-occurrence", "value": None, "min": 0.3, "severity": "warn", "meaning": "needs seven days of events"},
         ],
-        figures=[{"kind": kind, "data": values} for kind, values in data.items() if kind != "stage_seconds"],
+        figures=[{"kind": kind, "data": values} for kind, values in data.items() if kind not in ("stage_seconds", "differences", "by_stratum")],
         slots=SLOTS,
         codebook_sizes=[100] * 6,
         examples=[example(rng, index) for index in range(4)],

@@ -1,0 +1,661 @@
+"""A study as data: the page (data sets, inputs, arms, readers, claims), its grid of cells, paired statistics, and the verdicts.
+
+A page is one TOML file. An arm is a tokenizer or an ablation of it, a reader is what is trained on its codes, a claim is one paired comparison.
+NumPy only. Not here: doing a cell's work (jobs/study_cells.py), running and resuming the grid (jobs/study.py), tables and plots (pipeline/study_page.py).
+Legend: S seeds, U units that are resampled (users, items), B rows, R resamples, W worlds.
+"""
+
+# ruff: noqa: N815 - array fields carry shape suffixes
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.config import Section, TrainBehaviorEncoder, TrainRanker, TrainRetriever, TrainTokenizer, apply_override
+from pipeline.errors import ConfigError
+
+PAGES = Path(__file__).parent / "studies"
+Floats = NDArray[np.float64]
+Model = TypeVar("Model", bound=BaseModel)
+Option = int | float | str | bool
+Part = Literal["valid", "test", "confirm"]
+KEPT, NOT_KEPT, CANNOT_TELL = "kept", "not kept", "cannot tell"
+FLOORS = ("popularity", "markov", "ease")  # arms of the reader `floor`
+NEEDS_PATH = ("amazon_beauty", "online_retail")  # data sets that are the user's own copy
+CELLS = 4_000_000  # cells of one block of resamples
+POWER = 2.8  # z of a two-sided 5 % level plus z of a power of 80 %
+EXACT_FLIPS, DRAWN_FLIPS = 16, 20_000  # worlds up to which all sign flips are enumerated, else so many are drawn
+
+
+# ---------------------------------------------------------------- the page
+
+
+class DataSet(Section):
+    """A data set with its split; questions and strata use nothing after the training period."""
+
+    kind: Literal["amazon_beauty", "movielens", "online_retail", "shop"] = Field("shop", description="which data set")
+    path: str = Field("", description="folder of the user's own copy, or a folder that holds it under the kind's name")
+    options: dict[str, Option] = Field({}, description="movielens: holdout; shop: fields of pipeline.synthetic.World")
+    inputs: str = Field("", description="a key of [inputs] for the arms that name none; empty = the first")
+    worlds: int = Field(1, ge=1, description="shop: worlds, the seed of world w is options.seed + w; a world is then the unit of the statistics")
+    max_users: int = Field(0, ge=0, description="users kept, drawn by a hash of their ids; 0 = all")
+    max_questions: int = Field(0, ge=0, description="questions per part at most; 0 = all")
+    confirm_share: float = Field(0.3, ge=0, lt=1, description="amazon_beauty: share of users, by hash, whose questions stay shut until --confirm")
+    rank_events: int = Field(3, ge=1, description="latest training events per user that the ranker learns from")
+    negatives: int = Field(4, ge=1, description="ranker: negatives per positive from its own popularity stratum, where there are no ratings")
+    threshold: float = Field(4.0, description="ranker: smallest rating that is a positive label, where there are ratings")
+    head_share: float = Field(0.2, gt=0, lt=1, description="share of items in the head, by training events")
+    tail_share: float = Field(0.5, gt=0, lt=1, description="share of items in the tail")
+
+
+class Inputs(Section):
+    """How an item's vectors are made."""
+
+    text: Literal["minilm", "tfidf", "none"] = Field("minilm", description="tfidf = TF-IDF and 128 singular directions: the weak encoder")
+    image: Literal["none", "categories", "efficientnet_lite0"] = Field(
+        "none", description="categories = TF-IDF and 64 singular directions of the category words, where there are no pictures"
+    )
+    train_behavior_encoder: dict[str, Any] = Field({}, description="changes to the page's section of that name")
+
+
+class Arm(Section):
+    """A tokenizer with changes, and how its codes are handed to readers."""
+
+    tokenizer: str = Field("ada_sid", description="a key of pipeline.tokenizers.TOKENIZERS, `plain` (k-means per slot) or `none` (readers with item ids)")
+    train_tokenizer: dict[str, Any] = Field({}, description="changes to the page's section of that name")
+    inputs: str = Field("", description="a key of [inputs]; empty = the data set's")
+    richness: Literal["", "norm", "count", "rank", "reliability"] = Field("", description="richness that steers alignment and router; empty = the page's")
+    codes: Literal["own", "permuted"] = Field("own", description="permuted = codes and weights dealt to other items of the popularity decile")
+    weights: Literal["own", "mean", "shuffled", "one"] = Field("own", description="router weights as read: the items' own, their mean, dealt to others, or 1")
+    data: list[str] = Field([], description="keys of [data] the arm runs on; empty = all")
+    readers: list[str] | None = Field(None, description="keys of [readers] that read it; absent = all, [] = the codes alone")
+
+
+class Reader(Section):
+    """What is trained on an arm's codes; `neighbours` is not trained: it ranks items by the codes they share with the last item of the history."""
+
+    kind: Literal["retriever", "ranker", "neighbours"] = Field("retriever", description="kind of reader")
+    train_retriever: dict[str, Any] = Field({}, description="changes to the page's section of that name")
+    train_ranker: dict[str, Any] = Field({}, description="changes to the page's section of that name")
+    item: Literal["sid", "id_sid"] = Field("id_sid", description="ranker: an item is its codes, or its id row beside them")
+    data: list[str] = Field([], description="keys of [data]; empty = all")
+    arms: list[str] = Field([], description="keys of [arms] it reads; empty = all that want it")
+
+
+class Claim(Section):
+    """One paired comparison; its verdict is kept, not kept or cannot tell."""
+
+    title: str = Field(..., description="what is claimed, one sentence")
+    arm: str = Field(..., description="a key of [arms], or of [inputs] with reader = features")
+    control: str = Field("", description="what it is compared with, a floor too; empty = the arm itself (another metric)")
+    reader: str = Field(..., description="a key of [readers]; codes = numbers of the codes themselves; features = numbers of the inputs")
+    control_reader: str = Field("", description="reader of the control; empty = the same; floor for a floor")
+    data: list[str] = Field([], description="keys of [data], one verdict each; empty = all")
+    metric: str = Field(..., description="recall@k | ndcg@k | auc | gauc, or a number of the codes or features")
+    control_metric: str = Field("", description="metric of the control; empty = the same")
+    stratum: str = Field("all", description="all | head | torso | tail | evidence_0 | evidence_1_4 | all_with_ties")
+    direction: Literal["greater", "smaller", "not_worse"] = Field("greater", description="what the difference shall be")
+    margin: float = Field(0.0, ge=0, description="greater, smaller: the difference must exceed it; not_worse: it may fall behind by it")
+    least: float = Field(0.0, ge=0, description="smallest difference that would matter; an interval wholly below it is `not kept`")
+    primary: bool = Field(False, description="a primary endpoint: its p-value is adjusted together with the others' (Holm)")
+
+
+class Statistics(Section):
+    """Seeds and intervals."""
+
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="tokenizer seeds, each with its own reader seed")
+    encoder_seeds: int = Field(1, ge=1, description="behaviour encoders trained per data set; seed s uses encoder s modulo this")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples over seeds and users")
+    level: float = Field(0.95, gt=0.5, lt=1, description="probability mass of an interval")
+    min_seeds: int = Field(2, ge=1, description="seeds below which there is no verdict")
+    min_worlds: int = Field(6, ge=2, description="worlds below which there is no verdict on generated shops")
+    thin_rows: int = Field(1000, ge=1, description="rows below which there is no verdict")
+    void_at_cap: bool = Field(True, description="no verdict where a reader of either arm was still improving at its last epoch")
+    max_openings: int = Field(3, ge=1, description="times that the test part may be opened")
+
+
+class Page(Section):
+    """A whole study."""
+
+    name: str = Field("unnamed", description="name of the study; the MLflow experiment is sid/study-<name>")
+    title: str = Field("", description="headline of the page")
+    about: str = Field("", description="a paragraph under it")
+    seed: int = Field(20261120, ge=0, description="the one seed; all others derive from it")
+    data: dict[str, DataSet] = Field({}, description="data sets by name")
+    inputs: dict[str, Inputs] = Field({"default": Inputs()}, description="recipes of item vectors by name")
+    arms: dict[str, Arm] = Field({}, description="tokenizers and ablations by name")
+    readers: dict[str, Reader] = Field({}, description="readers by name")
+    claims: list[Claim] = Field([], description="comparisons")
+    statistics: Statistics = Statistics()
+    train_behavior_encoder: TrainBehaviorEncoder = TrainBehaviorEncoder()
+    train_tokenizer: TrainTokenizer = TrainTokenizer()
+    train_retriever: TrainRetriever = TrainRetriever()
+    train_ranker: TrainRanker = TrainRanker()
+
+    @model_validator(mode="after")
+    def known_names(self) -> Self:
+        """The page; every name that an arm, a reader or a claim uses is there."""
+        for what, used, known in self._names():
+            if unknown := [name for name in used if name not in known]:
+                raise ValueError(f"{what} names {unknown[0]!r}, known: {', '.join(known) or 'none'}")
+        return self
+
+    def _names(self) -> Iterator[tuple[str, Sequence[str], Sequence[str]]]:
+        """(who, the names it uses, the names there are)."""
+        for name, arm in self.arms.items():
+            yield f"[arms.{name}] data", arm.data, [*self.data]
+            yield f"[arms.{name}] readers", arm.readers or [], [*self.readers]
+            yield f"[arms.{name}] inputs", [arm.inputs] if arm.inputs else [], [*self.inputs]
+        for name, reader in self.readers.items():
+            yield f"[readers.{name}] data", reader.data, [*self.data]
+            yield f"[readers.{name}] arms", reader.arms, [*self.arms]
+        for name, data in self.data.items():
+            yield f"[data.{name}] inputs", [data.inputs] if data.inputs else [], [*self.inputs]
+        for claim in self.claims:
+            sides = [*self.inputs] if claim.reader == "features" else [*self.arms, *FLOORS]
+            yield f"claim {claim.title!r}", [claim.arm, claim.control or claim.arm], sides
+            yield f"claim {claim.title!r}", [claim.reader, claim.control_reader or claim.reader], [*self.readers, "codes", "features", "floor"]
+            yield f"claim {claim.title!r} data", claim.data, [*self.data]
+
+    def digest(self) -> str:
+        """12 hex digits that name this page; where the data lie does not count."""
+        content = self.model_dump(mode="json", exclude={"data": {name: {"path"} for name in self.data}})
+        return short_digest(content)
+
+
+def load(page: str, overrides: Sequence[str] = ()) -> Page:
+    """The page with `key=value` overrides applied; `source.path=FOLDER` is the path of every data set that is the user's own.
+
+    Args:
+        page: a name in pipeline/studies or a path to a TOML file.
+    Raises: ConfigError for an unknown page or key, a name that is not there, or a value of the wrong type.
+    """
+    path = Path(page) if page.endswith(".toml") else PAGES / f"{page}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in PAGES.glob("*.toml")))
+        raise ConfigError(f"unknown study {page!r}", expected=f"one of {known}, or a path to a .toml file", found=page, where=str(path))
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("the page is not valid TOML", expected="a TOML file in UTF-8", found=str(error), where=str(path)) from error
+    for override in overrides:
+        apply_override(content, override)
+    return parse({"name": path.stem, **content}, where=str(path))
+
+
+def parse(content: dict[str, Any], *, where: str) -> Page:
+    """The page of a nested dict; every arm's, input's and reader's changes are checked too.
+
+    Raises: ConfigError naming the key that is wrong.
+    """
+    shared = dict(content.pop("source", {}))
+    if unknown := [name for name in shared if name != "path"]:
+        raise ConfigError(f"unknown key 'source.{unknown[0]}'", expected="source.path", found=unknown[0], where=where)
+    try:
+        page = Page.model_validate(content)
+        if shared:
+            own = {name: data.model_copy(update={"path": data.path or str(shared.get("path", ""))}) for name, data in page.data.items()}
+            page = page.model_copy(update={"data": {name: data if data.kind in NEEDS_PATH else page.data[name] for name, data in own.items()}})
+        for name in page.arms:
+            tokenizer_settings(page, name)
+        for name in page.inputs:
+            encoder_settings(page, name)
+        for name in page.readers:
+            reader_settings(page, name)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+    return page
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "(the page)"
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key {place!r}", expected=f"a key of {error.title} and its sections", found=str(first["loc"][-1]), where=where)
+    return ConfigError(f"bad value for {place!r}", expected=first["msg"], found=repr(first.get("input"))[:200], where=where)
+
+
+# ---------------------------------------------------------------- settings of one cell
+
+
+def tokenizer_settings(page: Page, arm: str) -> TrainTokenizer:
+    """The page's [train_tokenizer] with the arm's changes."""
+    chosen = page.arms[arm]
+    found = changed(page.train_tokenizer, chosen.train_tokenizer)
+    return found if chosen.tokenizer in ("plain", "none") else found.model_copy(update={"tokenizer": chosen.tokenizer})
+
+
+def encoder_settings(page: Page, inputs: str) -> TrainBehaviorEncoder:
+    """The page's [train_behavior_encoder] with the recipe's changes."""
+    return changed(page.train_behavior_encoder, page.inputs[inputs].train_behavior_encoder)
+
+
+def reader_settings(page: Page, reader: str) -> TrainRetriever | TrainRanker:
+    """The page's section of the reader's kind with its changes."""
+    chosen = page.readers[reader]
+    return changed(page.train_ranker, chosen.train_ranker) if chosen.kind == "ranker" else changed(page.train_retriever, chosen.train_retriever)
+
+
+def changed(section: Model, changes: Mapping[str, Any]) -> Model:
+    """The section with nested changes applied and checked.
+
+    Raises: pydantic.ValidationError for an unknown key or a wrong type.
+    """
+    return type(section).model_validate(_merged(section.model_dump(), changes))
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {name: _merged(base[name], value) if isinstance(value, Mapping) and isinstance(base.get(name), dict) else value for name, value in changes.items()}
+    return {**base, **both}
+
+
+def inputs_of(page: Page, arm: str, data: str) -> str:
+    """Name of the arm's input recipe on a data set."""
+    return page.arms[arm].inputs or page.data[data].inputs or next(iter(page.inputs))
+
+
+# ---------------------------------------------------------------- the grid
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A piece of work with one result; cells with equal `spec` are one cell.
+
+    Args:
+        kind: features | floors | codes | read.
+        name: data[#world]/..., for people.
+        needs: keys of the cells whose results it reads.
+        spec: everything that decides the result, JSON.
+    """
+
+    kind: str
+    name: str
+    data: str
+    world: int
+    seed: int
+    inputs: str = ""
+    arm: str = ""
+    reader: str = ""
+    needs: tuple[str, ...] = ()
+    spec: str = ""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that name the result."""
+        return hashlib.sha256(f"{self.kind}|{self.spec}".encode()).hexdigest()[:16]
+
+
+FREE_OF_VECTORS = ("richness", "low_strength_share", "alpha", "beta", "min_spearman")  # settings that leave an encoder's vectors as they are
+
+
+def grid(page: Page, digests: Mapping[str, str], part: Part = "valid") -> list[Cell]:
+    """The cells in an order in which each comes after those it needs; an arm's codes that two readings share stand once.
+
+    Args:
+        digests: data[#world] -> digest of its files.
+        part: which questions readers are asked.
+    """
+    found: dict[str, Cell] = {}
+    ranked = any(reader.kind == "ranker" for reader in page.readers.values())
+    for label, name, world in worlds(page):
+        if label not in digests:
+            continue
+        ground = {"data": page.data[name].model_dump(mode="json", exclude={"path", "inputs"}), "world": world, "digest": digests[label], "seed": page.seed}
+        floors = {**ground, "part": part, **page.train_retriever.model_dump(mode="json", include={"mask_history", "ease_up_to"}), "rankers": ranked}
+        cells = [_cell("floors", f"{label}/floors", name, world, 0, spec=floors)]
+        for arm in [each for each, chosen in page.arms.items() if not chosen.data or name in chosen.data]:
+            cells += _arm_cells(page, label, name, world, arm, ground, part)
+        for cell in cells:
+            found.setdefault(cell.key, cell)  # the first arm names what several share
+    order = {"floors": 0, "features": 0, "codes": 1, "read": 2}
+    return sorted(found.values(), key=lambda cell: order[cell.kind])
+
+
+def worlds(page: Page) -> Iterator[tuple[str, str, int]]:
+    """(label, data set, world) of every world of the page; the label of a data set with one world is its name."""
+    for name, data in page.data.items():
+        for world in range(data.worlds):
+            yield f"{name}#{world}" if data.worlds > 1 else name, name, world
+
+
+def _arm_cells(page: Page, label: str, name: str, world: int, arm: str, ground: Mapping[str, Any], part: Part) -> list[Cell]:
+    chosen, recipe = page.arms[arm], inputs_of(page, arm, name)
+    encoder = encoder_settings(page, recipe)
+    cells = []
+    for seed in page.statistics.seeds:
+        number = seed % page.statistics.encoder_seeds
+        drawn = {**ground, "inputs": page.inputs[recipe].model_dump(mode="json"), "encoder_seed": number}
+        drawn["encoder"] = encoder.model_dump(mode="json", exclude=set(FREE_OF_VECTORS))
+        needs: tuple[str, ...] = ()
+        if chosen.tokenizer != "none":
+            features = _cell("features", f"{label}/inputs {recipe}/seed {number}", name, world, number, spec=drawn, inputs=recipe)
+            how = {field: getattr(encoder, field) for field in FREE_OF_VECTORS} | ({"richness": chosen.richness} if chosen.richness else {})
+            made = {**drawn, "richness": how, "tokenizer": chosen.tokenizer, "settings": _own_settings(page, arm), "tokenizer_seed": seed}
+            codes = _cell("codes", f"{label}/{arm}/codes/seed {seed}", name, world, seed, spec=made, inputs=recipe, arm=arm, needs=(features.key,))
+            cells += [features, codes]
+            needs = (features.key, codes.key)
+        cells += [_read_cell(page, label, name, world, arm, reader, seed, part, needs, ground) for reader in readers_of(page, arm, name)]
+    return cells
+
+
+def _own_settings(page: Page, arm: str) -> dict[str, Any]:
+    """[train_tokenizer] as the arm's tokenizer sees it: other tokenizers' sections do not count."""
+    settings = tokenizer_settings(page, arm)
+    others = {name for name, value in settings if isinstance(value, BaseModel) and name != page.arms[arm].tokenizer}
+    kept = others - {"ada_sid"} if page.arms[arm].tokenizer == "plain" else others  # the plain control takes its slots from ADA-SID's section
+    return settings.model_dump(mode="json", exclude=kept)
+
+
+def readers_of(page: Page, arm: str, data: str) -> list[str]:
+    """Readers of the arm on a data set; item ids alone are for rankers only."""
+    chosen = page.arms[arm]
+    wanted = {name: page.readers[name] for name in (page.readers if chosen.readers is None else chosen.readers)}
+    fitting = {name: reader for name, reader in wanted.items() if data in (reader.data or [data]) and arm in (reader.arms or [arm])}
+    return [name for name, reader in fitting.items() if chosen.tokenizer != "none" or reader.kind == "ranker"]
+
+
+def _read_cell(
+    page: Page, label: str, name: str, world: int, arm: str, reader: str, seed: int, part: Part, needs: tuple[str, ...], ground: Mapping[str, Any]
+) -> Cell:
+    chosen, read = page.arms[arm], page.readers[reader]
+    how = {} if chosen.tokenizer == "none" else {"codes": chosen.codes, "weights": chosen.weights, "item": read.item if read.kind == "ranker" else ""}
+    settings = {} if read.kind == "neighbours" else reader_settings(page, reader).model_dump(mode="json")
+    spec = {**ground, "needs": needs, "part": part, "kind": read.kind, "settings": settings, "reader_seed": seed, **how}
+    return _cell(
+        "read", f"{label}/{arm}/{reader}/seed {seed}", name, world, seed, spec=spec, inputs=inputs_of(page, arm, name), arm=arm, reader=reader, needs=needs
+    )
+
+
+def _cell(kind: str, name: str, data: str, world: int, seed: int, *, spec: Mapping[str, Any], **more: Any) -> Cell:
+    return Cell(kind, name, data, world, seed, spec=json.dumps(spec, sort_keys=True, default=str), **more)
+
+
+def selected(cells: Sequence[Cell], only: str) -> list[Cell]:
+    """The cells whose name matches the regular expression, with everything they need; all without one.
+
+    Raises: ConfigError for an expression that cannot be read or matches nothing.
+    """
+    if not only:
+        return list(cells)
+    try:
+        wanted = {cell.key for cell in cells if re.search(only, cell.name)}
+    except re.error as error:
+        raise ConfigError("cannot read the selection", expected="a regular expression over cell names", found=str(error), where="--only") from error
+    if not wanted:
+        raise ConfigError("the selection matches no cell", expected="see --dry-run for the names", found=only, where="--only")
+    for cell in reversed(cells):  # what a cell needs comes before it
+        wanted |= set(cell.needs) if cell.key in wanted else set()
+    wanted |= {cell.key for cell in cells if cell.kind == "floors" and any(other.key in wanted and _place(other) == _place(cell) for other in cells)}
+    return [cell for cell in cells if cell.key in wanted]
+
+
+def _place(cell: Cell) -> tuple[str, int]:
+    return cell.data, cell.world
+
+
+def short_digest(content: Any) -> str:
+    """12 hex digits of a JSON document."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- effects: a difference per seed and what each unit adds to it
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A paired difference per seed, and by how much it would move if a unit counted once more.
+
+    Args:
+        theta_S: difference per seed.
+        influence_SU: first-order influence of each unit; rows sum to 0.
+        rows: rows compared.
+    """
+
+    theta_S: Floats
+    influence_SU: Floats
+    rows: int
+
+
+def mean_effect(difference_SB: ArrayLike, units_B: ArrayLike, weights_B: ArrayLike | None = None) -> Effect:
+    """The effect on a (weighted) mean over rows; a unit is resampled with all its rows."""
+    value_SB = np.atleast_2d(np.asarray(difference_SB, np.float64))
+    weight_B = np.ones(value_SB.shape[1]) if weights_B is None else np.asarray(weights_B, np.float64)
+    share_B = weight_B / weight_B.sum()
+    theta_S = value_SB @ share_B
+    return Effect(theta_S, by_unit((value_SB - theta_S[:, None]) * share_B, units_B), value_SB.shape[1])
+
+
+def auc_effect(labels_B: ArrayLike, a_SB: ArrayLike, b_SB: ArrayLike, units_B: ArrayLike) -> Effect:
+    """The effect on AUC(a) - AUC(b); differs from resampling the curve itself by second-order terms.
+
+    Source: placement values, DeLong et al. 1988, summed by unit as for clustered data
+    """
+    positive_B = np.asarray(labels_B) > 0
+    parts = [_auc_parts(positive_B, a_B, b_B) for a_B, b_B in zip(np.atleast_2d(a_SB), np.atleast_2d(b_SB), strict=True)]
+    return Effect(np.array([theta for theta, _ in parts]), by_unit(np.stack([part for _, part in parts]), units_B), positive_B.size)
+
+
+def _auc_parts(positive_B: NDArray[np.bool_], a_B: Floats, b_B: Floats) -> tuple[float, Floats]:
+    """(AUC(a) - AUC(b), influence of each row)."""
+    (auc_a, place_a_B), (auc_b, place_b_B) = _placements(positive_B, a_B), _placements(positive_B, b_B)
+    count_B = np.where(positive_B, positive_B.sum(), (~positive_B).sum())
+    return auc_a - auc_b, ((place_a_B - auc_a) - (place_b_B - auc_b)) / count_B
+
+
+def _placements(positive_B: NDArray[np.bool_], score_B: Floats) -> tuple[float, Floats]:
+    """(AUC, share of the other class that each row is on the right side of)."""
+
+    def below(of: Floats, among: Floats) -> Floats:
+        ordered = np.sort(among)
+        return (np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")) / 2 / max(ordered.size, 1)
+
+    score_B = np.asarray(score_B, np.float64)
+    place_B = np.empty(score_B.size)
+    place_B[positive_B] = below(score_B[positive_B], score_B[~positive_B])
+    place_B[~positive_B] = 1 - below(score_B[~positive_B], score_B[positive_B])
+    return float(place_B[positive_B].mean()) if positive_B.any() and not positive_B.all() else float("nan"), place_B
+
+
+def spearman_effect(a_SB: ArrayLike, b_SB: ArrayLike, truth_SB: ArrayLike) -> Effect:
+    """The effect on Spearman(a, truth) - Spearman(b, truth), units are the rows; ranks are taken once, on all rows."""
+    sides = [np.stack([_standard_ranks(row_B) for row_B in np.atleast_2d(values)]) for values in (a_SB, b_SB, truth_SB)]
+    a_SB, b_SB, truth_SB = sides
+
+    def parts(x_SB: Floats) -> tuple[Floats, Floats]:
+        rho_S = (x_SB * truth_SB).mean(1)
+        return rho_S, (x_SB * truth_SB - rho_S[:, None] / 2 * (x_SB**2 + truth_SB**2)) / x_SB.shape[1]
+
+    (rho_a_S, in_a_SB), (rho_b_S, in_b_SB) = parts(a_SB), parts(b_SB)
+    return Effect(rho_a_S - rho_b_S, in_a_SB - in_b_SB, a_SB.shape[1])
+
+
+def _standard_ranks(values_B: Floats) -> Floats:
+    """Mid-ranks with mean 0 and variance 1."""
+    _, inverse_B, ties_U = np.unique(values_B, return_inverse=True, return_counts=True)
+    rank_B = (np.cumsum(ties_U) - (ties_U - 1) / 2)[inverse_B]
+    return (rank_B - rank_B.mean()) / max(float(rank_B.std()), 1e-12)
+
+
+def by_unit(rows_SB: Floats, units_B: ArrayLike) -> Floats:
+    """Sums over the rows of each unit, (S, U)."""
+    _, unit_B = np.unique(np.asarray(units_B), return_inverse=True)
+    return np.stack([np.bincount(unit_B, weights=row_B) for row_B in rows_SB])
+
+
+# ---------------------------------------------------------------- estimates
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A difference with its interval.
+
+    Args:
+        p: two-sided, against the claim's margin.
+        detectable: smallest true difference that would be seen with a power of 80 %.
+        seed_sd: deviation between seeds, None for one.
+        units: what was resampled beside seeds: users, items or worlds.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    detectable: float
+    seed_sd: float | None
+    seeds: int
+    units: int
+    rows: int
+
+
+def estimate(effect: Effect, *, null: float = 0.0, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
+    """The mean over seeds with its two-way interval: seeds are drawn with replacement and units are counted anew (Poisson) in every resample.
+
+    Deviations between seeds are widened by sqrt(S / (S - 1)), because a handful of seeds shows too little of its own spread.
+
+    Args:
+        null: the difference that the p-value is taken against.
+    """
+    seeds, units = effect.influence_SU.shape
+    generator = np.random.default_rng(seed)
+    widened_S = (effect.theta_S - effect.theta_S.mean()) * np.sqrt(seeds / max(seeds - 1, 1))
+    drawn = []
+    for size in _blocks(resamples, max(units, seeds)):
+        share_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size) / seeds
+        count_RU = generator.poisson(1.0, (size, units)).astype(np.float64)
+        drawn.append(share_RS @ widened_S + (share_RS * (count_RU @ effect.influence_SU.T)).sum(1))
+    value_R = effect.theta_S.mean() + np.concatenate(drawn)
+    low, high = np.quantile(value_R, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min((value_R <= null).mean(), (value_R >= null).mean())
+    return Estimate(
+        difference=float(effect.theta_S.mean()),
+        low=float(low),
+        high=float(high),
+        p=float(min(1.0, 2 * max(beyond, 1 / (resamples + 1)))),
+        detectable=float(POWER * value_R.std()),
+        seed_sd=float(effect.theta_S.std(ddof=1)) if seeds > 1 else None,
+        seeds=seeds,
+        units=units,
+        rows=effect.rows,
+    )
+
+
+def _blocks(total: int, width: int) -> Iterator[int]:
+    size = max(1, CELLS // max(width, 1))
+    return (min(size, total - start) for start in range(0, total, size))
+
+
+def scalar_estimate(a_WS: ArrayLike, b_WS: ArrayLike, *, null: float = 0.0, level: float = 0.95, seed: int = 0) -> Estimate:
+    """The mean paired difference of one number per fit, over worlds (each the mean of its seeds), or over seeds where there is one world.
+
+    The interval is Student's t, the p-value an exact sign flip of the units' differences from `null`.
+    """
+    difference_WS = np.asarray(a_WS, np.float64) - np.asarray(b_WS, np.float64)
+    value = difference_WS.mean(1) if difference_WS.shape[0] > 1 else difference_WS[0]
+    count, mean = value.size, float(value.mean())
+    spread = float(value.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+    reach = student(level, count - 1) * spread if count > 1 else float("nan")
+    return Estimate(
+        difference=mean,
+        low=mean - reach,
+        high=mean + reach,
+        p=sign_flip(value - null, seed),
+        detectable=POWER * spread,
+        seed_sd=float(difference_WS.std(1, ddof=1).mean()) if difference_WS.shape[1] > 1 else None,
+        seeds=difference_WS.shape[1],
+        units=difference_WS.shape[0],
+        rows=int(difference_WS.size),
+    )
+
+
+def student(level: float, freedom: int) -> float:
+    """Half-width of Student's t interval in standard errors."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + level) / 2))
+
+
+def sign_flip(values: ArrayLike, seed: int = 0) -> float:
+    """Two-sided p that the values are centred at 0: all choices of signs up to 16 values, so it is exact and at least 2 / 2^n, else a draw of them."""
+    value = np.asarray(values, np.float64)
+    if value.size <= EXACT_FLIPS:
+        signs = 1 - 2 * np.indices((2,) * value.size).reshape(value.size, -1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (value.size, DRAWN_FLIPS))
+    return float((np.abs(value @ signs) >= abs(value.sum()) - 1e-12).mean())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values in the given order; each below a level keeps the family's error below it.
+
+    Source: Holm 1979
+    """
+    order = np.argsort(p_values, kind="stable")
+    stepped = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in adjusted]
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """kept | not kept | cannot tell, and why."""
+
+    word: str
+    reason: str
+
+
+def null_of(claim: Claim) -> float:
+    """The difference that the claim must stand above (below, for `smaller`)."""
+    return {"greater": claim.margin, "smaller": -claim.margin, "not_worse": -claim.margin}[claim.direction]
+
+
+def verdict(
+    claim: Claim, found: Estimate, rules: Statistics, *, adjusted_p: float | None = None, capped: bool = False, several_worlds: bool = False
+) -> Verdict:
+    """What the interval says about the claim, or why it must not say anything.
+
+    Args:
+        adjusted_p: Holm's p of a primary endpoint; `kept` then needs it below 1 - level as well.
+        capped: a reader of either arm was still improving at its last epoch.
+        several_worlds: the units are generated worlds, not seeds and users.
+    """
+    sign = -1.0 if claim.direction == "smaller" else 1.0
+    low, high = sorted((sign * found.low, sign * found.high))
+    if refusal := _refusal(claim, found, rules, capped, several_worlds):
+        return Verdict(CANNOT_TELL, refusal)
+    null = sign * null_of(claim)
+    if high < null or (claim.direction != "not_worse" and high < claim.least):
+        return Verdict(NOT_KEPT, "the interval lies on the other side" if high < 0 else "the interval leaves no room for a difference that matters")
+    if low > null and (adjusted_p is None or adjusted_p < 1 - rules.level):
+        return Verdict(KEPT, "the interval lies on the claimed side")
+    if low > null:
+        return Verdict(CANNOT_TELL, "not after adjusting for the other primary endpoints")
+    return Verdict(CANNOT_TELL, f"the interval holds both; differences from {found.detectable:.4f} on would be seen at this size")
+
+
+def _refusal(claim: Claim, found: Estimate, rules: Statistics, capped: bool, several_worlds: bool) -> str:
+    if not np.isfinite([found.difference, found.low, found.high]).all():
+        return "too little was measured for an interval"
+    if several_worlds and found.units < rules.min_worlds:
+        return f"{found.units} worlds, a verdict needs {rules.min_worlds}"
+    if not several_worlds and found.seeds < rules.min_seeds and claim.reader != "features":
+        return f"{found.seeds} seed, a verdict needs {rules.min_seeds}"
+    if claim.reader not in ("codes", "features") and not several_worlds and found.rows < rules.thin_rows:
+        return f"{found.rows} rows, a verdict needs {rules.thin_rows}"
+    if capped and rules.void_at_cap:
+        return "a reader was still improving at its last epoch"
+    return ""

@@ -1,0 +1,101 @@
+"""A release's codes into one tensor: an Iceberg scan at a tag against the JSON index, .pt and Parquet files that published tokenizers write."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from bench import Case
+from torch import Tensor
+
+NUMBER, TITLE = 5, "release to torch"
+COUNTS = {"quick": (50_000,), "normal": (1_000_000,), "full": (1_000_000, 10_000_000)}
+LEVELS, SIZE = 6, 100
+JSON_MOST = 1_000_000
+GATHERED = 65_536
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)  # a view of the scan's buffer, only read
+
+
+def cases(scale: str) -> Iterator[Case]:
+    for count in COUNTS[scale]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield reading(Path(folder), count, scale)
+
+
+def reading(folder: Path, count: int, scale: str) -> Case:
+    """Warm reads; the first read of each way stands in the facts."""
+    codes_NL = np.random.default_rng(0).integers(0, SIZE, (count, LEVELS)).astype(np.int32)
+    ways = {"Iceberg": iceberg(folder, codes_NL)} | files(folder, codes_NL)
+    if count > JSON_MOST:
+        ways.pop("JSON index")
+    rows = torch.randperm(count)[:GATHERED]
+    return Case(
+        name=f"{count:,} rows of {LEVELS} codes",
+        ours=ways.pop("Iceberg"),
+        peers=ways,
+        judged=("JSON index",),
+        equal=lambda ours, theirs: "" if torch.equal(ours.long(), theirs.long()) else "other codes",
+        units=count,
+        unit="rows",
+        work=float(codes_NL.nbytes),
+        limit="read",
+        seconds=0.05 * max(1.0, count / 1_000_000),
+        facts=lambda: {f"gather of {GATHERED} shuffled rows, ms": gather_time(torch.from_numpy(codes_NL), rows)},
+        notices=("a memory-mapped copy of a release is not a feature yet",),
+    )
+
+
+def gather_time(codes_NL: Tensor, rows: Tensor) -> float:
+    from bench import best
+
+    return round(1000 * best(lambda: codes_NL[rows]), 3)
+
+
+def iceberg(folder: Path, codes_NL: np.ndarray) -> Callable[[], Tensor]:
+    """A tagged table as the nightly run leaves it; reading = load the table, plan, scan the codes."""
+    from pyiceberg.catalog.sql import SqlCatalog
+
+    catalog = SqlCatalog("lake", uri=f"sqlite:///{folder / 'catalog.db'}", warehouse=f"file://{folder / 'warehouse'}")
+    catalog.create_namespace("sid")
+    offsets = pa.array(np.arange(0, codes_NL.size + 1, codes_NL.shape[1], dtype=np.int32))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(codes_NL.reshape(-1)))
+    data = pa.table({"item_id": pa.array(np.arange(len(codes_NL)).astype(str)), "codes": lists})
+    table = catalog.create_table("sid.item_sid", schema=data.schema)
+    table.append(data)
+    snapshot = table.current_snapshot()
+    assert snapshot is not None
+    table.manage_snapshots().create_tag(snapshot.snapshot_id, "release").commit()
+
+    def read() -> Tensor:
+        scan = catalog.load_table("sid.item_sid").scan(selected_fields=("codes",)).use_ref("release")
+        column = scan.to_arrow()["codes"].combine_chunks()
+        return torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1))
+
+    return read
+
+
+def files(folder: Path, codes_NL: np.ndarray) -> dict[str, Callable[[], Tensor]]:
+    """The formats of others: one JSON object of token strings, one tensor file, Parquet columns."""
+    names = np.char.add(np.char.add(np.array([f"<{chr(97 + level)}_" for level in range(LEVELS)]), codes_NL.astype(str)), ">")
+    (folder / "index.json").write_text(json.dumps(dict(zip(map(str, range(len(codes_NL))), names.tolist(), strict=True))), encoding="utf-8")
+    torch.save(torch.from_numpy(codes_NL).long(), folder / "codes.pt")
+    pq.write_table(pa.table({f"code_{level}": column.astype(np.int16) for level, column in enumerate(codes_NL.T)}), folder / "codes.parquet")
+    number = re.compile(r"\d+")
+
+    def parsed(text: dict[str, Any]) -> Tensor:
+        return torch.tensor([[int(number.search(token).group()) for token in tokens] for tokens in text.values()])  # type: ignore[union-attr]
+
+    return {
+        "JSON index": lambda: parsed(json.loads((folder / "index.json").read_text(encoding="utf-8"))),
+        "tensor file": lambda: torch.load(folder / "codes.pt", weights_only=True),
+        "Parquet columns": lambda: torch.from_numpy(np.stack([column.to_numpy() for column in pq.read_table(folder / "codes.parquet").columns], 1)),
+    }

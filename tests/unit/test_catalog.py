@@ -1,0 +1,115 @@
+"""Catalog and object store, said once for Spark and PyIceberg: addresses from the environment, secrets beside them, jars and the driver's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import catalog, lakehouse, spark
+from pipeline.config import Lake, Launch
+from pipeline.context import Home
+from pipeline.errors import ConfigError, UpstreamMissing
+
+CANARY = "c4n4ry/with+odd=chars&more"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SID_CATALOG_URI", "SID_CATALOG_USER", "SID_CATALOG_TOKEN", "SID_CATALOG_CREDENTIAL", "SID_WAREHOUSE", "SID_S3_ENDPOINT", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SID_CATALOG_PASSWORD", CANARY)
+
+
+# ---------------------------------------------------------------- the catalog's properties
+
+
+def test_user_and_password_go_beside_the_address_for_spark_and_inside_it_for_pyiceberg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SID_CATALOG_URI", "jdbc:postgresql://db:5432/lake")
+    monkeypatch.setenv("SID_CATALOG_USER", "sid")
+    monkeypatch.setenv("SID_WAREHOUSE", "s3://bucket/lake")
+    monkeypatch.setenv("SID_S3_ENDPOINT", "http://127.0.0.1:9000")
+    home, lake = Home.from_environment(), Lake(catalog="jdbc")
+    spark = catalog.for_spark(home, lake)
+    assert (spark["uri"], spark["jdbc.user"], spark["jdbc.password"]) == ("jdbc:postgresql://db:5432/lake", "sid", CANARY)
+    assert spark["io-impl"].endswith("S3FileIO")
+    reader = catalog.for_pyiceberg(home, lake)
+    assert reader["uri"] == "postgresql+psycopg2://sid:c4n4ry%2Fwith%2Bodd%3Dchars%26more@db:5432/lake"
+    assert spark["s3.endpoint"] == reader["s3.endpoint"] == "http://127.0.0.1:9000"
+    assert "io-impl" not in reader
+
+
+def test_a_rest_catalog_takes_its_token_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SID_CATALOG_URI", "https://catalog.example/api")
+    monkeypatch.setenv("SID_CATALOG_TOKEN", CANARY)
+    monkeypatch.setenv("SID_WAREHOUSE", "prod")
+    for found in (catalog.for_spark(Home.from_environment(), Lake(catalog="rest")), catalog.for_pyiceberg(Home.from_environment(), Lake(catalog="rest"))):
+        assert (found["type"], found["uri"], found["token"], found["warehouse"]) == ("rest", "https://catalog.example/api", CANARY, "prod")
+
+
+@pytest.mark.parametrize("uri", ["", "jdbc:postgresql://db/x?user=a&password=hunter22", "jdbc:postgresql://a:hunter22@db/x"])
+def test_a_missing_address_or_one_with_a_password_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SID_CATALOG_URI", uri)
+    with pytest.raises(ConfigError) as caught:
+        catalog.for_spark(Home.from_environment(), Lake(catalog="jdbc"))
+    assert "hunter22" not in str(caught.value)
+
+
+def test_a_folder_catalog_in_an_object_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SID_WAREHOUSE", "s3://bucket/lake")
+    with pytest.raises(ConfigError, match="object store"):
+        catalog.for_spark(Home.from_environment(), Lake())
+
+
+# ---------------------------------------------------------------- jars and the driver's address
+
+
+def test_the_sites_own_jars_go_wherever_icebergs_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jar = tmp_path / "driver.jar"
+    jar.touch()
+    monkeypatch.setenv("SID_JARS", str(jar))
+    assert spark.jars() == [spark.iceberg_jar(), jar]
+    settings = spark._settings(Launch())
+    assert settings["spark.jars"].split(",")[1:] == settings["spark.executor.extraClassPath"].split(":")[1:] == [str(jar)]
+    monkeypatch.setenv("SID_JARS", f"{jar}:{tmp_path / 'gone.jar'}")
+    with pytest.raises(ConfigError, match=r"gone\.jar"):
+        spark.jars()
+
+
+def test_the_driver_listens_on_loopback_unless_it_is_given_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SID_DRIVER_HOST", raising=False)
+    assert {spark._settings(Launch())[f"spark.driver.{name}"] for name in ("host", "bindAddress")} == {"127.0.0.1"}
+    monkeypatch.setenv("SID_DRIVER_HOST", "scheduler")
+    assert spark._settings(Launch())["spark.driver.host"] == "scheduler"
+
+
+# ---------------------------------------------------------------- tables on a catalog server
+
+
+def test_a_table_of_a_server_is_found_or_missing_and_nothing_is_made_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    from pyiceberg.catalog import load_catalog
+
+    monkeypatch.setenv("SID_CATALOG_URI", f"jdbc:sqlite:{tmp_path}/lake.db?journal_mode=WAL&busy_timeout=30000")
+    monkeypatch.setenv("SID_WAREHOUSE", (tmp_path / "lake").as_uri())
+    home, lake = Home(tmp_path / "home"), Lake(catalog="jdbc")
+    with pytest.raises(UpstreamMissing, match="does not exist yet"):
+        lakehouse.open_table(home, lake, "sid.release")
+    assert not lakehouse.is_ready(home, lake, "sid.release")
+    maker = load_catalog("lake", type="sql", uri=f"sqlite:///{tmp_path}/lake.db", warehouse=(tmp_path / "lake").as_uri())
+    maker.create_namespace("sid")
+    with pytest.raises(UpstreamMissing, match="does not exist yet"):
+        lakehouse.open_table(home, lake, "sid.release")
+    rows = pa.table({"tag": ["d20260301"], "logical_date": ["2026-03-01"], "revision": [1]})
+    maker.create_table("sid.release", rows.schema).append(rows)
+    assert lakehouse.read_releases(home, lake)["tag"].to_pylist() == ["d20260301"]
+    maker.engine.dispose()
+
+
+def test_a_server_that_does_not_answer_is_told_from_a_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SID_CATALOG_URI", "jdbc:postgresql://127.0.0.1:9/lake")
+    monkeypatch.setenv("SID_CATALOG_USER", "sid")
+    for look in (lakehouse.open_table, lakehouse.is_ready):
+        with pytest.raises(UpstreamMissing, match=lakehouse.UNREACHABLE) as caught:
+            look(Home(tmp_path), Lake(catalog="jdbc"), "sid.release")
+        assert CANARY not in str(caught.value) + str(caught.value.__cause__)

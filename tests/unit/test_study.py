@@ -1,0 +1,421 @@
+"""The study: its page, its grid, what it trains on, its statistics against slow loops, its verdicts and its tables."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs import study_cells, study_data
+from jobs.study_data import TEST, TRAIN, VALID, Catalogue, Log, World, prepared
+from pipeline import evaluation, study, study_page
+from pipeline.context import Home
+from pipeline.errors import ConfigError
+from pipeline.retrievers import base
+from pipeline.study import Claim, DataSet, Estimate, Statistics
+
+SMALL = {
+    "data": {"toy": {"kind": "shop"}, "other": {"kind": "shop", "worlds": 2}},
+    "inputs": {"weak": {"text": "tfidf"}, "none": {"text": "none"}},
+    "arms": {
+        "ada": {},
+        "mean": {"train_tokenizer": {"ada_sid": {"strength": "mean"}}},
+        "permuted": {"codes": "permuted"},
+        "ids": {"tokenizer": "none"},
+        "here": {"tokenizer": "plain", "data": ["toy"], "readers": ["wide"]},
+    },
+    "readers": {"wide": {}, "din": {"kind": "ranker"}},
+    "claims": [{"title": "t", "arm": "ada", "control": "mean", "reader": "wide", "metric": "recall@50"}],
+    "statistics": {"seeds": [0, 1, 2], "encoder_seeds": 2},
+}
+
+
+def page(**changes: object) -> study.Page:
+    return study.parse({**SMALL, **changes}, where="here")
+
+
+def cells(chosen: study.Page, **options: object) -> list[study.Cell]:
+    return study.grid(chosen, {label: f"digest of {label}" for label, _, _ in study.worlds(chosen)}, **options)
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize("name", ["study-smoke", "study-cpu", "study-gpu"])
+def test_a_shipped_page_loads_and_every_arm_of_its_claims_runs_where_it_is_claimed(name: str) -> None:
+    shipped = study.load(name)
+    for claim in shipped.claims:
+        for data in claim.data or [*shipped.data]:
+            for arm, reader in ((claim.arm, claim.reader), (claim.control or claim.arm, claim.control_reader or claim.reader)):
+                if reader in shipped.readers:
+                    assert not shipped.arms[arm].data or data in shipped.arms[arm].data, f"{claim.title}: {arm} is not run on {data}"
+                    assert reader in study.readers_of(shipped, arm, data), f"{claim.title}: {reader} does not read {arm} on {data}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"arms": {"ada": {"train_tokenizer": {"ada_sid": {"strenght": "mean"}}}}, "claims": []}, "strenght"),
+        ({"arms": {"ada": {"train_tokenizer": {"ada_sid": {"num_shared": "two"}}}}, "claims": []}, "num_shared"),
+        ({"arms": {"ada": {"readers": ["wider"]}}, "claims": []}, "wider"),
+        ({"claims": [{"title": "t", "arm": "adda", "reader": "wide", "metric": "recall@50"}]}, "adda"),
+        ({"readers": {"wide": {"train_retriever": {"beamz": 3}}}, "arms": {"ada": {}}, "claims": []}, "beamz"),
+        ({"source": {"pth": "x"}}, "source.pth"),
+        ({"inputs": {"weak": {"train_behavior_encoder": {"sasrec": {"dimm": 3}}}}}, "dimm"),
+    ],
+)
+def test_a_wrong_key_or_name_is_told_by_name(changes: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        page(**changes)
+
+
+def test_the_path_of_own_data_comes_from_outside_and_names_nothing() -> None:
+    shop, own = {"kind": "shop"}, {"kind": "amazon_beauty"}
+    given = study.parse({**SMALL, "data": {"toy": shop, "other": shop, "mine": own}, "source": {"path": "x/y"}}, where="here")
+    plain = study.parse({**SMALL, "data": {"toy": shop, "other": shop, "mine": own}}, where="here")
+    assert given.data["mine"].path == "x/y"
+    assert given.data["toy"].path == ""
+    assert given.digest() == plain.digest()
+    assert [cell.key for cell in cells(given)] == [cell.key for cell in cells(plain)]
+    with pytest.raises(ConfigError, match="your own copy"):
+        study_data.files_of(plain.data["mine"], "mine")
+
+
+def test_overrides_reach_every_section() -> None:
+    changed = study.load("study-smoke", ["statistics.seeds=[5]", "train_tokenizer.ada_sid.codebook_size=7", "data.shop.options.items=99"])
+    assert changed.statistics.seeds == [5]
+    assert study.tokenizer_settings(changed, "ada_sid").ada_sid.codebook_size == 7
+    assert changed.data["shop"].options["items"] == 99
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def test_the_grid_is_in_order_shares_codes_and_leaves_out_what_an_arm_does_not_want() -> None:
+    found = cells(page())
+    place = {cell.key: at for at, cell in enumerate(found)}
+    assert len(place) == len(found)
+    assert all(place[need] < place[cell.key] for cell in found for need in cell.needs)
+    toy = [cell for cell in found if cell.data == "toy"]
+    kinds = {kind: [cell for cell in toy if cell.kind == kind] for kind in ("floors", "features", "codes", "read")}
+    assert [len(kinds[kind]) for kind in kinds] == [1, 2, 9, 24]  # 3 tokenizers x 3 seeds: `permuted` reads the codes of `ada`
+    assert {cell.arm for cell in kinds["codes"]} == {"ada", "mean", "here"}, "the first arm names what several share"
+    assert {cell.reader for cell in toy if cell.arm == "ids"} == {"din"}
+    assert {cell.reader for cell in toy if cell.arm == "here" and cell.kind == "read"} == {"wide"}
+    assert not [cell for cell in found if cell.arm == "here" and cell.data == "other"]
+    assert {cell.world for cell in found if cell.data == "other"} == {0, 1}
+
+
+def test_a_key_follows_what_decides_the_result_and_nothing_else() -> None:
+    def keys(kind: str, **changes: object) -> set[str]:
+        return {cell.key for cell in cells(page(**changes)) if cell.kind == kind}
+
+    assert keys("codes", train_tokenizer={"opq": {"codebook_size": 9}}) == keys("codes")
+    assert keys("codes", train_tokenizer={"ada_sid": {"codebook_size": 9}}).isdisjoint(keys("codes"))
+    assert keys("features", train_behavior_encoder={"richness": "count"}) == keys("features")
+    assert keys("codes", train_behavior_encoder={"richness": "count"}).isdisjoint(keys("codes"))
+    assert keys("codes", train_retriever={"max_epochs": 2}) == keys("codes")
+    assert not keys("read", train_retriever={"max_epochs": 2}) >= keys("read")
+    of_test = {cell.key for cell in cells(page(), part="test")}
+    assert {cell.key for cell in cells(page()) if cell.kind in ("codes", "features")} <= of_test
+    assert keys("read").isdisjoint(of_test)
+
+
+def test_a_selection_takes_along_what_it_needs() -> None:
+    chosen = study.selected(cells(page()), "toy/mean/wide/seed 1$")
+    assert [cell.kind for cell in chosen] == ["floors", "features", "codes", "read"]
+    assert {cell.data for cell in chosen} == {"toy"}
+    with pytest.raises(ConfigError, match="matches no cell"):
+        study.selected(cells(page()), "nothing")
+    with pytest.raises(ConfigError, match="selection"):
+        study.selected(cells(page()), "(")
+
+
+# ---------------------------------------------------------------- what is trained on
+
+
+def log(seed: int = 0, users: int = 30, items: int = 25) -> tuple[Log, Catalogue]:
+    """Users of 4 to 9 events; the last two are asked."""
+    rng = np.random.default_rng(seed)
+    user_T = np.repeat(np.array([f"u{number:03d}" for number in range(users)]), rng.integers(4, 10, users))
+    item_T = np.array([f"i{number:03d}" for number in rng.integers(0, items, len(user_T))])
+    part_T, stop_T = study_data._last_two(user_T)
+    ids = np.array([f"i{number:03d}" for number in range(items)])
+    catalogue = Catalogue(ids, [f"text {name}" for name in ids], [""] * items, [""] * items, np.ones(items, dtype=bool), np.full(items, -1))
+    return Log(user_T, item_T, part_T, stop_T, np.zeros(len(user_T), dtype=bool), np.full(len(user_T), np.nan)), catalogue
+
+
+def job(world: World, **data: object) -> study_cells.Job:
+    chosen = page(data={"toy": {"kind": "shop", **data}, "other": {"kind": "shop"}})
+    return study_cells.Job(chosen, cells(chosen)[0], world, study_cells.Store(Path()), "valid")
+
+
+def test_nothing_of_later_periods_enters_what_is_trained_on() -> None:
+    first, catalogue = log()
+    later = first.part_T != TRAIN
+    moved = np.where(later, np.random.default_rng(1).permutation(first.item_T), first.item_T)
+    worlds = [prepared(each, catalogue, DataSet()) for each in (first, replace(first, item_T=moved))]
+    assert (worlds[0].item_T != worlds[1].item_T).any()
+    for a, b in zip(worlds[0].train()[:2], worlds[1].train()[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(worlds[0].count_N, worlds[1].count_N)
+    np.testing.assert_array_equal(worlds[0].stratum_N, worlds[1].stratum_N)
+    rows = [study_cells.rank_rows(job(world), world.learned(3), final=False, history=5) for world in worlds]
+    for name in ("user", "target", "history", "label", "stratum", "evidence"):
+        np.testing.assert_array_equal(getattr(rows[0], name), getattr(rows[1], name), err_msg=name)
+
+
+def test_a_history_ends_before_its_answer_and_negatives_are_nobodys_own() -> None:
+    world = prepared(*log(users=40), DataSet())
+    for part, code in (("valid", VALID), ("test", TEST)):
+        asked = world.asked(part)
+        assert (world.part_T[asked.at_Q] == code).all()
+        assert (asked.stop_Q <= asked.at_Q).all()
+        offsets, items = study_data.packed(world.item_T, asked.start_Q, asked.stop_Q)
+        for row, at in enumerate(asked.at_Q):
+            np.testing.assert_array_equal(items[offsets[row] : offsets[row + 1]], world.item_T[world.offset_U[world.user_T[at]] : asked.stop_Q[row]])
+    asked = world.asked("test")
+    drawn = study_cells.negatives(world, asked, 3, 7, final=True)
+    own = {(user, item) for user, item in zip(world.user_T, world.item_T, strict=True)}
+    answers = np.repeat(world.item_T[asked.at_Q], 3)
+    assert not own & set(zip(np.repeat(world.user_T[asked.at_Q], 3), drawn, strict=True))
+    assert (world.stratum_N[drawn] == world.stratum_N[answers]).all()
+
+
+def test_a_subset_of_users_keeps_their_events_and_the_ends_of_their_histories() -> None:
+    whole, catalogue = log()
+    some = study_data._some_users(whole, 7)
+    assert len(np.unique(some.user_T)) == 7
+    for user in np.unique(some.user_T):
+        rows, old = np.flatnonzero(some.user_T == user), np.flatnonzero(whole.user_T == user)
+        np.testing.assert_array_equal(some.item_T[rows], whole.item_T[old])
+        np.testing.assert_array_equal(some.stop_T[rows] - rows[0], whole.stop_T[old] - old[0])
+    assert prepared(some, catalogue, DataSet()).offset_U[-1] == len(some.user_T)
+
+
+def test_items_that_only_later_periods_know_come_last() -> None:
+    events, catalogue = log()
+    known = np.arange(25) % 5 != 0
+    world = prepared(events, replace(catalogue, known_N=known), DataSet())
+    assert world.num_known == known.sum()
+    assert world.catalogue.known_N[: world.num_known].all()
+    np.testing.assert_array_equal(world.catalogue.item_ids[world.item_T], events.item_T)
+
+
+def test_retail_baskets_are_asked_whole_from_before_and_their_order_is_no_id_order(tmp_path: Path) -> None:
+    head = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID"
+    for day, number in (("2010-12-01", 1), ("2011-06-30", 2), ("2011-08-20", 3), ("2011-11-15", 4)):
+        lines = [f"{number}00{user},{code},item {code},1,{day} 10:00:00,1.5,{user}.0" for user in (1, 2) for code in range(10000 + number, 10005 + number)]
+        lines += [f"C{number},10009,gone,1,{day} 10:00:00,1,1", f"{number}9,POST,post,1,{day} 10:00:00,1,1", f"{number}8,10009,free,0,{day} 10:00:00,1,1"]
+        (tmp_path / f"{day}.csv").write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
+    world = study_data.read_world(DataSet(kind="online_retail", path=str(tmp_path)), "retail", 0, Home(tmp_path))
+    assert "10009" not in world.catalogue.item_ids
+    assert world.catalogue.known_N.tolist() == [True] * 6 + [False] * 2  # the codes 10001 .. 10006 stand before the periods that are asked
+    asked = world.asked("valid")
+    assert np.unique(world.user_T[asked.at_Q], return_counts=True)[1].tolist() == [5, 5]
+    assert set(asked.stop_Q - asked.start_Q) == {10}
+    basket = world.item_T[world.offset_U[0] : world.offset_U[0] + 5]
+    assert sorted(basket) != basket.tolist() or sorted(world.item_T[world.offset_U[0] + 5 : world.offset_U[0] + 10]) != basket.tolist()
+
+
+# ---------------------------------------------------------------- codes as read
+
+
+def test_weights_as_a_control_hands_them_on() -> None:
+    codes = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2]])
+    weights = torch.tensor([[1.0, 0.2], [1.0, 0.0], [1.0, 0.6], [1.0, 0.0]])
+    shelf = base.Catalogue(codes, weights, base.numbered(codes), (3, 2), 1)
+    np.testing.assert_allclose(study_cells.weights_as(shelf, "mean", 0).numpy(), [[1, 0.4], [1, 0], [1, 0.4], [1, 0]])
+    np.testing.assert_allclose(study_cells.weights_as(shelf, "one", 0).numpy(), [[1, 1], [1, 0], [1, 1], [1, 0]])
+    shuffled = {tuple(study_cells.weights_as(shelf, "shuffled", seed)[:, 1].tolist()) for seed in range(8)}
+    assert {tuple(sorted(row)) for row in shuffled} == {tuple(sorted(weights[:, 1].tolist()))}
+    assert len(shuffled) == 2
+    assert study_cells.weights_as(shelf, "own", 0) is weights
+
+
+def test_purity_and_shared_codes_against_slow_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    codes, weights, cluster = torch.from_numpy(rng.integers(0, 3, (9, 3))), torch.from_numpy(rng.random((9, 3))).float(), rng.integers(0, 2, 9)
+    for ordered in (False, True):
+        score = study_cells.shared_codes(codes, weights, codes, weights, ordered=ordered)
+        for a, b in itertools.product(range(9), range(9)):
+            same = (codes[a] == codes[b]).tolist()
+            counted = list(itertools.takewhile(bool, same)) if ordered else same
+            want = sum(float(weights[a, at] * weights[b, at]) for at, equal in enumerate(counted) if equal)
+            assert float(score[a, b]) == pytest.approx(want, abs=1e-6)
+    monkeypatch.setattr(study_cells, "NEIGHBOURS", 3)
+    unique = torch.from_numpy(rng.permutation(81).reshape(9, 9) / 10.0)
+    found = study_cells.purity(unique.clone(), cluster)
+    for item in range(9):
+        best = sorted((other for other in range(9) if other != item), key=lambda other: -unique[item, other])[:3]
+        assert found[item] == pytest.approx(np.mean([cluster[other] == cluster[item] for other in best]))
+    assert study_cells.purity(torch.zeros(9, 9), cluster)[0] == pytest.approx((np.sum(cluster == cluster[0]) - 1) / 8)  # all tied: chance
+
+
+# ---------------------------------------------------------------- statistics against slow loops
+
+
+def test_the_interval_of_a_mean_is_that_of_resampled_users_and_seeds() -> None:
+    rng = np.random.default_rng(0)
+    users = rng.integers(0, 60, 400)
+    value = rng.normal(0.1, 1, (3, 400)) + rng.normal(0, 0.5, 60)[users] + rng.normal(0, 0.2, (3, 1))
+    found = study.estimate(study.mean_effect(value, users), resamples=4000, seed=1)
+    drawn = []
+    spread = (value.mean(1) - value.mean()) * np.sqrt(3 / 2)
+    for _ in range(4000):
+        picked = np.bincount(rng.integers(0, 60, 60), minlength=60)[users]
+        seeds = rng.integers(0, 3, 3)
+        drawn.append(np.mean([(value[seed] - value[seed].mean()) @ picked / picked.sum() + spread[seed] for seed in seeds]))
+    low, high = value.mean() + np.quantile(drawn, [0.025, 0.975])
+    assert found.difference == pytest.approx(value.mean())
+    assert found.high - found.low == pytest.approx(high - low, rel=0.08)
+    assert (found.seeds, found.units, found.rows) == (3, 60, 400)
+    assert found.seed_sd == pytest.approx(value.mean(1).std(ddof=1))
+
+
+def test_influence_is_the_derivative_for_means_aucs_and_rank_correlations() -> None:
+    rng = np.random.default_rng(2)
+    rows, users = 60, np.arange(60) // 2
+    label, a, b = rng.random(rows) < 0.4, rng.normal(size=rows).round(1), rng.normal(size=rows).round(1)
+    weights = rng.random(rows)
+
+    def weighted_auc(score: np.ndarray, count: np.ndarray) -> float:
+        wins = (score[label][:, None] > score[~label]) + 0.5 * (score[label][:, None] == score[~label])
+        return float((count[label][:, None] * count[~label] * wins).sum() / (count[label].sum() * count[~label].sum()))
+
+    def weighted_rho(x: np.ndarray, y: np.ndarray, count: np.ndarray) -> float:
+        x, y = evaluation.midranks(x), evaluation.midranks(y)
+        x, y = x - np.average(x, weights=count), y - np.average(y, weights=count)
+        return float((count * x * y).sum() / np.sqrt((count * x * x).sum() * (count * y * y).sum()))
+
+    truth = rng.normal(size=rows)
+    statistics = [
+        (study.mean_effect(a - b, users, weights), lambda count: float(np.average(a - b, weights=weights * count))),
+        (study.auc_effect(label, a, b, users), lambda count: weighted_auc(a, count) - weighted_auc(b, count)),
+    ]
+    for effect, statistic in statistics:
+        assert effect.theta_S[0] == pytest.approx(statistic(np.ones(rows)))
+        slope = [(statistic(1 + 1e-6 * (users == user)) - statistic(np.ones(rows))) / 1e-6 for user in range(30)]
+        np.testing.assert_allclose(effect.influence_SU[0], slope, atol=1e-5)
+        assert effect.influence_SU.sum() == pytest.approx(0, abs=1e-12)
+    ranked = study.spearman_effect(a, b, truth)
+    assert ranked.theta_S[0] == pytest.approx(evaluation.spearman(a, truth) - evaluation.spearman(b, truth))
+    difference = lambda count: weighted_rho(a, truth, count) - weighted_rho(b, truth, count)  # noqa: E731
+    slope = [(difference(1 + 1e-6 * (np.arange(rows) == row)) - difference(np.ones(rows))) / 1e-6 for row in range(rows)]
+    np.testing.assert_allclose(ranked.influence_SU[0], slope, atol=1e-5)
+
+
+def test_worlds_and_seeds_of_single_numbers() -> None:
+    a, b = [[0.7, 0.8], [0.6, 0.6], [0.9, 0.8]], [[0.6, 0.6], [0.6, 0.5], [0.7, 0.9]]
+    several = study.scalar_estimate(a, b)
+    assert several.difference == pytest.approx(np.mean([0.15, 0.05, 0.05]))
+    assert several.p == pytest.approx(0.25)  # all three positive: 2 of 8 sign flips are as far
+    assert (several.units, several.seeds) == (3, 2)
+    one = study.scalar_estimate(a[:1], b[:1])
+    assert one.low < one.difference < one.high
+    assert not np.isfinite(study.scalar_estimate([[0.5]], [[0.4]]).low)
+    values = np.random.default_rng(0).normal(0.3, 1, 7)
+    flips = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=7)]
+    assert study.sign_flip(values) == pytest.approx(np.mean(np.array(flips) >= abs(values.sum()) - 1e-12))
+
+
+def test_holm() -> None:
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert study.holm([]) == []
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def estimated(low: float, high: float, **changes: object) -> Estimate:
+    facts = {"difference": (low + high) / 2, "low": low, "high": high, "p": 0.01, "detectable": 0.01, "seed_sd": 0.001, "seeds": 3, "units": 900, "rows": 5000}
+    return Estimate(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("claimed", "found", "options", "word"),
+    [
+        ({}, estimated(0.001, 0.01), {}, "kept"),
+        ({}, estimated(-0.01, -0.001), {}, "not kept"),
+        ({}, estimated(-0.001, 0.01), {}, "cannot tell"),
+        ({"least": 0.02}, estimated(-0.001, 0.01), {}, "not kept"),
+        ({"margin": 0.002}, estimated(0.001, 0.01), {}, "cannot tell"),
+        ({"direction": "smaller"}, estimated(-0.01, -0.001), {}, "kept"),
+        ({"direction": "smaller"}, estimated(0.001, 0.01), {}, "not kept"),
+        ({"direction": "not_worse", "margin": 0.003}, estimated(-0.002, 0.01), {}, "kept"),
+        ({"direction": "not_worse", "margin": 0.003}, estimated(-0.01, 0.01), {}, "cannot tell"),
+        ({"direction": "not_worse", "margin": 0.003}, estimated(-0.01, -0.004), {}, "not kept"),
+        ({"primary": True}, estimated(0.001, 0.01), {"adjusted_p": 0.2}, "cannot tell"),
+        ({"primary": True}, estimated(0.001, 0.01), {"adjusted_p": 0.01}, "kept"),
+        ({}, estimated(0.001, 0.01, seeds=1), {}, "cannot tell"),
+        ({}, estimated(0.001, 0.01, rows=999), {}, "cannot tell"),
+        ({"reader": "codes"}, estimated(0.001, 0.01, rows=3), {}, "kept"),
+        ({}, estimated(0.001, 0.01), {"capped": True}, "cannot tell"),
+        ({}, estimated(0.001, 0.01, units=5), {"several_worlds": True}, "cannot tell"),
+        ({}, estimated(0.001, 0.01, units=9, rows=9), {"several_worlds": True}, "kept"),
+        ({}, estimated(float("nan"), float("nan")), {}, "cannot tell"),
+    ],
+)
+def test_a_verdict_says_what_the_interval_allows(claimed: dict, found: Estimate, options: dict, word: str) -> None:
+    claim = Claim(**{"title": "t", "arm": "a", "control": "b", "reader": "wide", "metric": "recall@50", **claimed})
+    verdict = study.verdict(claim, found, Statistics(), **options)
+    assert verdict.word == word
+    assert verdict.reason
+
+
+# ---------------------------------------------------------------- tables and the page
+
+
+def document() -> dict:
+    claim = {"title": "a <b> beats b", "data": "toy", "arm": "a", "control": "b", "reader": "wide", "control_metric": "", "metric": "recall@50"}
+    claim |= {"stratum": "tail", "primary": True, "difference": 0.01, "low": 0.002, "high": 0.02, "p": 0.01, "holm_p": 0.02, "detectable": 0.01}
+    claim |= {"seed_sd": 0.001, "rows": 1200, "seeds": 2, "verdict": "kept", "reason": "the interval lies on the claimed side"}
+    row = {"data": "toy", "reader": "wide", "arm": "a", "rows": 1200, "fits": 2, "thin": False, "capped": False, "spread": {"recall@50": 0.001}}
+    rows = [{**row, "stratum": name, "metrics": {"recall@50": 0.1, "ndcg@50": 0.05}} for name in ("all", "tail")]
+    floor = {**row, "reader": "floor", "arm": "markov", "stratum": "all", "fits": 1, "metrics": {"recall@50": 0.06}, "spread": {}}
+    rich = {f"{name}/rank": 0.3 for name in ("richness_spearman", "mean_strength", "low_strength_share", "high_strength_share")}
+    return {
+        "name": "toy", "title": "A toy", "about": "About.", "part": "valid", "command": "sid study toy",
+        "commit": "c" * 40, "commits": ["c" * 40], "config": "f" * 12,
+        "seeds": [0, 1], "statistics": {"level": 0.95}, "cpu_seconds": 90.0, "seconds": 100.0, "counts": {"kept": 1, "not kept": 0, "cannot tell": 0},
+        "data": {"toy": {"digest": "d" * 12, "items": 9, "cold_items": 1, "users": 5, "train_events": 30, "questions": 1200}},
+        "readings": [*rows, floor], "codes": [{"data": "toy", "name": "a", "fits": 2, "metrics": {"perplexity": 90.5, "purity": 0.5}, "spread": {}}],
+        "inputs": [{"data": "toy", "name": "weak", "fits": 1, "metrics": rich, "spread": {}}],
+        "strength": {"toy/inputs weak/seed 0": {"rank": {"edges": [0, 0.5, 1], "counts": {"head": [1, 2], "tail": [3, 0]}}}},
+        "claims": [claim], "not_run": ["c beats d (toy)"], "curves": {"toy/a/wide/seed 0": {"valid_ndcg@50": [0.1, 0.2]}},
+        "cells": [{"name": "toy/floors", "key": "k", "config": "f", "data_digest": "d", "commit": "c" * 40, "command": "sid study toy", "seconds": 3.0}],
+    }  # fmt: skip
+
+
+def test_the_tables_show_arms_floors_and_verdicts() -> None:
+    text = study_page.markdown(document())
+    assert "| a <b> beats b | toy | recall@50, wide, tail (primary) | +0.0100 | [+0.0020, +0.0200] | 2 | **kept** |" in text
+    assert "| a | 2 | 0.1000 (0.0010) | 0.0500 | 0.1000 (0.0010) |" in text
+    assert text.index("| markov | 1 | 0.0600 |") < text.index("| a | 2 |")
+    assert "`sid study toy`" in text
+    assert "Not run here: 1 of 2 comparisons" in text
+    assert "d" * 12 in text
+
+
+def test_the_page_is_one_file_without_addresses_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    text = study_page.write_page(tmp_path / "index.html", document()).read_text(encoding="utf-8")
+    assert "a &lt;b&gt; beats b" in text
+    assert text.count("<svg") == 4
+    assert 'class="verdict pass">kept' in text
+    assert "<script" not in text
+    assert 'src="http' not in text
+
+
+def test_a_results_file_gets_the_table_between_its_markers_alone() -> None:
+    before = "# Results\n<!-- study:toy -->\nold\n<!-- /study -->\nrest <!-- study:other -->\nkept\n<!-- /study -->\n"
+    after = study_page.inserted(before, "toy", "new \\1\n", where="f")
+    assert after == before.replace("old\n", "new \\1\n")
+    assert study_page.inserted(after, "toy", "new \\1\n", where="f") == after
+    with pytest.raises(ConfigError, match="no place"):
+        study_page.inserted("nothing", "toy", "new", where="f")
