@@ -228,8 +228,10 @@ def encode_in_chunks(items: ItemBatch, encode: Callable[[ItemBatch, Keep | None]
         raise ValueError("nothing to encode: the batch has no items")
     outputs = []
     for start in range(0, len(items), ENCODE_ROWS):
-        rows = torch.arange(start, start + ENCODE_ROWS).clamp_(max=len(items) - 1)
-        outputs.append(encode(items.take(rows.to(items.richness_N.device)), keep.take(rows) if keep else None))
+        rows: Tensor | slice = slice(start, start + ENCODE_ROWS)  # a view where a block is full
+        if start + ENCODE_ROWS > len(items):
+            rows = torch.arange(start, start + ENCODE_ROWS, device=items.richness_N.device).clamp_(max=len(items) - 1)
+        outputs.append(encode(items.take(rows), keep.take(rows if isinstance(rows, slice) else rows.cpu()) if keep else None))
     joined = {item.name: torch.cat([getattr(output, item.name) for output in outputs])[: len(items)].cpu() for item in fields(TokenizerOutput)}
     return TokenizerOutput(**joined)
 

@@ -116,6 +116,13 @@ class ResidualSearch:
         return torch.stack(codes, 1)
 
 
+def sum_of_rows(codes_BL: Tensor, codebook_LKD: Tensor) -> Tensor:
+    """The sum of each point's code rows, (B, D), without a copy of them."""
+    positions, size, _ = codebook_LKD.shape
+    offset_L = torch.arange(positions, device=codes_BL.device) * size
+    return F.embedding_bag(codes_BL + offset_L, codebook_LKD.flatten(0, 1), mode="sum")
+
+
 def _each_block(walk: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
     """The walk of every block, one block a thread: threads that meet after each small step would wait for each other most of the time."""
     threads = torch.get_num_threads()

@@ -16,9 +16,9 @@ from pipeline import config as profile
 from pipeline.tokenizers import metrics
 from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
 from pipeline.tokenizers.fit import generator_for
-from pipeline.tokenizers.quantize import gather_codes, kmeans, nearest_centroid, residual_codes, take_rows
+from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes, take_rows
 from pipeline.tokenizers.refresh import champion
-from pipeline.tokenizers.residual import ResidualSearch
+from pipeline.tokenizers.residual import ResidualSearch, sum_of_rows
 
 POINTS_PER_CODE = 1024  # items per code that a level is fitted on, at most
 
@@ -39,7 +39,7 @@ def concatenate(items: ItemBatch, widths: dict[str, int]) -> Tensor:
             blocks.append(torch.zeros(len(items), width, device=items.richness_N.device))
         else:
             blocks.append(F.normalize(vectors.float(), dim=1) * items.mask(name)[:, None])
-    return torch.cat(blocks, 1)
+    return torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
 
 
 def shown_columns(items: ItemBatch, widths: dict[str, int]) -> Tensor:
@@ -127,7 +127,7 @@ class RqKmeans:
             points_BD = concatenate(rows, self.widths)
             if keep is None:
                 codes_BL = self._search.codes(points_BD)
-                quantized_BD = gather_codes(codes_BL, self.codebook_LKD).sum(1)
+                quantized_BD = sum_of_rows(codes_BL, self.codebook_LKD)
             else:
                 codes_BL, quantized_BD = residual_codes(points_BD, self.codebook_LKD, keep.codes_NL, keep.margin)
             return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)

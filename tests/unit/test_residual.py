@@ -96,3 +96,9 @@ def test_no_points_give_no_codes():
 
 def test_narrow_points_stay_in_float32():
     assert not residual.ResidualSearch(torch.randn(2, 4, 32, generator=rng())).bfloat16
+
+
+def test_the_sum_of_rows_is_what_the_codes_stand_for():
+    points, books = world(40)
+    codes, quantised = residual_codes(points, books)
+    assert torch.allclose(residual.sum_of_rows(codes, books), quantised, atol=1e-4)
