@@ -31,7 +31,10 @@ from pipeline.context import Home, derive_seed, read_json
 from pipeline.ranker import RankerFit
 
 WITHOUT_POLICY = "item_popularity,content_embedding,user_sequence"
-WITH_POLICY = "content_embedding,content_pair,train_behavior_encoder,behavior_embedding,train_content_encoder,content_cre,item_feature,train_tokenizer,assign_sid,publish_release,gate_drift"
+WITH_POLICY = (
+    "content_embedding,content_pair,train_behavior_encoder,behavior_embedding,train_content_encoder,content_cre,"
+    "item_feature,train_tokenizer,assign_sid,publish_release,gate_drift"
+)
 POLICIES = ("frozen", "anchored", "warm", "cold")
 FUTURE_DAYS = 7
 NEIGHBOURS = 20
