@@ -1,1 +1,1 @@
-"""One file per row of the benchmark table; the threads of peers are set here, before any of them is imported."""
+"""One file per row of the benchmark table: NUMBER, TITLE and `cases(scale)`."""
