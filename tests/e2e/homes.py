@@ -15,6 +15,7 @@ from pipeline import config, lakehouse
 from pipeline.context import Home
 
 UNDATED = {"feature.item_content_vector", "sid.codebook", "sid.generation"}
+MAY_BE_EMPTY = {"raw.rejected_row", "feature.content_pair", "feature.content_encoder"}  # the content recipe is off in this profile
 NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, and the list of releases says how one got there
 
 
@@ -45,7 +46,7 @@ def digests(home: Path, last: date, tables: Iterable[str] = ()) -> dict[str, str
         partition = lakehouse.partition_columns(table)
         day = partition[0] if partition and table not in UNDATED else ""
         kept = sorted(json.dumps({**row, "path": ""}, default=str, sort_keys=True) for row in rows if not day or row[day] <= last)  # a path names its home
-        found[table] = hashlib.sha256("\n".join(kept).encode()).hexdigest() if kept or table == "raw.rejected_row" else "empty"
+        found[table] = hashlib.sha256("\n".join(kept).encode()).hexdigest() if kept or table in MAY_BE_EMPTY else "empty"
     return found
 
 

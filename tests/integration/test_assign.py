@@ -216,8 +216,11 @@ def test_the_churn_budget_holds_within_a_generation_only_and_lost_items_are_coun
     measured = {"rows": 1.0, "known": 1.0, "churn": 0.4, "churn_head": 0.2}
     sources = assign_sid.Sources(items=3, parent_items=2, text_encoder_id="enc", image_encoder_id=None)
     within = assign_sid.against_sources(measured, sources, plan())
-    assert within == {"rows_missing": 2.0, "items_lost": 1.0, "budget_churn": 0.4, "budget_churn_head": 0.2}
-    assert assign_sid.against_sources(measured, sources, plan(new_generation=True))["budget_churn"] == 0.0
+    assert within == {"rows_missing": 2.0, "items_lost": 1.0, "budget_churn": 0.4, "budget_churn_head": 0.2, "budget_churn_refit": 0.0}
+    cold = plan(new_generation=True)
+    budgets = {start: assign_sid.against_sources(measured, sources, cold.model_copy(update={"start": start})) for start in ("cold", "warm", "anchored")}
+    assert {start: found["budget_churn"] for start, found in budgets.items()} == {"cold": 0.0, "warm": 0.0, "anchored": 0.0}
+    assert {start: found["budget_churn_refit"] for start, found in budgets.items()} == {"cold": 0.0, "warm": 0.0, "anchored": 0.4}
 
 
 def test_collisions_by_decile(spark):
@@ -246,5 +249,5 @@ def test_gate_names_only_metrics_that_somebody_measures(spark):
     features = spark.createDataFrame([feature("a")], FEATURE)
     rows = assign_sid.release_rows(features, encoded_frame(spark, [("a", (1, 1))]), spark.createDataFrame([], SID), plan(parent=False))
     metrics, _ = assign_sid.measure(assign_sid.with_groups(rows, SIZES), SIZES)
-    known = {*contract["metrics"], *metrics, "rows_missing", "items_lost", "budget_churn", "budget_churn_head"}
+    known = {*contract["metrics"], *metrics, "rows_missing", "items_lost", "budget_churn", "budget_churn_head", "budget_churn_refit"}
     assert {rule["metric"] for rule in contract["expect"]} <= known
