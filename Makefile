@@ -20,7 +20,7 @@ test-services: $(SETTLED)  ## a night, its readers and a backfill on PostgreSQL,
 test-unit: $(SETTLED)  ## the fast tests: no JVM, no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
 
-chaos: $(SETTLED)  ## random kills and faults on a small shop, half an hour or so; chaos.json says what held
+chaos: $(SETTLED)  ## random kills and faults on a small shop, half an hour or so; .sid/chaos.json says what held
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills $(or $(KILLS),50)
 
 stability: $(SETTLED)  ## what each refresh policy keeps and costs, night by night: make stability SOURCE=<folder of day files> WORK=<folder>

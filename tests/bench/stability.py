@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--tokenizers", default="ada_sid,rq_kmeans")
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("stability.json"))
+    parser.add_argument("--out", type=Path, default=Path(".sid/stability.json"))
     given = parser.parse_args()
     work = Work(given.work, given.profile, given.sets)
     tokenizers, policies = ([name for name in text.split(",") if name] for text in (given.tokenizers, given.policies))
@@ -246,6 +246,7 @@ def main() -> None:
     for tokenizer in tokenizers:
         fits, later = old_readers(work, tokenizer, given.first)
         rows += [row for policy in policies for row in measure(work, f"{tokenizer}_{policy}", given.first, fits, later)]
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     sys.stdout.write(table(rows) + "\n")
 

@@ -1,4 +1,4 @@
-"""Breaks nights on purpose and looks at what readers see: `make chaos`, or `python tests/chaos/chaos.py --kills 50 --out chaos.json`.
+"""Breaks nights on purpose and looks at what readers see: `make chaos`, or `python tests/chaos/chaos.py --kills 50`.
 
 Every fault is followed by a plain rerun. Held at all times: each release that sid.release names can be read whole, with the digest it was published with.
 Held at the end: the tables equal those of an undisturbed run row by row, no audit branch is left, no MLflow run looks alive.
@@ -268,7 +268,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="comma-separated names of faults")
-    parser.add_argument("--out", type=Path, default=Path("chaos.json"))
+    parser.add_argument("--out", type=Path, default=Path(".sid/chaos.json"))
     given = parser.parse_args()
     log.configure()
     logger.setLevel(logging.INFO)
@@ -285,6 +285,7 @@ def main() -> int:
         }
         chosen = [name.strip() for name in given.only.split(",") if name.strip()] or list(faults)
         rows = [attempt(name, faults[name]) for name in chosen]
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps({"undisturbed_seconds": round(seconds, 1), "faults": rows}, indent=1), encoding="utf-8")
     return int(any(row["held"] == "NO" for row in rows))
 
