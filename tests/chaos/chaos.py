@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +125,11 @@ def random_kills(home: Path, kills: int, seconds: float, seed: int) -> Counter[s
         deadline = time.monotonic() + rng.uniform(4.0, seconds)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        if kill(process):
-            fallen[last_stage(home)] += 1
+        if not kill(process) and process.returncode == 0:  # both nights are out: look, and begin again on an empty lake
+            settled(home, REFERENCE)
+            shutil.rmtree(home)
+            continue
+        fallen[last_stage(home)] += 1
         readable(home)
         logger.info("kills %d of %d, the last one in %s", sum(fallen.values()), kills, last_stage(home))
     return fallen
