@@ -5,7 +5,6 @@ Not here: training (pipeline/encoders), what is written (train_behavior_encoder)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,14 @@ from numpy.typing import NDArray
 
 from pipeline.context import Context
 from pipeline.errors import ConfigError, UpstreamMissing
+from pipeline.tracking import read_bundle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jobs.inputs import Inputs
     from pipeline.encoders.behavior import Sequences
+    from pipeline.tokenizers.base import History
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,23 @@ def indexed(night: Night, vocabulary: pa.Array, others: pa.Array | None = None) 
 
 def read_base(inputs: Inputs, generation: int) -> Base | None:
     """The encoder of a generation; None when sid.generation does not hold it."""
-    from safetensors.torch import load_file
-
     rows = inputs.arrow("sid.generation", columns=("generation", "encoder_uri"), where=f"generation == {generation:d}").to_pylist()
     if not rows:
         return None
-    folder = inputs.model(rows[0]["encoder_uri"])
-    return Base(json.loads((folder / "config.json").read_text(encoding="utf-8")), load_file(folder / "model.safetensors"))
+    return Base(*read_bundle(inputs.model(rows[0]["encoder_uri"])))
+
+
+def read_history(inputs: Inputs, ctx: Context, item_ids: pa.Array) -> History:
+    """Users' sequences of the night as rows of the items; events of items that are not among them are left out."""
+    import torch
+
+    from pipeline.tokenizers.base import History
+
+    rows = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids"), where=f"logical_date == '{ctx.logical_date}'").sort_by("user_id")
+    place_T = pc.index_in(strings(rows["item_ids"]), value_set=item_ids)
+    user_T = pc.list_parent_indices(rows["item_ids"]).to_numpy()[pc.is_valid(place_T).to_numpy(zero_copy_only=False)]
+    offset_U = np.concatenate([[0], np.cumsum(np.bincount(user_T, minlength=len(rows)))]).astype(np.int64)
+    return History(index_T=torch.from_numpy(pc.drop_null(place_T).to_numpy().astype(np.int64)), offset_U=torch.from_numpy(offset_U))
 
 
 def pack_ids(item_ids: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from jobs.behavior_inputs import flat, sorted_unique, strings
 from pipeline.context import Context
 from pipeline.errors import UpstreamMissing
+from pipeline.tracking import read_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
     from pipeline.encoders.sail import Content
     from pipeline.encoders.sail_pairs import PairSet
-    from pipeline.tokenizers.base import History
 
 MODALITIES = ("text", "image")
 
@@ -116,26 +115,12 @@ def _pair_set(rows: pa.Table, name: str, item_ids: pa.Array) -> PairSet:
     return PairSet(name=name, collaborative=bool(rows["collaborative"][0].as_py()), left_P=left_P, right_P=right_P, grade_P=grade_P)
 
 
-def read_sequences(inputs: Inputs, ctx: Context, item_ids: pa.Array) -> History:
-    """Users' sequences of the night as rows of the items; events of items that the catalogue does not describe are left out."""
-    import torch
-
-    from pipeline.tokenizers.base import History
-
-    rows = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids"), where=f"logical_date == '{ctx.logical_date}'").sort_by("user_id")
-    place = pc.index_in(strings(rows["item_ids"]), value_set=item_ids)
-    users = pc.list_parent_indices(rows["item_ids"]).to_numpy()[pc.is_valid(place).to_numpy(zero_copy_only=False)]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(rows)))]).astype(np.int64)
-    return History(index_T=torch.from_numpy(pc.drop_null(place).to_numpy().astype(np.int64)), offset_U=torch.from_numpy(offsets))
-
-
 def read_teacher(folder: Path, item_ids: pa.Array) -> tuple[Tensor, Tensor]:
     """(behaviour vectors (N, D) of the items, zeros where there is none; which have one (N,)) of a logged behaviour encoder."""
     import torch
-    from safetensors.torch import load_file
 
-    vectors_MD = load_file(folder / "model.safetensors")["behavior_vectors"]
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    about, tensors = read_bundle(folder)
+    vectors_MD = tensors["behavior_vectors"]
     place = pc.index_in(item_ids, value_set=pa.array(about["item_ids"], pa.large_string()))
     shown_N = torch.from_numpy(pc.is_valid(place).to_numpy(zero_copy_only=False).copy())
     rows = torch.from_numpy(pc.fill_null(place, 0).to_numpy(zero_copy_only=False).astype(np.int64))

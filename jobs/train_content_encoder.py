@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.content_inputs import Shelf, base_encoders, read_pairs, read_sequences, read_shelf, read_teacher
+from jobs.behavior_inputs import read_history
+from jobs.content_inputs import Shelf, base_encoders, read_pairs, read_shelf, read_teacher
 from jobs.content_pair import wanted
 from jobs.train_tokenizer import FileCheckpoint
 from pipeline import config
@@ -50,7 +51,7 @@ def run(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult:
     seed = derive_seed(plan.seed, "content_encoder", plan.logical_date)
     held_N = held_items(len(shelf.content), params.held_share, seed)
     try:
-        given = sail.lessons(shelf.content, pairs, read_sequences(inputs, ctx, shelf.item_ids), teachers, held_N, params, seed)
+        given = sail.lessons(shelf.content, pairs, read_history(inputs, ctx, shelf.item_ids), teachers, held_N, params, seed)
     except ValueError as error:
         raise ContractError(
             "there is nothing to train a content encoder on", expected="pairs", found=str(error), where="feature.content_pair, [content_cre] sources"

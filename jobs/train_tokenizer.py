@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.behavior_inputs import read_history, strings
 from pipeline.context import Context, derive_seed
 from pipeline.errors import ContractError, UpstreamMissing
 from pipeline.log import progress
 from pipeline.stages import FigureData, ModelBundle, StageResult
+from pipeline.tracking import read_bundle
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
     from pipeline.config import TrainTokenizer
     from pipeline.context import Plan
-    from pipeline.tokenizers.base import FitReport, History, ItemBatch, Start, Tokenizer
+    from pipeline.tokenizers.base import FitReport, ItemBatch, Start, Tokenizer
 
 EXAMPLE_ROWS = 2
 
@@ -55,7 +57,7 @@ def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
             checkpoint=FileCheckpoint(ctx.staging / "train_tokenizer.checkpoint.safetensors"),
             progress=progress,
             start=begin_at(inputs, plan, params),
-            history=read_history(inputs, ctx, vectors["item_id"]) if tokenizer.needs_history else None,
+            history=read_history(inputs, ctx, strings(vectors["item_id"])) if tokenizer.needs_history else None,
         )
     if rank:
         raise SystemExit(0)  # a helper process: process 0 logs the model and writes the outcome
@@ -71,17 +73,13 @@ def begin_at(inputs: Inputs, plan: Plan, params: TrainTokenizer) -> Start | None
     """
     if plan.start == "cold" or plan.parent is None:
         return None
-    from safetensors.torch import load_file
-
     from pipeline.tokenizers.base import Start
     from pipeline.tokenizers.registry import from_state
 
     rows = inputs.arrow("sid.generation", columns=("generation", "tokenizer_uri"), where=f"generation == {plan.parent.generation:d}").to_pylist()
     if not rows:
         raise UpstreamMissing(f"generation {plan.parent.generation} has no row", expected="one row", found="none", where="sid.generation")
-    folder = inputs.model(rows[0]["tokenizer_uri"])
-    tokenizer = from_state(json.loads((folder / "config.json").read_text(encoding="utf-8")), load_file(folder / "model.safetensors"))
-    return Start(tokenizer=tokenizer, pull=params.pull if plan.start == "anchored" else 0.0)
+    return Start(tokenizer=from_state(*read_bundle(inputs.model(rows[0]["tokenizer_uri"]))), pull=params.pull if plan.start == "anchored" else 0.0)
 
 
 def parent_codes(inputs: Inputs, plan: Plan, item_ids: pa.ChunkedArray) -> Tensor:
@@ -104,24 +102,6 @@ def rename_codes(tokenizer: Tokenizer, items: ItemBatch, parent_NL: Tensor) -> N
     known_N = parent_NL[:, 0] >= 0
     mass_N = None if items.popularity_N is None else items.popularity_N[known_N] + 1.0  # an item without events still counts as one
     tokenizer.relabel(match_codes(parent_NL[known_N], tokenizer.encode(items).codes_NL[known_N], tokenizer.codebook_sizes, mass_N))
-
-
-def read_history(inputs: Inputs, ctx: Context, item_ids: pa.ChunkedArray) -> History:
-    """Users' sequences of the night as rows of the items; events of items that are not live are left out."""
-    import numpy as np
-    import pyarrow.compute as pc
-    import torch
-
-    from pipeline.tokenizers.base import History
-
-    rows = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids"), where=f"logical_date == '{ctx.logical_date}'").sort_by("user_id")
-    place_T = pc.index_in(pc.list_flatten(rows["item_ids"]), value_set=item_ids.combine_chunks())
-    user_T = pc.list_parent_indices(rows["item_ids"]).to_numpy()[place_T.is_valid().to_numpy()]
-    counts_U = np.bincount(user_T, minlength=len(rows))
-    return History(
-        index_T=torch.from_numpy(place_T.drop_null().to_numpy().astype(np.int64)),
-        offset_U=torch.from_numpy(np.concatenate([[0], np.cumsum(counts_U)]).astype(np.int64)),
-    )
 
 
 def read_vectors(inputs: Inputs, ctx: Context) -> pa.Table:

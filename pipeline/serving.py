@@ -6,7 +6,6 @@ A tokenizer answers codes and weights, a behaviour encoder answers the rows of i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,9 @@ class SidModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Read config.json and model.safetensors; nothing is unpickled."""
-        from safetensors.torch import load_file
+        from pipeline.tracking import read_bundle
 
-        folder = Path(context.artifacts["model"])
-        self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.state = load_file(folder / "model.safetensors")
+        self.config, self.state = read_bundle(Path(context.artifacts["model"]))
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Columns:
         """Answer columns for input columns.

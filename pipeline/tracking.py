@@ -35,6 +35,7 @@ from pipeline.errors import ContractError, SidError, UpstreamMissing
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from torch import Tensor
 
     from pipeline.stages import ModelBundle, StageResult
 
@@ -480,6 +481,13 @@ def save_bundle(folder: Path, bundle: ModelBundle) -> Path:
     save_file(tensors, folder / TENSORS)
     (folder / CONFIG).write_text(json.dumps(_plain(dict(bundle.config)), indent=1), encoding="utf-8")  # keys stay in the model's order
     return folder
+
+
+def read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of a folder that `save_bundle` wrote, or a copy of one; nothing is unpickled."""
+    from safetensors.torch import load_file
+
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / TENSORS)
 
 
 def download(home: Home, uri: str) -> Path:

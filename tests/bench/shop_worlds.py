@@ -12,6 +12,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ from pipeline.encoders.image import decode_image
 from pipeline.tokenizers.base import ItemBatch, TokenizerOutput
 from pipeline.tokenizers.registry import named
 
+BLOCK = 1024  # queries scored at once: a catalogue of 20,000 items would fill the memory otherwise
 STRENGTHS = ("adaptive", "mean", "shuffled", "one", "zero")
 METRICS = ("purity", "purity_tail", "purity_poor", "shared_purity", "shared_purity_tail", "shared_purity_poor", "ami", "shared_ami")
 CELLS = pacsv.ConvertOptions(column_types=dict.fromkeys(("item_id", "text", "image_uri"), pa.string()), strings_can_be_null=True)  # empty = null
@@ -90,8 +93,8 @@ def behaviour(root: Path, item_ids: pa.ChunkedArray, args: argparse.Namespace, s
     item_T = pc.index_in(events["item_id"], value_set=item_ids.combine_chunks()).to_numpy().astype(np.int64)
     length_U = events.group_by("user_id").aggregate([("item_id", "count")]).sort_by("user_id")["item_id_count"].to_numpy()
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length_U)]).astype(np.int64))
-    sequences, params = sasrec.Sequences(offsets, torch.from_numpy(item_T)), SasRec(max_epochs=args.sasrec_epochs, batch_size=16)
-    trained = sasrec.train(sequences, len(item_ids), params, seed=derive_seed(seed, "sasrec"))
+    params = SasRec(max_epochs=args.sasrec_epochs, batch_size=args.sasrec_batch, sampled_above=5000)
+    trained = sasrec.train(sasrec.Sequences(offsets, torch.from_numpy(item_T)), len(item_ids), params, seed=derive_seed(seed, "sasrec"))
     return trained.item_vectors, np.bincount(item_T, minlength=len(item_ids)), {f"sasrec_{name}": value for name, value in trained.metrics.items()}
 
 
@@ -101,27 +104,39 @@ def raw_purity(batch: ItemBatch, cluster_N: np.ndarray, count_N: np.ndarray) -> 
     for name in ("text", "image", "behavior"):
         rows = batch.mask(name).numpy()
         unit_ND = torch.nn.functional.normalize(batch.vectors(name)[rows], dim=1)
-        found[f"raw_purity/{name}"] = (purity_N := purity(unit_ND @ unit_ND.T, cluster_N[rows])).mean()
+        found[f"raw_purity/{name}"] = (purity_N := purity(partial(cosines, unit_ND=unit_ND), cluster_N[rows])).mean()
     poor_N = count_N[rows] <= np.median(count_N[rows])
     return found | {"raw_purity/behavior_poor": purity_N[poor_N].mean(), "raw_purity/behavior_rich": purity_N[~poor_N].mean()}
 
 
-def purity(score_NN: torch.Tensor, cluster_N: np.ndarray) -> np.ndarray:
-    """Expected share of an item's 20 best-scored others that are of its cluster, [N]; ties at the edge are drawn at random, in expectation."""
-    score_NN = (score_NN * 1e5).round().fill_diagonal_(-torch.inf)
-    edge_N1, same_NN = score_NN.topk(20, dim=1).values[:, -1:], torch.from_numpy(cluster_N[:, None] == cluster_N)
-    above_NN, tied_NN = score_NN > edge_N1, score_NN == edge_N1
-    hits_N = (above_NN & same_NN).sum(1) + (20 - above_NN.sum(1)) * (tied_NN & same_NN).sum(1) / tied_NN.sum(1)
-    return (hits_N / 20).numpy()
+def purity(scores: Callable[[torch.Tensor], torch.Tensor], cluster_N: np.ndarray) -> np.ndarray:
+    """Expected share of an item's 20 best-scored others that are of its cluster, [N]; ties at the edge are drawn at random, in expectation.
+
+    scores: of a block of items (B,) against all, [B, N].
+    """
+    clusters = torch.tensor(cluster_N)
+    found = []
+    for block in torch.arange(len(clusters)).split(BLOCK):
+        score_BN = (scores(block) * 1e5).round()
+        score_BN[torch.arange(len(block)), block] = -torch.inf
+        edge_B1, same_BN = score_BN.topk(20, dim=1).values[:, -1:], clusters[block, None] == clusters
+        above_BN, tied_BN = score_BN > edge_B1, score_BN == edge_B1
+        found.append((above_BN & same_BN).sum(1) + (20 - above_BN.sum(1)) * (tied_BN & same_BN).sum(1) / tied_BN.sum(1))
+    return (torch.cat(found) / 20).numpy()
 
 
-def shared_codes(codes_NL: torch.Tensor, weights_NL: torch.Tensor, *, ordered: bool) -> torch.Tensor:
-    """Codes that two items share, position by position, times both weights, [N, N]; `ordered` (residual) codes count up to the first that differs."""
-    score_NN, same_NN = torch.zeros(len(codes_NL), len(codes_NL)), torch.ones(len(codes_NL), len(codes_NL), dtype=torch.bool)
+def cosines(block: torch.Tensor, *, unit_ND: torch.Tensor) -> torch.Tensor:
+    """Cosines of a block of items with all, [B, N]."""
+    return unit_ND[block] @ unit_ND.T
+
+
+def shared_codes(block: torch.Tensor, *, codes_NL: torch.Tensor, weights_NL: torch.Tensor, ordered: bool) -> torch.Tensor:
+    """Codes a block of items shares with all, per position, times both weights, [B, N]; `ordered` (residual) codes count to the first that differs."""
+    score_BN, same_BN = torch.zeros(len(block), len(codes_NL)), torch.ones(len(block), len(codes_NL), dtype=torch.bool)
     for code_N, weight_N in zip(codes_NL.unbind(1), weights_NL.unbind(1), strict=True):
-        same_NN = (code_N[:, None] == code_N) & (same_NN if ordered else True)
-        score_NN += same_NN * weight_N[:, None] * weight_N
-    return score_NN
+        same_BN = (code_N[block, None] == code_N) & (same_BN if ordered else True)
+        score_BN += same_BN * weight_N[block, None] * weight_N
+    return score_BN
 
 
 def measured(made: TokenizerOutput, slots: tuple[str, ...], items: Items) -> dict[str, Any]:
@@ -133,8 +148,9 @@ def measured(made: TokenizerOutput, slots: tuple[str, ...], items: Items) -> dic
     shared = [at for at, name in enumerate(slots) if name.startswith("shared")]
     for prefix, columns in (("", list(range(len(slots)))), ("shared_", shared)):
         if columns:
-            score_NN = shared_codes(made.codes_NL[:, columns], made.weights_NL[:, columns], ordered=slots[0].startswith("level"))
-            purity_N = purity(score_NN, items.cluster_N)
+            ordered, weights_NL = slots[0].startswith("level"), made.weights_NL[:, columns]
+            score = partial(shared_codes, codes_NL=made.codes_NL[:, columns], weights_NL=weights_NL, ordered=ordered)
+            purity_N = purity(score, items.cluster_N)
             found |= {f"{prefix}purity{name}": float(purity_N[rows_N].mean()) for name, rows_N in groups.items()}
     for name, code_N in zip(slots, made.codes_NL.numpy().T, strict=True):
         rows = seen_N if name.startswith("behavior") else groups[""]
@@ -179,7 +195,7 @@ def table(worlds: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
 def main() -> None:
     """Run the worlds; rewrite the JSON after each, so that a stopped run leaves what it measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name, default in (("worlds", 5), ("first", 0), ("items", 1500), ("epochs", 30), ("sasrec-epochs", 15)):
+    for name, default in (("worlds", 5), ("first", 0), ("items", 1500), ("epochs", 30), ("sasrec-epochs", 15), ("sasrec-batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tie", choices=("rarity", "independent", "reversed"), default="rarity")
     parser.add_argument("--quality", type=float, default=0.9, help="share of items whose text, or picture, shows their own cluster")
