@@ -24,6 +24,7 @@ from jobs.study_data import Asked, World, packed
 from pipeline import richness, study
 from pipeline.config import TrainBehaviorEncoder, TrainRanker, TrainRetriever
 from pipeline.context import derive_seed
+from pipeline.device import best_device
 from pipeline.study import Cell, Page, Part
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def features(job: Job) -> dict[str, Any]:
     encoder = chosen(params)
     content = torch.from_numpy(text_ND[:known]) if encoder.reads_text else None
     seed = job.seed("encoder", job.cell.seed)
-    trained = encoder.train(sequences, known, seed=seed, device=device(), what=params.encoder, content=content)
+    trained = encoder.train(sequences, known, seed=seed, device=best_device(), what=params.encoder, content=content)
     warm_N = world.count_N >= params.n_min
     vector_ND = np.zeros((world.num_items, trained.item_vectors.shape[1]), np.float32)
     vector_ND[:known] = trained.item_vectors.numpy()
@@ -227,13 +228,6 @@ def train_sequences(world: World) -> Sequences:
 
     offsets, items, baskets = world.train()
     return Sequences(torch.from_numpy(offsets), torch.from_numpy(items), None if baskets is None else torch.from_numpy(baskets))
-
-
-def device() -> str:
-    """The accelerator where there is one, else cpu."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ---------------------------------------------------------------- codes
@@ -533,7 +527,7 @@ def _retrieved(job: Job) -> dict[str, Any]:
     catalogue, _ = read_codes(job)
     teacher = _teacher(job) if settings.distill_weight else None
     fitted = training.fit(
-        catalogue, train_sequences(job.world), settings, seed=job.seed("reader", job.cell.seed), teacher_ND=teacher, device=device(), what=job.cell.name
+        catalogue, train_sequences(job.world), settings, seed=job.seed("reader", job.cell.seed), teacher_ND=teacher, device=best_device(), what=job.cell.name
     )
     asked = questions(job)
     seen = asked.histories if settings.mask_history else None

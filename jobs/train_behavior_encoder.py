@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from jobs.behavior_inputs import Base, Content, Night, flat, indexed, pack_ids, read_base, read_content, read_night, sorted_unique, strings
 from pipeline import config, richness
 from pipeline.context import Context, Plan, derive_seed
+from pipeline.device import best_device
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 from pipeline.stages import FigureData, ModelBundle, StageResult
 
@@ -90,13 +91,13 @@ def new_generation(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Con
     vectors_NC = None if content is None else content.of(vocabulary)
     seed = derive_seed(plan.seed, "behavior_encoder", plan.logical_date)
     begun = None if plan.start == "cold" else encoder_at_parent(inputs, params, plan, vocabulary)
-    base = (begun or encoder).train(sequences, len(vocabulary), seed=seed, device=_device(), what=params.encoder, content=vectors_NC)
+    base = (begun or encoder).train(sequences, len(vocabulary), seed=seed, device=best_device(), what=params.encoder, content=vectors_NC)
     rotation_DD, drift = _bring_back(inputs, plan, vocabulary.take(warm_W), base.item_vectors[warm_W])
     vectors_ND = (base.item_vectors @ rotation_DD).numpy()
     vectors_MD = checked(vectors_ND[rows_M], vocabulary.take(rows_M), "train_behavior_encoder")
     overlap_W = split_half_overlap(sequences, len(vocabulary), warm_W, params, seed, vectors_NC) if params.measure_reliability else None
     reference, found, figure = fit_richness(params, counts_N[warm_W], np.linalg.norm(vectors_ND[warm_W], axis=1), overlap_W, strata_N[warm_W])
-    found |= encoder.probe(sequences, len(vocabulary), seed=seed, device=_device(), content=vectors_NC)
+    found |= encoder.probe(sequences, len(vocabulary), seed=seed, device=best_device(), content=vectors_NC)
     metrics = {"begun_at_parent": float(begun is not None), **base.metrics, **floors(sequences, len(vocabulary), params, seed), **drift, **found}
     return StageResult(
         metrics={"vocabulary": float(len(vocabulary)), "vectors": float(rows_M.size), "cold_vectors": float(rows_M.size - warm_W.size), **metrics},
@@ -213,7 +214,7 @@ def split_half_overlap(
     halves = [sequences.users(half.sort().values) for half in users.tensor_split(2)]
     encoder = chosen(params, max_epochs=min(params.half_epochs, getattr(params, params.encoder).max_epochs))
     vectors = [
-        encoder.train(half, num_items, seed=derive_seed(seed, "half", number), device=_device(), what=f"half {number}", content=content).item_vectors
+        encoder.train(half, num_items, seed=derive_seed(seed, "half", number), device=best_device(), what=f"half {number}", content=content).item_vectors
         for number, half in enumerate(halves)
     ]
     seen_N = np.logical_and.reduce([np.bincount(half.items.numpy(), minlength=num_items) > 0 for half in halves])
@@ -363,7 +364,7 @@ def _make_rows(encoder: BehaviorEncoder, base: Base, night: Night, moved: NDArra
     moved_M = torch.from_numpy(pc.index_in(item_ids, value_set=known).to_numpy(zero_copy_only=False).astype(np.int64))
     state = {name.removeprefix(NETWORK): tensor for name, tensor in base.tensors.items() if name.startswith(NETWORK)}
     vectors_NC = None if content is None else content.of(known)
-    made = encoder.train_rows(state, sequences, moved_M, torch.tensor(seeds, dtype=torch.int64), device=_device(), content=vectors_NC)
+    made = encoder.train_rows(state, sequences, moved_M, torch.tensor(seeds, dtype=torch.int64), device=best_device(), content=vectors_NC)
     return made, item_ids.filter(pa.array(made.near.numpy()))
 
 
@@ -412,9 +413,3 @@ def _facts(night: Night, vocabulary: pa.Array) -> tuple[NDArray[np.int64], NDArr
         )
     rows = place.to_numpy().astype(np.int64)
     return night.counts[rows], night.strata.take(rows).to_numpy(zero_copy_only=False)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

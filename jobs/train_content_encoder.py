@@ -17,6 +17,7 @@ from jobs.content_pair import wanted
 from jobs.train_tokenizer import FileCheckpoint
 from pipeline import config
 from pipeline.context import Context, derive_seed
+from pipeline.device import best_device
 from pipeline.errors import ContractError
 from pipeline.log import progress
 from pipeline.stages import FigureData, ModelBundle, StageResult
@@ -57,7 +58,7 @@ def run(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult:
             "there is nothing to train a content encoder on", expected="pairs", found=str(error), where="feature.content_pair, [content_cre] sources"
         ) from error
     checkpoint = FileCheckpoint(ctx.staging / "train_content_encoder.checkpoint.safetensors")
-    encoder, curves = sail.Sail.fit(shelf.content, given, params, seed=seed, device=_device(), checkpoint=checkpoint, progress=progress)
+    encoder, curves = sail.Sail.fit(shelf.content, given, params, seed=seed, device=best_device(), checkpoint=checkpoint, progress=progress)
     check_finite(encoder)
     table, ids = report(encoder, shelf, list(given.valid.values()), teachers, params, seed)
     return result(encoder, shelf.content, encoders, curves, table, ids, plan.generation)
@@ -154,9 +155,3 @@ def bundle(encoder: Sail, content: Content, encoders: Mapping[str, str], generat
         example_input={name: value.masked_fill(~first.shown[name][:, None], float("nan")).numpy() for name, value in first.vectors.items()},
         example_output={side: value.numpy() for side, value in answer.vectors.items()},
     )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

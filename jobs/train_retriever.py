@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.train_ranker import Vocabulary, read_examples, vocabulary
 from pipeline.config import TrainRetriever
 from pipeline.context import Context, derive_seed
+from pipeline.device import best_device
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 from pipeline.stages import FigureData, ModelBundle, StageResult
 
@@ -319,12 +320,11 @@ def arm_codes(shelf: Shelf, arm: str, seed: int) -> Catalogue:
 
 
 def _fit(inputs: Inputs, shelf: Shelf, catalogue: Catalogue, sequences: Sequences, params: TrainRetriever, ctx: Context, number: int) -> Fitted:
-    import torch
 
     from pipeline.retrievers import training
 
     teacher_ND = read_teacher(inputs, shelf, ctx) if params.distill_weight else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     return training.fit(catalogue, sequences, params, seed=_seed(ctx, number), teacher_ND=teacher_ND, device=device, what=f"train_retriever {params.retriever}")
 
 

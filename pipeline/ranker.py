@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pipeline import evaluation
 from pipeline.config import TrainRanker
 from pipeline.context import derive_seed
+from pipeline.device import best_device
 from pipeline.errors import ConfigError, ContractError, VersionMismatch
 from pipeline.rankers import network
 from pipeline.rankers.base import ItemTable, Network, Widths, equal_budget
@@ -348,7 +349,7 @@ def fit(data: RankData, arm: str, params: TrainRanker, seed: int) -> RankerFit:
         torch.manual_seed(derive_seed(seed, "init"))
         table = item_table(data, arm, params, seed)
         widths = equal_budget(table, budget=_id_budget(data, params.dim), dim=params.dim)
-        model = network(params.model_dump(), table, widths, num_users=len(data.users)).to(_device())
+        model = network(params.model_dump(), table, widths, num_users=len(data.users)).to(best_device())
     losses = _train(model, data.train, params, seed)
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     config = _checkpoint_config(data, arm, params, table, widths)
@@ -374,7 +375,7 @@ def _train(model: Network, rows: RankRows, params: TrainRanker, seed: int) -> li
         total = torch.zeros(())
         for start in range(0, len(order), params.batch_size):
             batch = order[start : start + params.batch_size]
-            label_B = torch.from_numpy(rows.label[batch]).to(_device())
+            label_B = torch.from_numpy(rows.label[batch]).to(best_device())
             loss = F.binary_cross_entropy_with_logits(model(*_tensors(rows, batch)), label_B)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -386,12 +387,8 @@ def _train(model: Network, rows: RankRows, params: TrainRanker, seed: int) -> li
 
 def _tensors(rows: RankRows, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     arrays = (rows.user[batch], rows.target[batch], rows.history[batch])
-    user_B, target_B, history_BT = (torch.from_numpy(array).to(_device()) for array in arrays)
+    user_B, target_B, history_BT = (torch.from_numpy(array).to(best_device()) for array in arrays)
     return user_B, target_B, history_BT
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _id_budget(data: RankData, dim: int) -> int:
@@ -537,7 +534,7 @@ def load_ranker(
     table = _table(kind, codes, popularity_N, id_N, len(id_items) + 1, weights=config["weights"], prefix_ngrams=config["prefix_ngrams"])
     widths = Widths(id=config["id_width"], token=config["token_width"])
     users = pa.array(config["users"], type=pa.string())
-    model = network(config, table, widths, num_users=len(users)).to(_device())
+    model = network(config, table, widths, num_users=len(users)).to(best_device())
     model.load_state_dict(dict(state))
     return LoadedRanker(model, items, users)
 

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.device import best_device
 from pipeline.encoders.base import EncoderOptions, Vectors, encoder_id, finished, padded, weights_digest
 from pipeline.encoders.text import load_model
 
@@ -144,7 +145,7 @@ class EfficientNetLite0:
 
         self.encoder_id = self.identify(folder, options)
         self._options = options
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = best_device()
         self._net: Any = folded(load_lite0(folder, options.size)).to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.device import best_device
 from pipeline.encoders.base import EncoderOptions, Vectors, bucket_of, encoder_id, finished, length_buckets, padded, rows_per_pass, weights_digest
 from pipeline.errors import ConfigError
 
@@ -126,4 +127,4 @@ def load_model(folder: Path) -> Any:
 
     logging.disable_progress_bar()
     model = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(best_device())

@@ -18,12 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import config as profile
+from pipeline.device import best_device
 from pipeline.tokenizers import metrics, parallel
 from pipeline.tokenizers.alignment import alignment_v2, alignment_v3, controlled_strength, view
-from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import (
+    MODALITIES,
+    Checkpoint,
+    FitReport,
+    History,
+    ItemBatch,
+    Keep,
+    Networked,
+    ProgressBar,
+    Start,
+    TokenizerOutput,
+    encode_in_chunks,
+)
 from pipeline.tokenizers.fit import Trainer, generator_for
 from pipeline.tokenizers.quantize import deal_axes, gather_codes, held_codes, nearest_code, principal_axes, straight_through, take_rows
-from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.router import SparsityController, behavior_router, router_feature
 from pipeline.tokenizers.world import World
 
@@ -208,7 +221,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def fit_inputs(self, items: ItemBatch) -> None:
-        """Freeze the inputs' axes and one scale per modality, chosen so that an input's mean variance is 1; start the experts on the inputs' axes.
+        """Freeze the inputs' axes and one scale per modality, chosen so that an input's mean variance is 1; start the experts there; cut the richness buckets.
 
         Content is centred and turned to its principal axes; behaviour is neither, because its norm carries meaning.
         """
@@ -226,6 +239,7 @@ class Network(nn.Module):
             bank = dict(self.expert.items()).get(name)
             if isinstance(bank, ExpertBank):
                 bank.start_on(self._input(sample_ND.cpu().float(), name))
+        self.controller.fit_buckets(items.richness_N[items.behavior_N])
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
         if vectors_ND.shape[1] != (known := len(self.get_buffer(f"mean_{name}"))):
@@ -423,7 +437,7 @@ def held(made: Pass, network: Network, keep: Keep) -> Pass:
     return replace(made, codes_BL=codes_BL, zq_BLD=zq_BLD, quantized_BD=fuse(zq_BLD, made.gate_BL))
 
 
-class AdaSid:
+class AdaSid(Networked[Network]):
     """The ADA-SID tokenizer (`base.Tokenizer`).
 
     Args:
@@ -434,17 +448,6 @@ class AdaSid:
 
     def __init__(self, settings: profile.AdaSid) -> None:
         self.settings = settings
-        self.network: Network | None = None
-
-    @property
-    def fitted(self) -> Network:
-        """The network.
-
-        Raises: ValueError before `fit` or `load`.
-        """
-        if self.network is None:
-            raise ValueError("the tokenizer is not fitted: call fit or load")
-        return self.network
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -472,29 +475,16 @@ class AdaSid:
         With `start` the network, the axes of its inputs and its richness buckets begin as the champion's.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
-        network = self._network(items, seed, start)
+        network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
         prepared = network.prepare(items)
         strength_N = controlled_strength(items.strength_N, prepared.behavior_N, self.settings.strength, generator=generator_for(seed, "strength"))
         prepared = replace(prepared, strength_N=strength_N)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network.to(best_device())
         training = Training(network)
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
         self.network = network.eval()
         self._freeze_export(prepared)
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
-
-    def _network(self, items: ItemBatch, seed: int, start: Start | None) -> Network:
-        """A network ready to be trained: fresh from the seed, or the champion's."""
-        raw_widths = items.widths()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = Network(self.settings, raw_widths)
-            if start is not None:
-                network.load_state_dict(champion(start, AdaSid, self.settings, raw_widths).fitted.state_dict())
-                return network
-            network.fit_inputs(items)
-        network.controller.fit_buckets(items.richness_N[items.behavior_N])
-        return network
 
     @torch.no_grad()
     def _freeze_export(self, prepared: ItemBatch) -> None:
@@ -532,10 +522,6 @@ class AdaSid:
     def codebooks(self) -> list[Tensor]:
         """Code rows per position, (K, D), on the sphere of radius `latent_scale`."""
         return [rows_KD.clone() for rows_KD in self.fitted.code_rows.cpu()]
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers, as contiguous CPU tensors."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON."""

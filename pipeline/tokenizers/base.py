@@ -11,19 +11,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import TrainTokenizer
 from pipeline.errors import ContractError
 
 MODALITIES = ("text", "image", "behavior")
 ENCODE_ROWS = 1024  # every encode runs at this height, so that the company an item keeps cannot move its code
+N = TypeVar("N", bound=nn.Module)
 ProgressBar = Callable[[Iterable[Any], str, int], Iterator[Any]]
 
 
@@ -206,6 +207,26 @@ class Tokenizer(Protocol):
     @classmethod
     def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Tokenizer:
         """The tokenizer that gave `config` and `state`."""
+
+
+class Networked(Generic[N]):
+    """What variants with one network have in common: the network, there after `fit` or `load`, and its tensors."""
+
+    network: N | None = None
+
+    @property
+    def fitted(self) -> N:
+        """The network.
+
+        Raises: ValueError before `fit` or `load`.
+        """
+        if self.network is None:
+            raise ValueError("the tokenizer is not fitted: call fit or load")
+        return self.network
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers, as contiguous CPU tensors."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
 
 
 def codebook_digest(codebooks: Sequence[Tensor]) -> str:

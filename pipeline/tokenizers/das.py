@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import config as profile
+from pipeline.device import best_device
 from pipeline.tokenizers import histories
 from pipeline.tokenizers.ada_sid import masked_codes
 from pipeline.tokenizers.alignment import View, both_ways, view
-from pipeline.tokenizers.base import ENCODE_ROWS, Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput
+from pipeline.tokenizers.base import ENCODE_ROWS, Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import take_rows
-from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.rq_vae import Autoencoder, perceptron
 from pipeline.tokenizers.world import World
 
@@ -256,7 +257,7 @@ def _log_popularity(items: ItemBatch, events: histories.Events) -> Tensor:
     return ((logs_N - logs_N.mean()) / logs_N.std(correction=0).clamp(min=1e-6)).float()
 
 
-class Das:
+class Das(Networked[Network]):
     """The DAS tokenizer (`base.Tokenizer`): `encode` codes items, `encode_users` users; codes are ordered, level l refines the levels before it.
 
     Args:
@@ -267,18 +268,7 @@ class Das:
 
     def __init__(self, settings: profile.Das) -> None:
         self.settings = settings
-        self.network: Network | None = None
         self.user_codes_UL = torch.zeros(0, settings.num_levels, dtype=torch.int64)
-
-    @property
-    def fitted(self) -> Network:
-        """The network.
-
-        Raises: ValueError before `fit` or `load`.
-        """
-        if self.network is None:
-            raise ValueError("the tokenizer is not fitted: call fit or load")
-        return self.network
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -309,9 +299,9 @@ class Das:
         history = histories.check(history, len(items), who="DAS")
         events = histories.events(history, len(items), who="DAS")
         taken = self._taken(history, most=PEOPLE)
-        network = self._network(items, taken, seed, start)
+        network = begin(self, Network, lambda network: network.fit_inputs(items, taken), seed=seed, start=start, raw_widths=items.widths())
         source = network.source(items)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(best_device())
         people = network.prepare(network.user, pooled(source, *taken)).to(device)
         catalogue = Catalogue(source.to(device), network.prepare(network.item, source).to(device), people, _log_popularity(items, events).to(device))
         training = Training(network.to(device), events, catalogue)
@@ -322,17 +312,6 @@ class Das:
         self.network = network.eval()
         self.user_codes_UL = self.encode_users(items, history).codes_NL
         return FitReport(curves=curves, metrics=training.evaluate(catalogue.items, quantise=True))
-
-    def _network(self, items: ItemBatch, taken: tuple[Tensor, Tensor], seed: int, start: Start | None) -> Network:
-        """A network ready to be trained: fresh from the seed, or the champion's."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = Network(self.settings, items.widths())
-        if start is None:
-            network.fit_inputs(items, taken)
-        else:
-            network.load_state_dict(champion(start, Das, self.settings, items.widths()).fitted.state_dict())
-        return network
 
     def _taken(self, history: History, most: int | None = None) -> tuple[Tensor, Tensor]:
         """The latest items of users, and which places are filled; with `most` of so many users at most, evenly spread over those with events."""
@@ -383,8 +362,7 @@ class Das:
 
     def state(self) -> dict[str, Tensor]:
         """The network's tensors and the codes of the history's users (int32, (U, L)); contiguous, on the CPU."""
-        network = {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
-        return {**network, "user_codes_UL": self.user_codes_UL.to(torch.int32)}
+        return {**super().state(), "user_codes_UL": self.user_codes_UL.to(torch.int32)}
 
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON."""

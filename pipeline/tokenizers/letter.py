@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import config as profile
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput
+from pipeline.device import best_device
+from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput
 from pipeline.tokenizers.fit import NOISE_COLUMNS, Trainer
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import balanced_codes, kmeans, take_rows
-from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.rq_vae import Autoencoder
 from pipeline.tokenizers.world import World
 
@@ -192,7 +193,7 @@ class Training:
         return total / len(rows)
 
 
-class Letter:
+class Letter(Networked[Network]):
     """The LETTER tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
 
     Args:
@@ -203,17 +204,6 @@ class Letter:
 
     def __init__(self, settings: profile.Letter) -> None:
         self.settings = settings
-        self.network: Network | None = None
-
-    @property
-    def fitted(self) -> Network:
-        """The network.
-
-        Raises: ValueError before `fit` or `load`.
-        """
-        if self.network is None:
-            raise ValueError("the tokenizer is not fitted: call fit or load")
-        return self.network
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -241,16 +231,9 @@ class Letter:
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError if no item has content; ContractError if the champion reads other vectors or has other sizes.
         """
-        widths = items.widths()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = Network(self.settings, widths)
-        if start is None:
-            network.fit_inputs(items)
-        else:
-            network.load_state_dict(champion(start, Letter, self.settings, widths).fitted.state_dict())
+        network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
         prepared = network.prepare(items)
-        training = Training(network.to("cuda" if torch.cuda.is_available() else "cpu"))
+        training = Training(network.to(best_device()))
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
         network.autoencoder.usage_LK.zero_()
         self.network = network.eval()
@@ -270,10 +253,6 @@ class Letter:
     def codebooks(self) -> list[Tensor]:
         """Code rows per level, (K, D)."""
         return [rows_KD.clone() for rows_KD in self.fitted.autoencoder.codebook_LKD.detach().cpu()]
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers, as contiguous CPU tensors."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON."""

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from pipeline import config as profile
 from pipeline.context import derive_seed
+from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
 from pipeline.tokenizers.ada_sid import Decoder, ExpertBank, Mlp, fuse, masked_codes, reconstruction_error, softmax_gate
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, encode_in_chunks
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
 from pipeline.tokenizers.quantize import gather_codes, held_codes, nearest_code, straight_through, take_rows
-from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.world import World
 
 CONTENT = ("text", "image")
@@ -330,7 +331,7 @@ class Tuning:
         return {**found, "score": float(torch.cat(losses).double().mean())}
 
 
-class Mmq:
+class Mmq(Networked[Network]):
     """The MMQ tokenizer (`base.Tokenizer`); reads text and image, and histories while it is tuned.
 
     Args:
@@ -341,17 +342,6 @@ class Mmq:
 
     def __init__(self, settings: profile.Mmq) -> None:
         self.settings = settings
-        self.network: Network | None = None
-
-    @property
-    def fitted(self) -> Network:
-        """The network.
-
-        Raises: ValueError before `fit` or `load`.
-        """
-        if self.network is None:
-            raise ValueError("the tokenizer is not fitted: call fit or load")
-        return self.network
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -379,9 +369,10 @@ class Mmq:
         Raises: ValueError without content; ContractError if stage two lacks histories, or for a champion of other sizes.
         """
         events = histories.events(history, len(items), who="MMQ's tuning") if self.settings.tune_epochs else None
-        network = self._network(items, seed, start)
+        widths = {name: width for name, width in items.widths().items() if name in CONTENT}
+        network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=widths)
         prepared = network.inputs.prepare(items)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network.to(best_device())
         training, digest = Training(network), events.digest if events else ""
         kept = histories.part(checkpoint, "content", digest)
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
@@ -391,18 +382,6 @@ class Mmq:
         self.network = network.eval()
         network.usage_LK.zero_()
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
-
-    def _network(self, items: ItemBatch, seed: int, start: Start | None) -> Network:
-        """A network ready to be trained: fresh from the seed, or the champion's."""
-        raw_widths = {name: width for name, width in items.widths().items() if name in CONTENT}
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = Network(self.settings, raw_widths)
-            if start is None:
-                network.fit_inputs(items)
-            else:
-                network.load_state_dict(champion(start, Mmq, self.settings, raw_widths).fitted.state_dict())
-        return network
 
     def _tune(
         self,
@@ -445,10 +424,6 @@ class Mmq:
     def codebooks(self) -> list[Tensor]:
         """Code rows per position, (K, D), on the sphere of radius `latent_scale`."""
         return [rows_KD.clone() for rows_KD in self.fitted.on_sphere(self.fitted.codebook_LKD).cpu()]
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers of stage one's network, as contiguous CPU tensors; the reader of stage two is not kept."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON."""

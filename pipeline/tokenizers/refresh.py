@@ -6,18 +6,19 @@ Suffixes: N items, L positions, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import ContractError
 
 if TYPE_CHECKING:
     from pipeline.tokenizers.base import Start, Tokenizer
 
+N = TypeVar("N", bound=nn.Module)
 T = TypeVar("T", bound="Tokenizer")
 
 
@@ -39,6 +40,24 @@ def champion(start: Start, variant: type[T], settings: Any, raw_widths: Mapping[
             next_command="sid run refresh --date D --set plan_night.policy=cold",
         )
     return tokenizer
+
+
+def begin(tokenizer: Any, build: Callable[..., N], fit_inputs: Callable[[N], None], *, seed: int, start: Start | None, raw_widths: Mapping[str, int]) -> N:
+    """A network ready to be trained: built from the seed and fitted to its inputs, or with the champion's state.
+
+    Args:
+        tokenizer: the variant that asks, with its `settings`.
+        build: (settings, raw_widths) -> network.
+    Raises: ContractError as `champion`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build(tokenizer.settings, raw_widths)
+        if start is None:
+            fit_inputs(network)
+        else:
+            network.load_state_dict(champion(start, type(tokenizer), tokenizer.settings, raw_widths).fitted.state_dict())
+    return network
 
 
 def match_codes(old_NL: Tensor, new_NL: Tensor, sizes: Sequence[int], mass_N: Tensor | None = None) -> list[Tensor]:

@@ -18,8 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import config as profile
+from pipeline.device import best_device
 from pipeline.tokenizers import metrics
-from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import (
+    MODALITIES,
+    Checkpoint,
+    FitReport,
+    History,
+    ItemBatch,
+    Keep,
+    Networked,
+    ProgressBar,
+    Start,
+    TokenizerOutput,
+    encode_in_chunks,
+)
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.quantize import (
     codebook_loss,
@@ -32,7 +45,7 @@ from pipeline.tokenizers.quantize import (
     straight_through,
     take_rows,
 )
-from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.rq_kmeans import column_means, concatenate, shown_columns
 from pipeline.tokenizers.world import World
 
@@ -293,7 +306,7 @@ class Training:
         return self.network.measure(items, quantise=quantise)
 
 
-class RqVae:
+class RqVae(Networked[Autoencoder]):
     """The RQ-VAE tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
 
     Args:
@@ -304,17 +317,6 @@ class RqVae:
 
     def __init__(self, settings: profile.RqVae) -> None:
         self.settings = settings
-        self.network: Autoencoder | None = None
-
-    @property
-    def fitted(self) -> Autoencoder:
-        """The network.
-
-        Raises: ValueError before `fit` or `load`.
-        """
-        if self.network is None:
-            raise ValueError("the tokenizer is not fitted: call fit or load")
-        return self.network
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -342,16 +344,9 @@ class RqVae:
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
-        widths = items.widths()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = Autoencoder(self.settings, widths)
-        if start is None:
-            network.fit_inputs(items)
-        else:
-            network.load_state_dict(champion(start, RqVae, self.settings, widths).fitted.state_dict())
+        network = begin(self, Autoencoder, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
         prepared = network.prepare(items)
-        training = Training(network.to("cuda" if torch.cuda.is_available() else "cpu"))
+        training = Training(network.to(best_device()))
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
         network.usage_LK.zero_()
         self.network = network.eval()
@@ -369,10 +364,6 @@ class RqVae:
     def codebooks(self) -> list[Tensor]:
         """Code rows per level, (K, D)."""
         return [rows_KD.clone() for rows_KD in self.fitted.codebook_LKD.detach().cpu()]
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers, as contiguous CPU tensors."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON."""

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import config as profile
+from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
 from pipeline.tokenizers.ada_sid import masked_codes
 from pipeline.tokenizers.alignment import both_ways, info_nce, view
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, encode_in_chunks
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
-from pipeline.tokenizers.refresh import champion
+from pipeline.tokenizers.refresh import begin, champion
 from pipeline.tokenizers.rq_kmeans import RqKmeans
 from pipeline.tokenizers.world import World
 
@@ -173,7 +174,7 @@ class Training:
         return {**found, "score": self.settings.next_item * found["next_item"] + self.settings.alignment * found["alignment"]}
 
 
-class Unger:
+class Unger(Networked[Network]):
     """The UNGER tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
 
     Args:
@@ -184,19 +185,8 @@ class Unger:
 
     def __init__(self, settings: profile.Unger) -> None:
         self.settings = settings
-        self.network: Network | None = None
         shared = set(profile.RqKmeans.model_fields)
         self.quantiser = RqKmeans(profile.RqKmeans(**settings.model_dump(include=shared)))
-
-    @property
-    def fitted(self) -> Network:
-        """The network.
-
-        Raises: ValueError before `fit` or `load`.
-        """
-        if self.network is None:
-            raise ValueError("the tokenizer is not fitted: call fit or load")
-        return self.network
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -225,15 +215,9 @@ class Unger:
         """
         events = histories.events(history, len(items), who="UNGER")
         old = champion(start, Unger, self.settings, items.widths()) if start else None
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = Network(self.settings, items.widths())
-        if old is None:
-            network.inputs.fit(items)
-        else:
-            network.load_state_dict(old.fitted.state_dict())
+        network = begin(self, Network, lambda network: network.inputs.fit(items), seed=seed, start=start, raw_widths=items.widths())
         prepared = network.inputs.prepare(items)
-        training = Training(network.to("cuda" if torch.cuda.is_available() else "cpu"), events, prepared)
+        training = Training(network.to(best_device()), events, prepared)
         kept = histories.part(checkpoint, "integration", events.digest)
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
         self.network = network.eval()
@@ -285,8 +269,7 @@ class Unger:
 
     def state(self) -> dict[str, Tensor]:
         """The network's tensors and, under `quantiser.`, the code rows; contiguous, on the CPU."""
-        network = {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
-        return network | {f"quantiser.{name}": value for name, value in self.quantiser.state().items()}
+        return super().state() | {f"quantiser.{name}": value for name, value in self.quantiser.state().items()}
 
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON."""
