@@ -53,6 +53,7 @@ class StageOperator(BaseOperator):
     def __init__(self, *, stage: str, **kwargs: Any) -> None:
         super().__init__(task_id=stage, **kwargs)
         self.stage = stage
+        self.outcome: Mapping[str, Any] | None = None  # of this process's run, for lineage
 
     def execute(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """The stage's outputs, small JSON for XCom.
@@ -82,11 +83,18 @@ class StageOperator(BaseOperator):
                 reason=params["reason"],
                 params=(("release", release),) if release else (),
             )
-            outcome = launchers.launch(ctx, launchers.Request(profile=params["profile"], overrides=tuple(params["overrides"])))
+            self.outcome = outcome = launchers.launch(ctx, launchers.Request(profile=params["profile"], overrides=tuple(params["overrides"])))
         except SidError as error:
             raise (AirflowException if error.retry else AirflowFailException)(str(error)) from error
         announce(outcome, context)
         return {"status": outcome["status"], "seconds": outcome["seconds"]}
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """The tables read and written, each at its snapshot, for Airflow's OpenLineage provider; None for a stage that did not come to its end."""
+        from jobs import lineage
+        from pipeline.context import Home
+
+        return lineage.facets(self.outcome, Home.from_environment().warehouse) if self.outcome else None
 
 
 def stage_tasks(dag: DAG, name: str) -> dict[str, StageOperator]:

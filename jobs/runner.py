@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jobs import derived
+from jobs import derived, lineage
 from jobs.inputs import Inputs
 from pipeline import lakehouse, quality, tracking
 from pipeline import spark as spark_gate
@@ -45,7 +45,7 @@ class Ledger:
 def run_stage(ctx: Context) -> dict[str, Any]:
     """The stage's outcome document, which is also written to staging/<run>/<stage>.json.
 
-    Keys: stage, status (done | reused | skipped | failed), seconds, outputs, metrics, snapshots, error.
+    Keys: stage, status (done | reused | skipped | failed), seconds, outputs, metrics, read and snapshots (table -> snapshot read, written), error.
     Raises: the SidError that stopped the stage, after it was written down.
     """
     stage = BY_NAME[ctx.stage]
@@ -59,19 +59,19 @@ def run_stage(ctx: Context) -> dict[str, Any]:
         snapshots = {table: lakehouse.current_snapshot(ctx.home, ctx.config.lake, table) for table in stage.inputs}
         result, ledger = _reused(stage, ctx) or _with_retries(stage, ctx, snapshots)
     except SidError as error:
-        outcome = _outcome(stage, "failed", started, StageResult(), Ledger()) | {"error": error.fields(), "retry": error.retry}
+        outcome = _outcome(stage, "failed", started, StageResult(), Ledger(), snapshots) | {"error": error.fields(), "retry": error.retry}
         write_json(path, outcome)
-        _track(stage, ctx, None, "failed", outcome, snapshots, error)
+        _track(stage, ctx, None, "failed", outcome, error)
         raise
     if stage.name in ("publish_release", "rollback"):
         step(ctx, "before_alias")
         derived.align(ctx.home, ctx.config)
-    outcome = _outcome(stage, result.status, started, result, ledger)
+    outcome = _outcome(stage, result.status, started, result, ledger, snapshots)
     if os.environ.get("RANK", "0") != "0":
         return outcome  # under torchrun the first process speaks for all
     write_json(path, outcome)
     _remember(stage, ctx, outcome)
-    _track(stage, ctx, result, result.status, outcome, snapshots, None)
+    _track(stage, ctx, result, result.status, outcome, None)
     logger.info("stage end name=%s status=%s seconds=%.1f", stage.name, result.status, outcome["seconds"])
     return outcome
 
@@ -223,7 +223,7 @@ def _properties(ctx: Context) -> dict[str, str]:
     }
 
 
-def _outcome(stage: Stage, status: str, started: float, result: StageResult, ledger: Ledger) -> dict[str, Any]:
+def _outcome(stage: Stage, status: str, started: float, result: StageResult, ledger: Ledger, read: Mapping[str, int | None]) -> dict[str, Any]:
     outputs = dict(result.outputs)
     if ledger.held:
         outputs["held"] = ledger.held
@@ -233,6 +233,7 @@ def _outcome(stage: Stage, status: str, started: float, result: StageResult, led
         "seconds": round(time.monotonic() - started, 3),
         "outputs": outputs,
         "metrics": {**{name: float(value) for name, value in result.metrics.items()}, **ledger.metrics},
+        "read": dict(read),
         "snapshots": ledger.published,
         "figures": {name: {"kind": figure.kind, "data": figure.data} for name, figure in result.figures.items()},
     }
@@ -247,13 +248,10 @@ def _remember(stage: Stage, ctx: Context, outcome: Mapping[str, Any]) -> None:
         write_json(folder / f"{stage.name}.json", outcome)
 
 
-def _track(
-    stage: Stage, ctx: Context, result: StageResult | None, status: str, outcome: Mapping[str, Any], snapshots: Mapping[str, int | None], error: SidError | None
-) -> None:
+def _track(stage: Stage, ctx: Context, result: StageResult | None, status: str, outcome: Mapping[str, Any], error: SidError | None) -> None:
     """Buffer the record, then try to hand it to MLflow; a Spark stage does not depend on MLflow being there."""
     full = None if result is None else StageResult(**{**vars(result), "metrics": outcome["metrics"]})
-    outputs = {**outcome["snapshots"], **{table: held["snapshot_id"] for table, held in outcome["outputs"].get("held", {}).items()}}
-    tracking.record(ctx, full, status=status, seconds=outcome["seconds"], inputs=snapshots, outputs=outputs, error=error)
+    tracking.record(ctx, full, status=status, seconds=outcome["seconds"], inputs=outcome["read"], outputs=lineage.written(outcome), error=error)
     try:
         tracking.flush(ctx.home, ctx.staging)
     except UpstreamMissing as unreachable:
