@@ -155,6 +155,7 @@ def item_vectors(items: DataFrame, content: DataFrame, behavior: DataFrame, gene
     from pyspark.sql import functions as F
 
     def of(modality: str) -> DataFrame:
+        """Its vectors, keyed as the items refer to them."""
         rows = content.where(F.col("modality") == modality)
         return rows.select(
             F.col("encoder_id").alias(f"{modality}_encoder_id"), F.col("content_hash").alias(f"{modality}_hash"), F.col("vector").alias(modality)
@@ -377,6 +378,7 @@ def with_groups(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> DataFrame:
     counted = (F.col("live") & F.col("described")).cast("int")
 
     def some(condition: Column) -> Column:
+        """The condition, false where it is null."""
         return F.coalesce(condition, F.lit(False))
 
     return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,8 +66,9 @@ class Content:
 
 @dataclass(frozen=True)
 class Base:
-    """A generation's encoder as it was logged."""
+    """A generation's encoder as it was logged, and the night that fitted it."""
 
+    born: date
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
@@ -147,10 +149,10 @@ def indexed(night: Night, vocabulary: pa.Array, others: pa.Array | None = None) 
 
 def read_base(inputs: Inputs, generation: int) -> Base | None:
     """The encoder of a generation; None when sid.generation does not hold it."""
-    rows = inputs.arrow("sid.generation", columns=("generation", "encoder_uri"), where=f"generation == {generation:d}").to_pylist()
+    rows = inputs.arrow("sid.generation", columns=("generation", "logical_date", "encoder_uri"), where=f"generation == {generation:d}").to_pylist()
     if not rows:
         return None
-    return Base(*read_bundle(inputs.model(rows[0]["encoder_uri"])))
+    return Base(rows[0]["logical_date"], *read_bundle(inputs.model(rows[0]["encoder_uri"])))
 
 
 def read_history(inputs: Inputs, ctx: Context, item_ids: pa.Array) -> History:

@@ -173,6 +173,7 @@ def measure_mass(inputs: Inputs, row: Row, base: date) -> dict[str, float]:
     from pyspark.sql import functions as F
 
     def on(table: str, day: date) -> DataFrame:
+        """The table's rows of one day."""
         return inputs.frame(table).where(F.col("logical_date") == F.lit(day))
 
     tonight = row["logical_date"]

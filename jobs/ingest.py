@@ -382,6 +382,7 @@ def image_reader(root: str, limit: int) -> Callable[[Any], Iterator[pa.RecordBat
     """A mapInArrow function: image_uri -> sha256 of the bytes, or a reason and what was found."""
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """A batch of digests per batch of addresses."""
         for batch in batches:
             uris = batch.column("image_uri").to_pylist()
             found = [image_digest(root, uri, limit) for uri in uris]  # one file each: nothing to vectorise

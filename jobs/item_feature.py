@@ -123,6 +123,7 @@ def richness_mapper(reference: Mapping[str, Any]) -> Callable[[Any], Iterator[pa
     alpha, beta = float(reference["alpha"]), float(reference["beta"])
 
     def map_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """A batch with richness and strength per batch with norms."""
         for batch in batches:
             count_N, norm_N = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("evidence_count", "norm"))
             richness_N = richness(reference, count_N, norm_N)
@@ -142,6 +143,7 @@ def measured(frame: DataFrame, parent: DataFrame, logical_date: date, base_date:
     from pyspark.sql import functions as F
 
     def share(condition: Any) -> Any:
+        """Share of the rows where the condition holds; 0 of none."""
         return F.coalesce(F.avg(condition.cast("double")), F.lit(0.0))
 
     before = parent.select("item_id", F.lit(True).alias("known"), F.col("behavior_date").alias("behavior_before"))

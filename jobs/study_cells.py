@@ -542,6 +542,7 @@ def _retrieved(job: Job) -> dict[str, Any]:
 
 
 def _teacher(job: Job) -> Tensor:
+    """Unit-norm modalities side by side for every tokenizer, so that readers differ in their codes alone."""
     from pipeline.tokenizers.rq_kmeans import concatenate
 
     arrays = job.store.arrays(job.cell.needs[0])
@@ -561,6 +562,7 @@ def _neighboured(job: Job) -> dict[str, Any]:
     ordered = is_ordered(slots)
 
     def score(rows: slice) -> Tensor:
+        """Score of every item for these questions [B, N]."""
         return shared_codes(codes_NL[last_Q[rows]], weights_NL[last_Q[rows]], codes_NL, weights_NL, ordered=ordered)
 
     seen = asked.histories if job.page.train_retriever.mask_history else None
@@ -656,6 +658,7 @@ def negatives(world: World, asked: Asked, count: int, seed: int, *, final: bool)
     generator = np.random.default_rng(seed)
 
     def draw(place: NDArray[np.int64]) -> NDArray[np.int64]:
+        """An item of each of these strata, uniform within it."""
         return order_N[first[place] + (generator.random(len(place)) * size[place]).astype(np.int64)]
 
     drawn_B = draw(place_B)

@@ -90,9 +90,10 @@ def new_generation(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Con
     sequences, _ = indexed(night, vocabulary)
     vectors_NC = None if content is None else content.of(vocabulary)
     seed = derive_seed(plan.seed, "behavior_encoder", plan.logical_date)
-    begun = None if plan.start == "cold" else encoder_at_parent(inputs, params, plan, vocabulary)
+    old = None if plan.parent is None else read_base(inputs, plan.parent.generation)
+    begun = None if plan.start == "cold" else encoder_at_parent(old, params, plan, vocabulary)
     base = (begun or encoder).train(sequences, len(vocabulary), seed=seed, device=best_device(), what=params.encoder, content=vectors_NC)
-    rotation_DD, drift = _bring_back(inputs, plan, vocabulary.take(warm_W), base.item_vectors[warm_W])
+    rotation_DD, drift = _bring_back(old, vocabulary.take(warm_W), base.item_vectors[warm_W])
     vectors_ND = (base.item_vectors @ rotation_DD).numpy()
     vectors_MD = checked(vectors_ND[rows_M], vocabulary.take(rows_M), "train_behavior_encoder")
     overlap_W = split_half_overlap(sequences, len(vocabulary), warm_W, params, seed, vectors_NC) if params.measure_reliability else None
@@ -108,7 +109,7 @@ def new_generation(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Con
     )
 
 
-def encoder_at_parent(inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, vocabulary: pa.Array) -> BehaviorEncoder | None:
+def encoder_at_parent(old: Base | None, params: config.TrainBehaviorEncoder, plan: Plan, vocabulary: pa.Array) -> BehaviorEncoder | None:
     """The encoder, at its refit rate, that begins at the parent's; None, and said in the log, when that is of another kind or cannot be begun at.
 
     Raises: UpstreamMissing when the parent's encoder is not recorded; ContractError when its network has other sizes.
@@ -118,7 +119,6 @@ def encoder_at_parent(inputs: Inputs, params: config.TrainBehaviorEncoder, plan:
     from pipeline.encoders.behavior import Champion
 
     assert plan.parent is not None, "a warm or anchored night has a parent"
-    old = read_base(inputs, plan.parent.generation)
     if old is None:
         raise UpstreamMissing(f"the encoder of generation {plan.parent.generation} is not recorded", expected="one row", found="none", where="sid.generation")
     place_N = pc.fill_null(pc.index_in(vocabulary, value_set=old.vocabulary), -1).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -241,14 +241,13 @@ def floors(sequences: Sequences, num_items: int, params: config.TrainBehaviorEnc
     return {f"floor/{name}_{metric}": value for name, ranks_B in ranks.items() for metric, value in evaluation.ranking_metrics(ranks_B, (10, 20)).items()}
 
 
-def _bring_back(inputs: Inputs, plan: Plan, item_ids: pa.Array, vectors_MD: Tensor) -> tuple[Tensor, dict[str, float]]:
+def _bring_back(old: Base | None, item_ids: pa.Array, vectors_MD: Tensor) -> tuple[Tensor, dict[str, float]]:
     """(rotation from the new space to the exported one, drift that is left); the identity without a parent encoder of the same width."""
     import torch
 
     from pipeline.encoders import sasrec
 
     width = vectors_MD.shape[1]
-    old = None if plan.parent is None else read_base(inputs, plan.parent.generation)
     if old is None or old.tensors["behavior_vectors"].shape[1] != width:
         return torch.eye(width), {}
     place = pc.index_in(item_ids, value_set=pa.array(old.config["item_ids"], pa.large_string()))
@@ -358,7 +357,8 @@ def _make_rows(encoder: BehaviorEncoder, base: Base, night: Night, moved: NDArra
 
     item_ids, vocabulary = night.item_ids.take(moved), base.vocabulary
     buckets = richness.evidence_bucket(night.counts[moved]).tolist()
-    seeds = [derive_seed(plan.seed, plan.generation, name, bucket) for name, bucket in zip(item_ids.to_pylist(), buckets, strict=True)]
+    # the night of the generation, not its number: numbers differ in a lake whose past was repaired
+    seeds = [derive_seed(plan.seed, base.born, name, bucket) for name, bucket in zip(item_ids.to_pylist(), buckets, strict=True)]
     sequences, beyond = indexed(night, vocabulary, item_ids)
     known = pa.concat_arrays([vocabulary, beyond])
     moved_M = torch.from_numpy(pc.index_in(item_ids, value_set=known).to_numpy(zero_copy_only=False).astype(np.int64))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrainRanker
 from pipeline.context import Context, derive_seed
-from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 from pipeline.log import progress
 from pipeline.stages import FigureData, ModelBundle, StageResult
 
@@ -29,9 +29,10 @@ SERVED_ARM = "id_sid"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a release's codes mean: its generation, K per position and the digest a checkpoint is checked against."""
+    """What a release's codes mean: its date, its generation, K per position and the digest a checkpoint is checked against."""
 
     tag: str
+    logical_date: date
     generation: int
     codebook_sizes: tuple[int, ...]
     codebook_digest: str
@@ -50,7 +51,7 @@ def run(inputs: Inputs, params: TrainRanker, ctx: Context) -> StageResult:
     fits: dict[str, list[RankerFit]] = {}
     table: dict[str, Any] = {"arms": {}, "differences": [], "users_covered": None}
     if drawn["evaluation_release"]:
-        data = load_data(inputs, examples, vocabulary(inputs, drawn["evaluation_release"]))
+        data = load_data(inputs, examples, vocabulary(inputs, drawn["evaluation_release"]), params.other_release)
         fits = train_arms(data, params, ctx)
         table = _evaluate(data, fits, params, ctx)
     served = vocabulary(inputs, drawn["served_release"])
@@ -123,14 +124,28 @@ def vocabulary(inputs: Inputs, tag: str) -> Vocabulary:
         raise UpstreamMissing(
             f"no vocabulary for release {tag!r}", expected="rows in sid.release and sid.generation", found=f"generation {number}", where="sid.generation"
         )
-    return Vocabulary(tag, int(number), tuple(generation[0]["codebook_sizes"]), str(release[0]["codebook_digest"]))
+    return Vocabulary(tag, release[0]["logical_date"], int(number), tuple(generation[0]["codebook_sizes"]), str(release[0]["codebook_digest"]))
 
 
-def load_data(inputs: Inputs, examples: pa.Table, words: Vocabulary) -> RankData:
-    """The examples beside the codes of a release, as arrays."""
+def load_data(inputs: Inputs, examples: pa.Table, words: Vocabulary, other: str = "") -> RankData:
+    """The examples beside the codes of a release and, where a tag is given, of a second one, as arrays.
+
+    Raises: ConfigError when the second release knows days that the first one does not.
+    """
     from pipeline.ranker import rank_data
 
-    return rank_data(examples, inputs.release(words.tag), words.codebook_sizes)
+    if not other:
+        return rank_data(examples, inputs.release(words.tag), words.codebook_sizes)
+    second = vocabulary(inputs, other)
+    if second.logical_date > words.logical_date:
+        raise ConfigError(
+            "the second release has seen days that the tested one has not",
+            expected=f"a release of {words.logical_date} or before",
+            found=f"{other} of {second.logical_date}",
+            where="section [train_ranker], key other_release",
+            next_command="sid releases",
+        )
+    return rank_data(examples, inputs.release(words.tag), words.codebook_sizes, (inputs.release(other), second.codebook_sizes))
 
 
 # ---------------------------------------------------------------- training

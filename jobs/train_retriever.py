@@ -197,18 +197,16 @@ def read_questions(examples: pa.Table, shelf: Shelf, sequences: Sequences, users
 
 
 def read_teacher(inputs: Inputs, shelf: Shelf, ctx: Context) -> Tensor:
-    """Unit-norm vectors of all modalities side by side (N, D): what the codes were made from, zero where the night has none."""
+    """What the summary of a history is distilled from, (N, D), as `unger.teacher_vectors`; zero where the night has none."""
     import torch
 
-    from jobs.train_tokenizer import read_vectors
+    from jobs.train_tokenizer import read_tokenizer, read_vectors
     from pipeline.tokenizers.base import items_from_arrow
-    from pipeline.tokenizers.rq_kmeans import concatenate
+    from pipeline.tokenizers.unger import teacher_vectors
 
     table = read_vectors(inputs, replace(ctx, logical_date=shelf.day))
-    items = items_from_arrow(table)
     place_N = torch.from_numpy(_index(table["item_id"], shelf.item_ids))
-    widths = {name: vectors.shape[1] for name in ("text", "image", "behavior") if (vectors := items.vectors(name)) is not None}
-    vectors_ND = concatenate(items, widths)
+    vectors_ND = teacher_vectors(read_tokenizer(inputs, shelf.words.generation), items_from_arrow(table))
     teacher_ND = torch.zeros(len(shelf.item_ids), vectors_ND.shape[1])
     teacher_ND[place_N[place_N >= 0]] = vectors_ND[place_N >= 0].float()
     return teacher_ND

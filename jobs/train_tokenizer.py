@@ -67,19 +67,25 @@ def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
 
 
 def begin_at(inputs: Inputs, plan: Plan, params: TrainTokenizer) -> Start | None:
-    """The parent's tokenizer to begin at, with the pull of the policy; None for a cold start.
-
-    Raises: UpstreamMissing when the parent's generation has no row.
-    """
+    """The parent's tokenizer to begin at, with the pull of the policy; None for a cold start."""
     if plan.start == "cold" or plan.parent is None:
         return None
     from pipeline.tokenizers.base import Start
+
+    return Start(tokenizer=read_tokenizer(inputs, plan.parent.generation), pull=params.pull if plan.start == "anchored" else 0.0)
+
+
+def read_tokenizer(inputs: Inputs, generation: int) -> Tokenizer:
+    """The tokenizer of a generation.
+
+    Raises: UpstreamMissing when the generation has no row.
+    """
     from pipeline.tokenizers.registry import from_state
 
-    rows = inputs.arrow("sid.generation", columns=("generation", "tokenizer_uri"), where=f"generation == {plan.parent.generation:d}").to_pylist()
+    rows = inputs.arrow("sid.generation", columns=("generation", "tokenizer_uri"), where=f"generation == {generation:d}").to_pylist()
     if not rows:
-        raise UpstreamMissing(f"generation {plan.parent.generation} has no row", expected="one row", found="none", where="sid.generation")
-    return Start(tokenizer=from_state(*read_bundle(inputs.model(rows[0]["tokenizer_uri"]))), pull=params.pull if plan.start == "anchored" else 0.0)
+        raise UpstreamMissing(f"generation {generation} has no row", expected="one row", found="none", where="sid.generation")
+    return from_state(*read_bundle(inputs.model(rows[0]["tokenizer_uri"])))
 
 
 def parent_codes(inputs: Inputs, plan: Plan, item_ids: pa.ChunkedArray) -> Tensor:

@@ -314,11 +314,7 @@ def _local(home: Home) -> bool:
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
     """A termination or a closed terminal ends the block as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:
@@ -326,6 +322,11 @@ def _interrupts() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A signal's handler that does what Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -450,7 +450,7 @@ def markov_counts(histories: Packed, num_items: int) -> sparse.csr_matrix:
 def ease_weights(histories: Packed, num_items: int, *, l2: float = 200.0) -> Floats:
     """Item-to-item weights [N, N] with a zero diagonal, B = I - P / diag(P), P = (X'X + l2 I)^-1, X = users x items in 0/1.
 
-    Memory is about 3 N^2 doubles. Source: Steck 2019, EASE, eq. (8).
+    Memory is about 3 N^2 doubles. Source: Steck 2019, EASE, closed form.
     """
     matrix = history_matrix(histories, num_items)
     gram_NN = torch.from_numpy((matrix.T @ matrix).toarray()) + l2 * torch.eye(num_items, dtype=torch.float64)

@@ -45,7 +45,7 @@ DIFFERENCES = (("id_sid", "id"), ("id_sid", "id_permuted"))
 class Arm:
     """What an item is to one arm: its own id row, code tokens from one source, or only its popularity.
 
-    codes: "" (none) | release | permuted | alternative.
+    codes: "" (none) | release | permuted | other (of a second release).
     """
 
     uses_id: bool = False
@@ -59,7 +59,7 @@ ARMS: Mapping[str, Arm] = {
     "id_permuted": Arm(uses_id=True, codes="permuted"),
     "sid": Arm(codes="release"),
     "permuted": Arm(codes="permuted"),
-    "id_kmeans": Arm(uses_id=True, codes="alternative"),
+    "id_other": Arm(uses_id=True, codes="other"),
     "popularity": Arm(popularity=True),
 }
 
@@ -119,7 +119,7 @@ class RankData:
         items: item_id of row 1, 2, ... (row 0 is padding); the release's items first, then items new since.
         users: user_id of row 1, 2, ...; row 0 is a user not seen in training.
         popularity: (N,) decayed events, 0 for items the release does not know.
-        alternative: codes of another tokenizer over the same rows, for the arm id_kmeans.
+        other: codes of a second release over the same rows, for the arm id_other.
     """
 
     train: RankRows
@@ -128,17 +128,17 @@ class RankData:
     users: tuple[str, ...]
     codes: ItemCodes
     popularity: Floats
-    alternative: ItemCodes | None = None
+    other: ItemCodes | None = None
 
 
-def rank_data(examples: pa.Table, release: pa.Table, codebook_sizes: Sequence[int], alternative: pa.Table | None = None) -> RankData:
+def rank_data(examples: pa.Table, release: pa.Table, codebook_sizes: Sequence[int], other: tuple[pa.Table, Sequence[int]] | None = None) -> RankData:
     """Arrays of the examples of one release, in an order that does not depend on files.
 
     Args:
         examples: rows of rank.rank_example of one logical date.
         release: rows of that release (item_id, codes, weights, popularity).
         codebook_sizes: K per position.
-        alternative: (item_id, codes, weights) of another tokenizer with the same codebook sizes.
+        other: (item_id, codes, weights) of a second release, and its K per position.
     Raises: ContractError when the codes do not fit the codebook sizes.
     """
     examples, release = _plain(examples), _plain(release)
@@ -155,7 +155,7 @@ def rank_data(examples: pa.Table, release: pa.Table, codebook_sizes: Sequence[in
         users=tuple(users.to_pylist()),
         codes=item_codes(known, items, codebook_sizes),
         popularity=popularity,
-        alternative=None if alternative is None else item_codes(_plain(alternative), items, codebook_sizes),
+        other=None if other is None else item_codes(_plain(other[0]), items, other[1]),
     )
 
 
@@ -284,7 +284,7 @@ def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def item_table(data: RankData, arm: str, params: TrainRanker, seed: int) -> ItemTable:
     """The item features of one arm.
 
-    Raises: ConfigError for an unknown arm, or for id_kmeans without alternative codes.
+    Raises: ConfigError for an unknown arm, or for id_other without a second release.
     """
     kind = arm_of(arm)
     id_N, id_rows = _trained_rows(data.train, len(data.items) + 1)
@@ -313,12 +313,10 @@ def _trained_rows(train: RankRows, num_rows: int) -> tuple[Ints, int]:
 
 
 def _codes_of(data: RankData, kind: Arm, seed: int) -> ItemCodes | None:
-    if kind.codes == "alternative":
-        if data.alternative is None:
-            raise ConfigError(
-                "arm id_kmeans needs codes of another tokenizer", expected="an alternative codes table", found="none", where="section [train_ranker], key arms"
-            )
-        return data.alternative
+    if kind.codes == "other":
+        if data.other is None:
+            raise ConfigError("arm id_other needs a second release", expected="its tag", found="none", where="section [train_ranker], key other_release")
+        return data.other
     if kind.codes == "permuted":
         return permute_within_deciles(data.codes, data.popularity, derive_seed(seed, "permute"))
     return data.codes if kind.codes else None

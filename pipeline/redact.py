@@ -44,6 +44,7 @@ def clean_records() -> None:
         return
 
     def scrubbed(*args: object, **kwargs: object) -> logging.LogRecord:
+        """A record without secrets, when sidmill made it."""
         record = make(*args, **kwargs)
         if str(record.name).partition(".")[0] in ("pipeline", "jobs"):  # logging.makeLogRecord gives no name
             record.msg, record.args = scrub(record.getMessage()), ()

@@ -474,22 +474,27 @@ HEADINGS = {
 
 def write_report(path: Path, content: ReportContent) -> Path:
     """The path, now one self-contained HTML page: no script, no file, no address outside itself."""
+    shown = {
+        "release": content.release,
+        "content": content,
+        "facts": _facts(content.release),
+        "gates": [dict(gate) | {"light": gate_light(gate)} for gate in content.gates],
+        "verdict": _verdict(content.gates),
+        "figures": {section: _section_figures(content, kinds) for section, kinds in SECTIONS.items()},
+        "examples": [_example(example, content) for example in content.examples],
+        "legend": [{"slot": slot, "hue": _hue(slot)} for slot in content.slots],
+        "ranker": [_ranker_row(row) for row in content.ranker],
+        "longest": max((stage["seconds"] for stage in content.stages), default=1.0) or 1.0,
+    }
+    return write_html(path, "report.html", shown, {"number": _number, "percent": _percent, "picture": _picture, "short": _short})
+
+
+def write_html(path: Path, template: str, shown: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]]) -> Path:
+    """The path, now the page of a template of TEMPLATES; every text is escaped and a name that is not there is an error."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(number=_number, percent=_percent, picture=_picture, short=_short)
-    page = environment.get_template("report.html").render(
-        release=content.release,
-        content=content,
-        facts=_facts(content.release),
-        gates=[dict(gate) | {"light": gate_light(gate)} for gate in content.gates],
-        verdict=_verdict(content.gates),
-        figures={section: _section_figures(content, kinds) for section, kinds in SECTIONS.items()},
-        examples=[_example(example, content) for example in content.examples],
-        legend=[{"slot": slot, "hue": _hue(slot)} for slot in content.slots],
-        ranker=[_ranker_row(row) for row in content.ranker],
-        longest=max((stage["seconds"] for stage in content.stages), default=1.0) or 1.0,
-    )
+    environment.filters.update(filters)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(environment.get_template(template).render(shown), encoding="utf-8")
     return path
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.config import Section, TrainBehaviorEncoder, TrainRanker, TrainRetriever, TrainTokenizer, apply_override
+from pipeline.config import Section, TrainBehaviorEncoder, TrainRanker, TrainRetriever, TrainTokenizer, read_toml
 from pipeline.errors import ConfigError
 
 PAGES = Path(__file__).parent / "studies"
@@ -185,13 +184,7 @@ def load(page: str, overrides: Sequence[str] = ()) -> Page:
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in PAGES.glob("*.toml")))
         raise ConfigError(f"unknown study {page!r}", expected=f"one of {known}, or a path to a .toml file", found=page, where=str(path))
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError("the page is not valid TOML", expected="a TOML file in UTF-8", found=str(error), where=str(path)) from error
-    for override in overrides:
-        apply_override(content, override)
-    return parse({"name": path.stem, **content}, where=str(path))
+    return parse(read_toml(path, overrides, what="page"), where=str(path))
 
 
 def parse(content: dict[str, Any], *, where: str) -> Page:
@@ -455,29 +448,31 @@ def _auc_parts(positive_B: NDArray[np.bool_], a_B: Floats, b_B: Floats) -> tuple
 
 def _placements(positive_B: NDArray[np.bool_], score_B: Floats) -> tuple[float, Floats]:
     """(AUC, share of the other class that each row is on the right side of)."""
-
-    def below(of: Floats, among: Floats) -> Floats:
-        ordered = np.sort(among)
-        return (np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")) / 2 / max(ordered.size, 1)
-
     score_B = np.asarray(score_B, np.float64)
     place_B = np.empty(score_B.size)
-    place_B[positive_B] = below(score_B[positive_B], score_B[~positive_B])
-    place_B[~positive_B] = 1 - below(score_B[~positive_B], score_B[positive_B])
+    place_B[positive_B] = _share_below(score_B[positive_B], score_B[~positive_B])
+    place_B[~positive_B] = 1 - _share_below(score_B[~positive_B], score_B[positive_B])
     return float(place_B[positive_B].mean()) if positive_B.any() and not positive_B.all() else float("nan"), place_B
+
+
+def _share_below(of: Floats, among: Floats) -> Floats:
+    """Share of the second values that lie below each of the first, a tie counts half."""
+    ordered = np.sort(among)
+    return (np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")) / 2 / max(ordered.size, 1)
 
 
 def spearman_effect(a_SB: ArrayLike, b_SB: ArrayLike, truth_SB: ArrayLike) -> Effect:
     """The effect on Spearman(a, truth) - Spearman(b, truth), units are the rows; ranks are taken once, on all rows."""
     sides = [np.stack([_standard_ranks(row_B) for row_B in np.atleast_2d(values)]) for values in (a_SB, b_SB, truth_SB)]
     a_SB, b_SB, truth_SB = sides
-
-    def parts(x_SB: Floats) -> tuple[Floats, Floats]:
-        rho_S = (x_SB * truth_SB).mean(1)
-        return rho_S, (x_SB * truth_SB - rho_S[:, None] / 2 * (x_SB**2 + truth_SB**2)) / x_SB.shape[1]
-
-    (rho_a_S, in_a_SB), (rho_b_S, in_b_SB) = parts(a_SB), parts(b_SB)
+    (rho_a_S, in_a_SB), (rho_b_S, in_b_SB) = _spearman_parts(a_SB, truth_SB), _spearman_parts(b_SB, truth_SB)
     return Effect(rho_a_S - rho_b_S, in_a_SB - in_b_SB, a_SB.shape[1])
+
+
+def _spearman_parts(x_SB: Floats, truth_SB: Floats) -> tuple[Floats, Floats]:
+    """(rho, influence of each row) of standard ranks."""
+    rho_S = (x_SB * truth_SB).mean(1)
+    return rho_S, (x_SB * truth_SB - rho_S[:, None] / 2 * (x_SB**2 + truth_SB**2)) / x_SB.shape[1]
 
 
 def _standard_ranks(values_B: Floats) -> Floats:

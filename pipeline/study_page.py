@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from pipeline.errors import ConfigError
 from pipeline.study import CANNOT_TELL, KEPT, NOT_KEPT
 
-TEMPLATES = Path(__file__).parent / "templates"
 RETRIEVED = ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50")
 RANKED = ("auc", "gauc", "logloss")
 SLICES = ("all", "head", "torso", "tail", "evidence_0", "evidence_1_4", "all_with_ties")
@@ -180,21 +178,19 @@ def interval(row: Mapping[str, Any]) -> str:
 
 def write_page(path: Path, document: Mapping[str, Any]) -> Path:
     """The path, now one self-contained HTML page: no script, no file, no address outside itself."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(decimal=decimal, signed=signed)
+    from pipeline import report
+
     readings = [{"data": data, "reader": reader, **reading_table(rows)} for (data, reader), rows in _groups(document["readings"]).items()]
-    text = environment.get_template("study.html").render(
-        study=document,
-        opened=OPENED[document["part"]],
-        claims=[{**row, "light": LIGHTS[row["verdict"]], "what": claim_metric(row), "interval": interval(row)} for row in document["claims"]],
-        readings=readings,
-        richness=richness_rows(document["inputs"]),
-        coded=[name for name in (*CODED, *CODED_TOO) if any(name in row["metrics"] for row in document["codes"])],
-        figures=_figures(document),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+    shown = {
+        "study": document,
+        "opened": OPENED[document["part"]],
+        "claims": [{**row, "light": LIGHTS[row["verdict"]], "what": claim_metric(row), "interval": interval(row)} for row in document["claims"]],
+        "readings": readings,
+        "richness": richness_rows(document["inputs"]),
+        "coded": [name for name in (*CODED, *CODED_TOO) if any(name in row["metrics"] for row in document["codes"])],
+        "figures": _figures(document),
+    }
+    return report.write_html(path, "study.html", shown, {"decimal": decimal, "signed": signed})
 
 
 def _figures(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

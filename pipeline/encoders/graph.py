@@ -90,13 +90,17 @@ class Sparse:
 
 
 class _Product(torch.autograd.Function):
+    """A sparse times a dense matrix."""
+
     @staticmethod
     def forward(ctx: Any, sparse: Sparse, dense: Tensor) -> Tensor:
+        """The product; its transpose is kept for the gradient."""
         ctx.transpose = sparse.transpose
         return sparse.matrix @ dense
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        """The gradient of the dense matrix; the sparse one has none."""
         return None, ctx.transpose @ gradients[0]
 
 
@@ -116,7 +120,7 @@ def _csr(rows_E: Tensor, columns_E: Tensor, values_E: Tensor, shape: tuple[int, 
 def laplacian(edges: Edges, form: Literal["symmetric", "row_loops"] = "symmetric") -> Sparse:
     """Normalised adjacency of users and items [V, V]: D^-1/2 A D^-1/2 without self loops, or D^-1 (A + I); a node without pairs has no neighbour.
 
-    Source: NGCF, 2019 eq. (8) and LightGCN, 2020 for `symmetric`; NGCF's released code for `row_loops`.
+    Source: NGCF, 2019, Laplacian, and LightGCN, 2020, for `symmetric`; NGCF's released code for `row_loops`.
     """
     nodes = edges.num_users + edges.num_items
     rows_E, columns_E = torch.cat([edges.users, edges.items + edges.num_users]), torch.cat([edges.items + edges.num_users, edges.users])
@@ -140,7 +144,7 @@ def mean_of_items(edges: Edges) -> Sparse:
 def propagate(adjacency: Sparse, ego_VD: Tensor, num_layers: int) -> list[Tensor]:
     """Layers 0 .. K of plain propagation, [V, D] each: every layer is the adjacency times the one before.
 
-    Source: LightGCN, 2020 eq. (3).
+    Source: LightGCN, 2020, propagation.
     """
     layers = [ego_VD]
     for _ in range(num_layers):
@@ -151,7 +155,7 @@ def propagate(adjacency: Sparse, ego_VD: Tensor, num_layers: int) -> list[Tensor
 def layer_mean(layers: list[Tensor]) -> Tensor:
     """Mean of the layers, in their shape.
 
-    Source: LightGCN, 2020 eq. (4) with alpha_k = 1 / (K + 1).
+    Source: LightGCN, 2020, layer combination with alpha_k = 1 / (K + 1).
     """
     return torch.stack(layers).mean(0)
 
@@ -167,7 +171,7 @@ def bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
 def squared_norm(*rows: Tensor) -> Tensor:
     """Half the sum of all squares over the number of rows of the first [B, D], scalar: what `decay` weighs.
 
-    Source: NGCF, 2019 eq. (11).
+    Source: NGCF's released code, decay.
     """
     return torch.stack([part.square().sum() for part in rows]).sum() / (2 * rows[0].shape[0])
 
@@ -176,6 +180,7 @@ def sample_negatives(edges: Edges, candidates: Tensor, users_B: Tensor) -> tuple
     """(an item that the user does not have, uniform over the candidates, int64 [B]; whether one was found, bool [B])."""
 
     def draw(count: int) -> Tensor:
+        """So many candidates, with replacement."""
         return candidates[torch.randint(candidates.numel(), (count,), device=candidates.device)]
 
     items_B = draw(users_B.numel())
@@ -377,6 +382,7 @@ class RowEncoder:
         """The final vectors of the items at the best epoch [N, F]."""
 
         def make(edges: Edges) -> GraphNetwork:
+            """An untrained network for these users and items."""
             return type(self).network(edges.num_users, edges.num_items, self.params)
 
         return trained(fit(make, sequences, num_items, self.params, seed=seed, device=device, what=what))

@@ -35,7 +35,7 @@ class Network(graph.GraphNetwork):
     def loss(self, users_B: Tensor, items_B: Tensor) -> Tensor:
         """BPR on the means with decay on layer 0 of the batch, scalar.
 
-        Source: LightGCN, 2020 eq. (15).
+        Source: LightGCN, 2020, BPR with decay on layer 0.
         """
         ego = self.ego.weight[: self.num_users], self.ego.weight[self.num_users :]
         return self.pairwise(self(), ego, users_B, items_B, self.params.decay)

@@ -288,7 +288,7 @@ def pair_losses(views: Views, batch: PairBatch, temperature: Tensor, settings: C
     """Loss per pattern that at least two pairs have the vectors for, `cosent`, and `total`, nats.
 
     Source: SAIL-Embedding (arXiv 2510.12709), dataset-driven pattern matching: all feasible patterns in one pass, the others dropped; within one modality this
-    is L_micl, on fused vectors L_nce-mrl and L_lf at once, because here the gate makes the output.
+    is L_micl, on fused vectors L_nce-mrl and L_lf at once, because here the gate makes the output; differs: L_cosent is divided by the pairs of the batch.
     """
     losses: dict[str, Tensor] = {}
     for pattern in settings.patterns:
@@ -326,9 +326,11 @@ class Lessons:
     """Everything that is learned from; items are rows of the catalogue, none of them held.
 
     Args:
-        train / valid: pair sets by source, of trained and of held items. questions: sampler -> questions. teachers: name -> ((N, D), shown (N,)).
+        usable_N: the items that may be trained on. train / valid: pair sets by source, of trained and of held items. questions: by sampler.
+        teachers: name -> ((N, D), shown (N,)).
     """
 
+    usable_N: Tensor
     train: Mapping[str, PairSet]
     valid: Mapping[str, PairSet]
     questions: Mapping[str, Questions] = field(default_factory=dict)
@@ -366,7 +368,7 @@ def lessons(
             spaces["collaborative"] = vectors_ND * mask_N[:, None]
         peaks: dict[str, Any] = {"quantile": settings.peak_quantile, "least": settings.min_peak, "share": settings.peak_share, "clusters": settings.clusters}
         found = sail_pairs.samplers(asked, spaces, seed=seed, **peaks) if len(asked) else {}
-    return Lessons(train=train, valid={name: parts[1] for name, parts in chosen.items()}, questions=found, teachers=shown)
+    return Lessons(usable_N=usable_N, train=train, valid={name: parts[1] for name, parts in chosen.items()}, questions=found, teachers=shown)
 
 
 class Recipe:
@@ -485,11 +487,11 @@ class Recipe:
         if phase != "hard":
             return {}, {}
         fixed = self.settings.fixed_threshold if self.settings.negatives == "fixed" else None
-        shown_N = torch.stack(list(self.content.shown.values())).any(0)
         hard, noted = {}, {}
         for name, part in self.given.train.items():
             generator = generator_for(self.seed, "hard", name, number)
-            mined = sail_pairs.mine(fused_NW, shown_N, part, most=self.settings.num_hard, sample=self.settings.sample, fixed=fixed, generator=generator)
+            size = {"most": self.settings.num_hard, "sample": self.settings.sample}
+            mined = sail_pairs.mine(fused_NW, self.given.usable_N, part, **size, fixed=fixed, generator=generator)
             hard[name], noted[f"threshold/{name}"] = mined[0].cpu(), mined[1]
         return hard, noted
 

@@ -201,7 +201,8 @@ def questions(history: History, usable_N: Tensor, *, length: int, most: int, gen
 def single_peak(asked: Questions, similarity_QT: Tensor, *, threshold: float, least: int) -> Questions:
     """Questions whose history has `least` items like the target, with those items alone.
 
-    Source: SAIL-Embedding (arXiv 2510.12709), sequence-to-item, single-peak sampler.
+    Source: SAIL-Embedding (arXiv 2510.12709), sequence-to-item, single-peak sampler; differs: an event here is one behaviour, so `least` counts similar items
+    of the history in place of positive behaviours per item.
     """
     kept_QT = asked.shown_QT & (similarity_QT >= threshold)
     found = Questions(rows_QT=asked.rows_QT, shown_QT=kept_QT, target_Q=asked.target_Q)

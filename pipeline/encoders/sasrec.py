@@ -311,6 +311,7 @@ def answer(model: SasRec, sequences: Sequences, questions: Holdout, *, mask_hist
     length = model.positions.num_embeddings
 
     def score(rows: slice) -> Tensor:
+        """Score of every item for these questions [B, N]."""
         start, stop = questions.start[rows], questions.stop[rows]
         hidden_BLD = model(gather(sequences.items, start, stop, length, model.num_items).to(device))
         last_BD = hidden_BLD[torch.arange(start.numel(), device=device), (stop - start - 1).to(device)]
@@ -413,6 +414,7 @@ def initial_rows(model: SasRec, sequences: Sequences, moved_M: Tensor) -> tuple[
     own_M = moved_M.clamp(max=model.num_items - 1)
 
     def start(table_ND: Tensor) -> Tensor:
+        """First rows in the space of this table [M, D]."""
         total_MD = torch.zeros(moved_M.numel(), table_ND.shape[1]).index_add_(0, slot_O, table_ND[near_O])
         return torch.where(is_base_M1, table_ND[own_M], total_MD / count_M.clamp(min=1)[:, None])
 

@@ -64,10 +64,10 @@ def equal_budget(table: ItemTable, *, budget: int, dim: int) -> Widths:
 class ItemEncoder(nn.Module):
     """Vector of width D per item row: id row, weighted code tokens and dense features, concatenated and projected.
 
-    Source: ADA-SID (arXiv 2510.25622), ranking input: code rows times router weights, side by side; differs: the item's own id row beside them.
-
     Args:
         pooling: concat = the tokens' rows side by side; sum = added up, as prefix n-grams are (arXiv 2504.02137).
+    Source: ADA-SID (arXiv 2510.25622), ranking input: SIDs and router weights; differs: the paper does not say how they combine, rows times weights beside the
+    item's own id row is ours.
     """
 
     id_row: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Cross(nn.Module):
     """x_{l+1} = x_0 * (W x_l + b) + x_l, W = U V of a rank or full.
 
-    Source: DCN V2 (arXiv 2008.13535), eq. (1), low rank eq. (2).
+    Source: DCN V2 (arXiv 2008.13535), cross layer, low rank.
     """
 
     def __init__(self, width: int, rank: int) -> None:

@@ -125,10 +125,16 @@ def weighted_mean(log_prob_BS: Tensor, weight_BS: Tensor) -> Tensor:
 
 
 def distillation(summary_BD: Tensor, teacher_BD: Tensor, item_B: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of finding each row's own teacher among those of the batch by cosine, nats, scalar; other rows of the same item are left out.
+    """Cross-entropy of finding each row's own teacher among those of the batch by cosine, nats, scalar; 0 without teachers.
 
-    Source: UNGER (arXiv 2502.06269), intra-modality distillation; differs: InfoNCE over the batch, the exact form is not published in what we read.
+    Other rows of the same item are left out, and so are rows whose item has no teacher (a zero vector): nobody is taught by nothing.
+    Source: UNGER (arXiv 2502.06269), intra-modality distillation; differs: InfoNCE over the batch, the exact form is not published in what we read; the
+    summary is the last state instead of an appended token's.
     """
+    known_B = teacher_BD.any(1)
+    summary_BD, teacher_BD, item_B = summary_BD[known_B], teacher_BD[known_B], item_B[known_B]
+    if not len(item_B):
+        return summary_BD.sum()
     cosine_BB = F.normalize(summary_BD, dim=1) @ F.normalize(teacher_BD, dim=1).T / temperature
     same_BB = (item_B[:, None] == item_B[None, :]) & ~torch.eye(len(item_B), dtype=torch.bool, device=item_B.device)
     return F.cross_entropy(cosine_BB.masked_fill(same_BB, -torch.inf), torch.arange(len(item_B), device=item_B.device))

@@ -1,6 +1,7 @@
 """`parallel`: one head per code position on the state of a causal transformer; every item is scored exactly from the heads' log-probabilities.
 
-Source of the form: RPG (arXiv 2506.05781); of the weights: ADA-SID (arXiv 2510.25622). Not here: the graph decoder that RPG needs at tens of millions of items.
+Source: RPG (arXiv 2506.05781), the form; ADA-SID (arXiv 2510.25622), the weights. differs: SASRec's block, whose feed-forward is as wide as `dim`, in place of
+a GPT-2 with a feed-forward of 1024. Not here: the graph decoder that RPG needs at tens of millions of items.
 Tensor suffixes: B rows, T history, P predicted positions, N items, L positions of codes, K codes, D width.
 """
 
@@ -25,11 +26,10 @@ NOWHERE = -1e4  # score of an item without any code: below every log-probability
 def item_scores(log_probs: Sequence[Tensor], codes_NL: Tensor, weights_NL: Tensor, *, total: bool = False) -> Tensor:
     """Score of every item (B, N): the weighted mean over its present slots of log p(code), or their weighted sum if `total`.
 
-    Source: RPG (arXiv 2506.05781), sum of the tokens' log-probabilities, with ADA-SID's router weights; differs: the mean, so that a masked slot is neutral.
-
     Args:
         log_probs: per position (B, K).
         weights_NL: 0 for masked slots.
+    Source: RPG (arXiv 2506.05781), mean of the tokens' log-probabilities; differs: weighted by ADA-SID's router weights, and masked slots are left out.
     """
     score_BN = torch.zeros(len(log_probs[0]), len(codes_NL), device=codes_NL.device)
     for log_prob_BK, code_N, weight_N in zip(log_probs, codes_NL.unbind(1), weights_NL.unbind(1), strict=True):  # over positions, never over items

@@ -55,7 +55,7 @@ def softmax_gate(logit_BE: Tensor) -> Tensor:
 def fuse(vector_BLD: Tensor, gate_BL: Tensor) -> Tensor:
     """The gated sum over positions, (B, D): gate 1 for shared, softmax for content, R for behaviour, 0 for masked positions.
 
-    Source: ADC-SID eq. (10), (11)
+    Source: ADC-SID eq. (10), (11); differs: a masked position adds nothing, and what is summed has norm `latent_scale`, free in the paper.
     """
     return (gate_BL[..., None] * vector_BLD).sum(1)
 
@@ -71,7 +71,7 @@ def reconstruction_error(target_BD: Tensor, estimate_BD: Tensor) -> Tensor:
 def export_weight(weight_BE: Tensor, mean_active: Tensor) -> Tensor:
     """Router weights as released, (B, E) in [0, 2]: R over the generation's mean active R, clamped, 0 where the expert is off.
 
-    Source: ADC-SID 3.3, "importance weights"; differs: scaled and clamped, the paper prints no range.
+    Source: ADC-SID, router, "importance weights"; differs: scaled and clamped, the paper prints no range.
     """
     return (weight_BE / mean_active).clamp(0.0, WEIGHT_MAX)
 
@@ -216,7 +216,11 @@ class Network(nn.Module):
         return self._on_sphere(self.codebook_LKD)
 
     def _on_sphere(self, vector: Tensor) -> Tensor:
-        """The vector with norm `latent_scale`: free lengths of latents and rows drifted apart under a cosine lookup."""
+        """The vector with norm `latent_scale`.
+
+        Source: ADC-SID eq. (10), (11), latents and code rows; differs: their norm is `latent_scale`; the paper's is free, and free lengths drifted apart under
+        a cosine lookup.
+        """
         return self.settings.latent_scale * F.normalize(vector.float(), dim=-1)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Contrastive alignment of content with behaviour (ADC-SID 3.2): InfoNCE, the V3 and V2 sums, and the controls of the strength w.
+"""Contrastive alignment of content with behaviour (ADC-SID, alignment): InfoNCE, the V3 and V2 sums, and the controls of the strength w.
 
 Not here: the strength itself (eq. 15-17, pipeline/richness.py: it is a per-item input), the projections h (ada_sid.py).
 Suffixes: B the rows of this process, C candidates (the rows of all processes), D width.

@@ -34,7 +34,8 @@ def collaborative_loss(quantized_BD: Tensor, behavior_CD: Tensor, positive_B: Te
 
     Args:
         positive_B: row of the item among the candidates; known_C: False where a candidate has no behaviour vector.
-    Source: LETTER (arXiv 2405.07314), L_CF; differs: behaviour is turned to its principal axes, as wide as the latent; the papers' vectors have that width.
+    Source: LETTER (arXiv 2405.07314), L_CF; differs: behaviour is turned to its principal axes, as wide as the latent (the paper's vectors have that
+    width), and centred and scaled to a mean variance of 1 by `Inputs`, which acts as a temperature; the paper has neither temperature nor normalisation.
     """
     logit_BC = quantized_BD.float() @ behavior_CD.float().T
     allowed_BC = known_C | F.one_hot(positive_B, len(known_C)).bool()
@@ -69,7 +70,8 @@ def draw_partners(codes_B: Tensor, cluster_K: Tensor, noise_B: Tensor) -> tuple[
 def even_clusters(codebook_KD: Tensor, count: int) -> Tensor:
     """Cluster per code row with about equally many rows each, (K,) int64; the same rows give the same clusters.
 
-    Source: LETTER (arXiv 2405.07314), constrained k-means; differs: balanced by prices in place of hard bounds on the sizes.
+    Source: LETTER (arXiv 2405.07314), constrained k-means; differs: balanced by prices in place of hard bounds on the sizes, and done again every 64
+    steps (`CLUSTER_STEPS`) in place of every epoch.
     """
     count = max(1, min(count, len(codebook_KD) // 2))
     centres_GD = kmeans(codebook_KD, count, generator=torch.Generator().manual_seed(0), iterations=10, balanced=True)

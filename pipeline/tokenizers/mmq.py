@@ -122,7 +122,10 @@ class Network(nn.Module):
         return tuple(f"{name}_{index}" for name, count in self.experts.items() for index in range(count))
 
     def on_sphere(self, vector: Tensor) -> Tensor:
-        """The vector with norm `latent_scale`."""
+        """The vector with norm `latent_scale`.
+
+        Source: MMQ (arXiv 2508.15281), stage one, latents and code rows; differs: their norm is fixed, free in what we read of the paper.
+        """
         return self.settings.latent_scale * F.normalize(vector.float(), dim=-1)
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ FLAT = 1e-6  # share of the largest variance below which an axis carries nothing
 def procrustes(points_NW: Tensor, target_NW: Tensor) -> Tensor:
     """The rotation that brings the points closest to the targets in squared distance, (W, W) float32, orthogonal.
 
-    Source: OPQ (Ge et al. 2013) 3.1, non-parametric solution, step (ii): R = U V^T of the singular value decomposition of X^T Y
+    Source: OPQ (Ge et al. 2013), non-parametric solution, rotation: R = U V^T of the singular value decomposition of X^T Y
     """
     turned = torch.linalg.svd(points_NW.double().T @ target_NW.double())
     return (turned.U @ turned.Vh).float()
@@ -71,7 +71,7 @@ def means_by_space(points_LNd: Tensor, codes_NL: Tensor, old_LKd: Tensor, pull: 
 def seeds_by_space(points_LNd: Tensor, size: int, *, generator: torch.Generator) -> Tensor:
     """K seeds per sub-space, (L, K, d), drawn one by one with probability proportional to the squared distance to the seeds so far.
 
-    Source: k-means++ (Arthur, Vassilvitskii 2007) 2.2
+    Source: k-means++ (Arthur, Vassilvitskii 2007)
     """
     spaces, count, width = points_LNd.shape
     draws_KL = torch.rand(size, spaces, generator=generator, dtype=torch.float64)
@@ -89,7 +89,7 @@ def seeds_by_space(points_LNd: Tensor, size: int, *, generator: torch.Generator)
 def dealt_rotation(variance_W: Tensor, spaces: int) -> Tensor:
     """The permutation that gives each sub-space axes of about the same product of variances, (W, W): where the alternation begins.
 
-    Source: OPQ (Ge et al. 2013) 3.2, parametric solution
+    Source: OPQ (Ge et al. 2013), parametric solution
     """
     order_W = torch.tensor([axis for hand in deal_axes(variance_W, spaces) for axis in hand])
     return torch.eye(len(variance_W))[:, order_W]
@@ -98,10 +98,10 @@ def dealt_rotation(variance_W: Tensor, spaces: int) -> Tensor:
 class Opq:
     """The OPQ tokenizer (`base.Tokenizer`); its codes have no order, each describes another part of the item.
 
-    It learns from every item it is fitted on: the night's cutoff is what keeps later items out.
-
     Args:
         settings: the [train_tokenizer.opq] section.
+    Source: RPG (arXiv 2506.05781), quantiser; differs: RPG learns it from the items of its training sequences alone, here every item of the night counts, and
+    the night's cutoff is what keeps later items out.
     """
 
     needs_history: ClassVar[bool] = False

@@ -94,8 +94,8 @@ def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, price_K: Tensor, *, 
     Args:
         price_K: prices to start from, zeros at first; handing back the last ones makes a few rounds enough between two Lloyd iterations.
         sharpness: mean distance to the nearest code over the temperature; larger is closer to a hard assignment and slower to balance.
-    Source: OneRec (arXiv 2502.18965) alg. 1; differs: there the codes in turn take their N / K nearest points of those left, which makes the last codes
-    take what nobody wanted; prices treat all codes alike and balance nearly, not exactly.
+    Source: OneRec (arXiv 2502.18965), balanced k-means; differs: there the codes in turn take their N / K nearest points of those left, which makes the
+    last codes take what nobody wanted; prices treat all codes alike and balance nearly, not exactly.
     """
     distance_NK = (points_ND @ centroids_KD.T).mul_(-2).add_(centroids_KD.square().sum(1)).add_(points_ND.square().sum(1, keepdim=True))
     share_NK = distance_NK.mul_(-sharpness / distance_NK.amin(1).mean().clamp(min=1e-12))
@@ -217,7 +217,7 @@ def residual_codes(points_ND: Tensor, codebook_LKD: Tensor, keep_NL: Tensor | No
 
     Args:
         keep_NL: codes to hold on to (`hold_on`, squared distance); a level is held only below held levels, because it codes another rest otherwise.
-    Source: RQ-VAE (Lee et al. 2022) eq. (1)-(2)
+    Source: RQ-VAE (Lee et al. 2022), residual quantisation
     """
     rest_ND, codes = points_ND, []
     same_N = torch.ones(len(points_ND), dtype=torch.bool, device=points_ND.device)

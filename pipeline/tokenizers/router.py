@@ -1,4 +1,4 @@
-"""The behavioural router and the controller of its sparsity (ADC-SID 3.3): how much each behaviour code counts for each item.
+"""The behavioural router and the controller of its sparsity (ADC-SID, router): how much each behaviour code counts for each item.
 
 Not here: the experts behind the codes (ada_sid.py). Suffixes: B batch, E behaviour experts, Q richness buckets.
 """
@@ -61,7 +61,7 @@ def load_factor(active_E: Tensor, items: Tensor, target: Tensor) -> Tensor:
 
     Args:
         active_E: items that switch the expert on; items: items looked at; target: mean share of experts that shall be off.
-    Source: ADA-SID (V2) eq. (23); differs: one factor per expert as in ReMoE eq. (9), the printed sum over experts is one number for all of them.
+    Source: ADA-SID (V2) eq. (23); differs: one factor per expert as in ReMoE's load balancing, the printed sum over experts is one number for all of them.
     """
     return active_E / (items.clamp(min=1) * (1.0 - target).clamp(min=1e-3))
 
@@ -92,7 +92,8 @@ def lambda_step(log_lambda_Q: Tensor, target_Q: Tensor, current_Q: Tensor, *, st
         target_Q / current_Q: share of experts off, wanted and found.
         step: factor by which lambda moves at most per step, > 1.
         most: largest lambda.
-    Source: ADA-SID (V2) eq. (20), ReMoE; differs: the step shrinks within .05 of the target (no sign function there) and log lambda is clamped.
+    Source: ADA-SID (V2) eq. (20), ReMoE; differs: the step shrinks within .05 of the target (no sign function there), log lambda is clamped, the defaults
+    are lambda_0 = 1e-3 and a = 1.02 (ReMoE: 1e-8 and 1.2), and `SparsityController.acting_lambda` adds a proportional term.
     """
     direction_Q = ((target_Q - current_Q) / 0.05).clamp(-1.0, 1.0)
     return (log_lambda_Q + math.log(step) * direction_Q).clamp(LOG_LAMBDA_MIN, math.log(most))

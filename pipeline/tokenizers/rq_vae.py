@@ -1,5 +1,7 @@
-"""RQ-VAE as TIGER trains it (arXiv 2305.05065): an encoder, residual levels of code rows, a decoder.
+"""RQ-VAE in TIGER's form, trained by this package's loop: an encoder, residual levels of code rows, a decoder.
 
+Source: TIGER (arXiv 2305.05065). differs: AdamW with a cosine, 60 epochs at most by default and a warm-up without quantisation, there Adagrad at 0.4 for
+20,000 epochs.
 `Autoencoder` is LETTER's too. Not here: k-means, revival and Sinkhorn (quantize.py), the training loop (fit.py).
 Suffixes: B batch, N items, D width, L levels, K codes.
 """
@@ -59,7 +61,7 @@ def residual_walk(z_BD: Tensor, codebook_LKD: Tensor, last: Assign = nearest_cen
 
     Args:
         last: assigns the codes of the last level, in training perhaps evenly; all others take the nearest.
-    Source: RQ-VAE (Lee et al. 2022) eq. (1)-(2), TIGER 3.1
+    Source: RQ-VAE (Lee et al. 2022) and TIGER (arXiv 2305.05065), residual quantisation
     """
     rest_BD, codes, rests, rows = z_BD, [], [], []
     for level, codebook_KD in enumerate(codebook_LKD.unbind(0)):
@@ -74,7 +76,7 @@ def residual_walk(z_BD: Tensor, codebook_LKD: Tensor, last: Assign = nearest_cen
 def reconstruction_loss(x_BD: Tensor, estimate_BD: Tensor, shown_BD: Tensor) -> Tensor:
     """Squared error per item over the columns it has, divided by the number of all columns, (B,).
 
-    Source: TIGER 3.1, L_recon; differs: a mean in place of the sum, and a masked modality asks for nothing.
+    Source: TIGER (arXiv 2305.05065), L_recon; differs: a mean in place of the sum, and a masked modality asks for nothing.
     """
     return ((x_BD - estimate_BD).square() * shown_BD).mean(1)
 

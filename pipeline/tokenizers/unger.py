@@ -2,7 +2,7 @@
 
 An adapter maps content to behaviour's width, a contrastive term aligns the two, and a next-item loss over users' histories moves both; the integrated
 vector, both halves at unit length, then gets residual k-means codes. Known here from summaries, not from the paper: parts are named in place of equations.
-Not here: residual k-means (rq_kmeans.py), questions and reader (histories.py), the loop (fit.py), a generator that uses `distillation_loss`.
+Not here: residual k-means (rq_kmeans.py), questions and reader (histories.py), the loop (fit.py), a generator (retrievers).
 Suffixes: B batch, N items, R distinct items of a batch, D width.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,24 @@ from pipeline import config as profile
 from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
 from pipeline.tokenizers.ada_sid import masked_codes
-from pipeline.tokenizers.alignment import both_ways, info_nce, view
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.alignment import both_ways, view
+from pipeline.tokenizers.base import (
+    Checkpoint,
+    FitReport,
+    History,
+    ItemBatch,
+    Keep,
+    Networked,
+    ProgressBar,
+    Start,
+    Tokenizer,
+    TokenizerOutput,
+    encode_in_chunks,
+)
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
 from pipeline.tokenizers.refresh import begin, champion
-from pipeline.tokenizers.rq_kmeans import RqKmeans
+from pipeline.tokenizers.rq_kmeans import RqKmeans, concatenate
 from pipeline.tokenizers.world import World
 
 CONTENT = ("text", "image")
@@ -64,19 +76,15 @@ def alignment_loss(behavior_BD: Tensor, content_BD: Tensor, both_B: Tensor, *, t
     return both_ways(view(behavior_BD, both_B, world), view(content_BD, both_B, world), temperature=temperature, world=world)
 
 
-def distillation_loss(summary_BD: Tensor, teacher_BD: Tensor, *, temperature: float = 0.1, kind: Literal["contrast", "cosine"] = "contrast") -> Tensor:
-    """How far a generator's summary of the user is from the integrated vector of the item that follows, per row, (B,).
+def teacher_vectors(tokenizer: Tokenizer, items: ItemBatch) -> Tensor:
+    """What a generator's summary of the user is distilled from, (N, D): E_I where the codes are UNGER's, else the unit-norm modalities side by side.
 
-    Args:
-        summary_BD: the summary token's state, mapped to the width of E_I; teacher_BD: `Unger.integrated` of the targets, without gradient.
-        kind: contrast = InfoNCE over the batch, where rows with an equal teacher are no negatives; cosine = 1 - cosine.
-    Source: UNGER (arXiv 2502.06269), stage two, intra-modality distillation; differs: the exact form is not known here.
+    An item that shows nothing the tokenizer reads is zero. The loss is `retrievers.base.distillation`.
+    Source: UNGER (arXiv 2502.06269), stage two; differs: other tokenizers have no integrated vector and take what their codes are made from.
     """
-    teacher_BD = teacher_BD.detach().float()
-    if kind == "cosine":
-        return 1.0 - F.cosine_similarity(summary_BD.float(), teacher_BD, dim=1)
-    other_BC = (teacher_BD[:, None] != teacher_BD[None]).any(2)
-    return info_nce(summary_BD, teacher_BD, torch.arange(len(teacher_BD), device=teacher_BD.device), other_BC, temperature=temperature)
+    if isinstance(tokenizer, Unger):
+        return tokenizer.integrated(items) * tokenizer.shown(items)[:, None]
+    return concatenate(items, items.widths()).float()
 
 
 class Network(nn.Module):
@@ -114,7 +122,8 @@ class Network(nn.Module):
         """E_I of prepared items, (B, 2 D).
 
         Source: UNGER (arXiv 2502.06269), stage one, E_I; differs: E_C is a trained map of the night's behaviour vector in place of a trained row per
-        item, so that a new item needs no training.
+        item, so that a new item needs no training; before the maps both E_S and that vector are centred, turned and cut to their `input_dim` leading
+        principal axes and brought to one scale.
         """
         return integrate(*self.sides(batch))
 
@@ -222,21 +231,21 @@ class Unger(Networked[Network]):
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
         self.network = network.eval()
         again = Start(tokenizer=old.quantiser, pull=start.pull) if old and start else None
-        self.quantiser.fit(self._halves(items.take(torch.nonzero(self._shown(items)).flatten())), seed=seed, settings=settings, start=again)
+        self.quantiser.fit(self._halves(items.take(torch.nonzero(self.shown(items)).flatten())), seed=seed, settings=settings, start=again)
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True) | self._measure(items))
 
-    def _shown(self, items: ItemBatch) -> Tensor:
+    def shown(self, items: ItemBatch) -> Tensor:
         """True for items that show anything UNGER reads, (N,)."""
         return torch.stack([items.mask(name) & (items.vectors(name) is not None) for name in self.fitted.inputs.widths]).any(0).cpu()
 
     def _measure(self, items: ItemBatch) -> dict[str, float]:
         made = self.encode(items)
         found = metrics.code_use(made.codes_NL, self.codebook_sizes, self.slots)
-        return {**found, "nmse/integrated": metrics.nmse(self.integrated(items), made.quantized_ND, self._shown(items))}
+        return {**found, "nmse/integrated": metrics.nmse(self.integrated(items), made.quantized_ND, self.shown(items))}
 
     @torch.no_grad()
     def integrated(self, items: ItemBatch) -> Tensor:
-        """E_I, the integrated vectors before quantisation, (N, 2 D) on the CPU: the teacher of `distillation_loss`."""
+        """E_I, the integrated vectors before quantisation, (N, 2 D) on the CPU: what a generator can be taught by."""
         network = self.fitted
         device = network.behavior_WD.device
         return torch.cat([network(network.inputs.prepare(block.to(device))).cpu() for block in parallel.blocks(items)])
@@ -253,7 +262,7 @@ class Unger(Networked[Network]):
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
             made = self.quantiser.encode(self._halves(rows), keep)
-            shown_B1 = self._shown(rows)[:, None]
+            shown_B1 = self.shown(rows)[:, None]
             codes_BL = masked_codes(made.codes_NL, shown_B1, self.settings.codebook_size)
             return TokenizerOutput(codes_NL=codes_BL, weights_NL=made.weights_NL * shown_B1, quantized_ND=made.quantized_ND * shown_B1)
 

@@ -21,7 +21,7 @@ NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, an
 
 def start(home: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
     """`sid` with the profile `tiny` in a process of its own, with `more` in its environment."""
-    environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", **more}
+    environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", "COLUMNS": "200", **more}
     return subprocess.Popen([sys.executable, "-m", "jobs.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

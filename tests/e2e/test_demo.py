@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from homes import releases, sid
 
 from pipeline import config, lakehouse
 from pipeline.context import Home
@@ -16,22 +14,11 @@ from pipeline.context import Home
 pytestmark = pytest.mark.e2e
 
 
-def sid(home: Path, *arguments: str) -> str:
-    environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], env=environment, capture_output=True, text=True, timeout=1500, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(home, what the demo printed)."""
     home = tmp_path_factory.mktemp("demo")
     return home, sid(home, "demo", "--dataset", "shop")
-
-
-def releases(home: Path) -> list[dict]:
-    return json.loads(sid(home, "releases", "--json"))
 
 
 def test_two_nights_give_a_chain_of_two_current_releases(told) -> None:

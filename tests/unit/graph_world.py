@@ -1,9 +1,6 @@
-"""A small world of two tastes for the graph encoders, and one thread to run them on."""
+"""A small world of two tastes for the behaviour encoders."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,8 +10,11 @@ from pipeline.encoders.behavior import Sequences
 USERS, ITEMS, LENGTH = 40, 20, 8
 
 
-def sequences(lists: list[list[int]]) -> Sequences:
-    return Sequences(torch.tensor(np.cumsum([0] + [len(part) for part in lists])), torch.tensor([item for part in lists for item in part]))
+def sequences(lists: list[list[int]], baskets: list[list[int]] | None = None) -> Sequences:
+    """One user's events per list, with the numbers of their baskets where they are given."""
+    offsets = torch.tensor(np.cumsum([0] + [len(part) for part in lists]))
+    flat = torch.tensor([item for part in lists for item in part])
+    return Sequences(offsets, flat, None if baskets is None else torch.tensor([number for part in baskets for number in part]))
 
 
 def lists(seed: int = 0, users: int = USERS) -> list[list[int]]:
@@ -36,12 +36,3 @@ def separation(items_NF: torch.Tensor) -> float:
     cosine, half = unit @ unit.T, torch.arange(ITEMS) < ITEMS // 2
     same = half[:, None] == half[None, :]
     return float(cosine[same & ~torch.eye(ITEMS, dtype=torch.bool)].mean() - cosine[~same].mean())
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tiny networks on a busy machine: a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

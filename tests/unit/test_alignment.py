@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from draws import rand
 
 from pipeline.tokenizers.alignment import View, alignment_v3, controlled_strength, info_nce
 from pipeline.tokenizers.world import World
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rng() -> torch.Generator:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from graph_world import ITEMS, lists, one_thread, separation, sequences, texts
+from graph_world import ITEMS, lists, separation, sequences, texts
 from torch.nn import functional as F
 
 from pipeline.config import AlphaRec as Params
@@ -17,12 +17,7 @@ SMALL = Params(
     dim=8, hidden_dim=12, num_layers=2, batch_size=64, max_epochs=8, patience=8, valid_users=20, learning_rate=0.01, num_negatives=8, temperature=0.2
 )
 WORLD = [[0, 1], [1, 2, 3], [3]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

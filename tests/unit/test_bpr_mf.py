@@ -6,18 +6,13 @@ import math
 
 import pytest
 import torch
-from graph_world import ITEMS, lists, one_thread, separation, sequences
+from graph_world import ITEMS, lists, separation, sequences
 
 from pipeline.config import BprMf as Params
 from pipeline.encoders import bpr_mf, graph
 
 SMALL = Params(dim=8, batch_size=32, max_epochs=30, patience=30, valid_users=20, learning_rate=0.03)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_loss_equals_a_slow_loop(monkeypatch: pytest.MonkeyPatch) -> None:

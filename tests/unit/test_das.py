@@ -8,25 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizer_items import das_settings, tiny_history, tiny_items, training
+from draws import rand, unit
+from tokenizer_items import das_settings, noise, tiny_history, tiny_items, training
 
 from pipeline.tokenizers import das, histories
 from pipeline.tokenizers.alignment import view
 from pipeline.tokenizers.base import History
 from pipeline.tokenizers.das import Catalogue, Das, Network, Training
 from pipeline.tokenizers.world import World
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(row: torch.Tensor) -> np.ndarray:
-    return (row / row.norm()).numpy()
-
-
-def noise() -> torch.Tensor:
-    return torch.rand(96, 8, generator=torch.Generator().manual_seed(0))
 
 
 def stage(**changes: object) -> Training:

@@ -49,17 +49,17 @@ TITLES = [
 
 CHANGES = ({"name": "n"}, {"batch": 8}, {"size": 32}, {"normalize": False})
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_no_network():
+def _no_network():
     def refuse(*_args):
         raise AssertionError("an encoder opened a connection")
 
-    threads, connect = torch.get_num_threads(), socket.socket.connect
-    torch.set_num_threads(1)
+    connect = socket.socket.connect
     socket.socket.connect = refuse
     yield
-    torch.set_num_threads(threads)
     socket.socket.connect = connect
 
 

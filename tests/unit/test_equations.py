@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from draws import rand
 
 from pipeline.tokenizers import ada_sid, alignment, quantize, router
 from pipeline.tokenizers.world import World
@@ -20,10 +21,6 @@ def equation(*names: str):
     """Marks a test as the slow loop of those functions."""
     TESTED.update(names)
     return lambda test: test
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sigmoid(x: float) -> float:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import tokenizer_contract as contract
 import torch
 from safetensors.torch import load_file
-from tokenizer_items import ada_settings, rq_settings, tiny_items, training
+from tokenizer_items import ada_settings, rq_settings, stop_after, tiny_items, training
 
 from jobs import train_tokenizer
 from jobs.train_tokenizer import FileCheckpoint
@@ -25,30 +26,8 @@ from pipeline.tokenizers.ada_sid import AdaSid
 from pipeline.tokenizers.base import ItemBatch, codebook_digest, items_from_arrow, join_vectors
 
 
-class Interrupted(Exception):
-    pass
-
-
-def stop_after(epochs: int):
-    def bar(items, what, total):
-        for done, item in enumerate(items):
-            if done == epochs:
-                raise Interrupted
-            yield item
-
-    return bar
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    items, settings = tiny_items(), training(max_epochs=8)
-    straight, broken, resumed = (AdaSid(ada_settings()) for _ in range(3))
-    report = straight.fit(items, seed=3, settings=settings)
-    checkpoint = FileCheckpoint(tmp_path / "state.safetensors")
-    with pytest.raises(Interrupted):
-        broken.fit(items, seed=3, settings=settings, checkpoint=checkpoint, progress=stop_after(5))
-    continued = resumed.fit(items, seed=3, settings=settings, checkpoint=checkpoint)
-    assert continued.curves == report.curves
-    assert all(torch.equal(value, resumed.state()[name]) for name, value in straight.state().items())
+    contract.resumes_bit_for_bit("ada_sid", ada_settings(), tmp_path)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

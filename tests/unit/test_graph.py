@@ -7,19 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from graph_world import ITEMS, lists, one_thread, sequences
+from graph_world import ITEMS, lists, sequences
 
 from pipeline.config import LightGcn as Params
 from pipeline.encoders import graph
 from pipeline.encoders.lightgcn import LightGcn
 
 SMALL = Params(dim=8, num_layers=2, batch_size=32, max_epochs=8, patience=8, valid_users=20, row_steps=40, learning_rate=0.03)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def edges() -> graph.Edges:

@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tokenizer_items import das_settings, mmq_settings, tiny_history, tiny_items, training, unger_settings
+from tokenizer_items import Interrupted, das_settings, mmq_settings, stop_after, tiny_history, tiny_items, training, unger_settings
 
 from pipeline.errors import ContractError
 from pipeline.tokenizers import TOKENIZERS, from_state, histories
 from pipeline.tokenizers.base import MODALITIES, History, Keep, Start, Tokenizer, codebook_digest
 
 SETTINGS = {"mmq": mmq_settings, "das": das_settings, "unger": unger_settings}
-
-
-class Interrupted(Exception):
-    pass
 
 
 class Memory:
@@ -155,26 +151,12 @@ def test_parts_of_a_checkpoint_do_not_touch_each_other():
 # ---------------------------------------------------------------- every variant
 
 
-def stop_at(phase: int, epoch: int):
-    """A progress bar that breaks off in an epoch of the n-th training run; residual k-means afterwards is no training run."""
-    seen = {"runs": 0}
-
-    def bar(items, what, total):
-        seen["runs"] += 1
-        for done, item in enumerate(items):
-            if seen["runs"] == phase and done == epoch:
-                raise Interrupted
-            yield item
-
-    return bar
-
-
 @pytest.mark.parametrize(("name", "phase"), [("mmq", 1), ("mmq", 2), ("das", 1), ("unger", 1)])
 def test_a_resumed_run_gives_the_same_bits(made, name, phase):
     checkpoint, resumed = Memory(), TOKENIZERS[name](SETTINGS[name]())
     arguments = {"seed": 1, "settings": training(max_epochs=4), "checkpoint": checkpoint, "history": tiny_history()}
     with pytest.raises(Interrupted):
-        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), **arguments, progress=stop_at(phase, 3))
+        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), **arguments, progress=stop_after(3, run=phase))
     resumed.fit(tiny_items(), **arguments)
     assert all(torch.equal(value, resumed.state()[key]) for key, value in made[name].state().items())
 
@@ -184,7 +166,7 @@ def test_a_checkpoint_of_another_history_is_not_resumed(made, name):
     checkpoint, again = Memory(), TOKENIZERS[name](SETTINGS[name]())
     arguments = {"seed": 1, "settings": training(max_epochs=4), "checkpoint": checkpoint}
     with pytest.raises(Interrupted):
-        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), **arguments, history=tiny_history(seed=5), progress=stop_at(1, 1))
+        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), **arguments, history=tiny_history(seed=5), progress=stop_after(1))
     again.fit(tiny_items(), **arguments, history=tiny_history())
     assert codebook_digest(again.codebooks()) == codebook_digest(made[name].codebooks())
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tokenizer_contract as contract
 import torch
+from draws import rand
 from tokenizer_items import WIDTHS, tiny_items, training
 
-from jobs.train_tokenizer import FileCheckpoint
 from pipeline.config import Letter as Settings
 from pipeline.tokenizers import letter
 from pipeline.tokenizers.letter import Letter, Network, Training
@@ -20,10 +20,6 @@ from pipeline.tokenizers.world import World
 
 def settings(**changes: object) -> Settings:
     return Settings(**{"num_levels": 3, "codebook_size": 12, "latent_dim": 8, "hidden_dims": [24], "warmup_epochs": 2, "num_clusters": 4, **changes})
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_collaborative_loss_against_a_loop():
@@ -118,29 +114,8 @@ def test_alignment_tells_items_apart_by_their_behaviour():
     assert found[0.1] < math.log(150) - 0.7 < found[0.0]
 
 
-class Interrupted(Exception):
-    pass
-
-
-def stop_after(epochs: int):
-    def bar(items, what, total):
-        for done, item in enumerate(items):
-            if done == epochs:
-                raise Interrupted
-            yield item
-
-    return bar
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    items, how = tiny_items(), training(max_epochs=8)
-    straight, broken, resumed = (Letter(settings()) for _ in range(3))
-    report = straight.fit(items, seed=3, settings=how)
-    checkpoint = FileCheckpoint(tmp_path / "state.safetensors")
-    with pytest.raises(Interrupted):
-        broken.fit(items, seed=3, settings=how, checkpoint=checkpoint, progress=stop_after(5))
-    assert resumed.fit(items, seed=3, settings=how, checkpoint=checkpoint).curves == report.curves
-    assert all(torch.equal(value, resumed.state()[name]) for name, value in straight.state().items())
+    contract.resumes_bit_for_bit("letter", settings(), tmp_path)
 
 
 def test_what_every_tokenizer_owes():

@@ -7,23 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from graph_world import ITEMS, lists, one_thread, separation, sequences
+from graph_world import ITEMS, lists, separation, sequences
 
 from pipeline.config import LightGcn as Params
 from pipeline.encoders import graph, lightgcn
 
 SMALL = Params(dim=8, num_layers=3, batch_size=32, max_epochs=20, patience=20, valid_users=20, learning_rate=0.03)
 WORLD = [[0, 1], [1, 2, 3], [3]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def slow_layers(ego: np.ndarray, layers: int) -> list[np.ndarray]:
-    """Eq. (3) node by node; items are nodes 3 .. 7, item 4 has no user."""
+    """Propagation node by node; items are nodes 3 .. 7, item 4 has no user."""
     near: dict[int, list[int]] = {v: [] for v in range(8)}
     for user, items in enumerate(WORLD):
         for item in items:

@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizer_items import mmq_settings, tiny_history, tiny_items, training
+from draws import rand
+from tokenizer_items import mmq_settings, noise, tiny_history, tiny_items, training
 
 from pipeline.tokenizers import histories, mmq
 from pipeline.tokenizers.base import ItemBatch, codebook_digest
 from pipeline.tokenizers.mmq import Mmq, Network, Training, Tuned, Tuning
 from pipeline.tokenizers.world import World
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def network(**changes: object) -> tuple[Network, ItemBatch]:
@@ -31,10 +28,6 @@ def tuning(**changes: object) -> Tuning:
     made, prepared = network(**changes)
     torch.manual_seed(1)
     return Tuning(Tuned(made), histories.events(tiny_history(), 96, who="x"), prepared)
-
-
-def noise() -> torch.Tensor:
-    return torch.rand(96, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_orthogonality_against_a_loop():

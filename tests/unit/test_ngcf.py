@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from graph_world import ITEMS, lists, one_thread, separation, sequences
+from draws import rand
+from graph_world import ITEMS, lists, separation, sequences
 
 from pipeline.config import Ngcf as Params
 from pipeline.encoders import graph, ngcf
@@ -15,16 +16,7 @@ from pipeline.encoders import graph, ngcf
 SMALL = Params(dim=8, num_layers=3, batch_size=32, max_epochs=15, patience=15, valid_users=20, learning_rate=0.02)
 WORLD = [[0, 1], [1, 2, 3], [3]]
 NEAR = {0: [3, 4], 1: [4, 5, 6], 2: [6], 3: [0], 4: [0, 1], 5: [1], 6: [1, 2], 7: []}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads():
-    with one_thread():
-        yield
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def leaky(x: np.ndarray) -> np.ndarray:

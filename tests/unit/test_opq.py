@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizer_contract as contract
 import torch
+from draws import rand
 from tokenizer_items import tiny_items, training
 
 from pipeline.config import Opq as Settings
@@ -17,10 +18,6 @@ from pipeline.tokenizers.opq import Opq
 
 def settings(**changes: object) -> Settings:
     return Settings(**{"num_positions": 4, "codebook_size": 8, "iterations": 8, **changes})
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_procrustes_finds_the_rotation_and_none_is_better():

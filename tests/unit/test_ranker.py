@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from rank_tables import drawn, release_tables
 
 from jobs import rank_example, train_ranker
 from jobs.rank_example import Published
@@ -22,14 +23,7 @@ from pipeline.rankers.ppnet import PpNet
 SIZES = (4, 3, 4)
 PARAMS = TrainRanker(dim=8, hidden_dims=[16], max_epochs=2, batch_size=64, bootstrap=50)
 START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def world(rows: int = 1500, items: int = 60, users: int = 40, seed: int = 0) -> tuple[pa.Table, pa.Table]:
@@ -160,7 +154,7 @@ def test_permutation_keeps_pairs_and_deciles_and_leaves_items_without_sid(data):
 @pytest.mark.parametrize("ngrams", [False, True])
 def test_every_arm_trains_and_none_has_more_embedding_parameters_than_ids(data, ngrams):
     params = PARAMS.model_copy(update={"max_epochs": 1, "prefix_ngrams": ngrams})
-    full = ranker.RankData(**{**data.__dict__, "alternative": data.codes})
+    full = ranker.RankData(**{**data.__dict__, "other": data.codes})
     spent = {}
     for arm in ranker.ARMS:
         fit = ranker.fit(full, arm, params, seed=0)
@@ -176,10 +170,41 @@ def test_every_arm_trains_and_none_has_more_embedding_parameters_than_ids(data, 
 def test_arms_that_cannot_be_built_say_why(data):
     with pytest.raises(ConfigError, match="unknown ranker arm"):
         ranker.fit(data, "ids", PARAMS, seed=0)
-    with pytest.raises(ConfigError, match="another tokenizer"):
-        ranker.fit(data, "id_kmeans", PARAMS, seed=0)
+    with pytest.raises(ConfigError, match="needs a second release"):
+        ranker.fit(data, "id_other", PARAMS, seed=0)
     with pytest.raises(ContractError, match="no training rows"):
         ranker.fit(ranker.RankData(**{**data.__dict__, "train": rows_of(data.train, slice(0, 0))}), "id", PARAMS, seed=0)
+
+
+class TwoReleases:
+    """Two releases as a stage's inputs see them; the second has two positions of its own size."""
+
+    def __init__(self, second_date: date) -> None:
+        self.examples, first = world(rows=300)
+        codes = np.stack([np.arange(60) % 5, np.arange(60) % 2], axis=1)
+        self.releases = {"d20260101": first, "d20251231": release_of(codes, np.ones((60, 2)), np.ones(60))}
+        self.dates = {"d20260101": date(2026, 1, 1), "d20251231": second_date}
+
+    def release(self, tag: str) -> pa.Table:
+        return self.releases[tag]
+
+    def arrow(self, table: str) -> pa.Table:
+        if table == "sid.generation":
+            return pa.table({"generation": [1, 2], "codebook_sizes": [list(SIZES), [5, 2]]})
+        return pa.table({"tag": list(self.dates), "logical_date": list(self.dates.values()), "generation": [1, 2], "codebook_digest": ["a", "b"]})
+
+
+def test_an_arm_reads_the_codes_of_a_second_release_unless_that_one_is_younger():
+    inputs = TwoReleases(date(2025, 12, 31))
+    words = train_ranker.vocabulary(inputs, "d20260101")
+    data = train_ranker.load_data(inputs, inputs.examples, words, "d20251231")
+    assert data.other is not None
+    assert (data.other.codes.shape, data.codes.codes.shape) == ((61, 2), (61, 3))
+    fit = ranker.fit(data, "id_other", PARAMS, seed=0)
+    assert np.isfinite(fit.scores_test).all()
+    assert not np.array_equal(fit.scores_test, ranker.fit(data, "id_sid", PARAMS, seed=0).scores_test)
+    with pytest.raises(ConfigError, match="days that the tested one has not"):
+        train_ranker.load_data(TwoReleases(date(2026, 1, 2)), inputs.examples, words, "d20251231")
 
 
 def rows_of(rows: ranker.RankRows, part) -> ranker.RankRows:
@@ -455,20 +480,10 @@ class Tables:
         self.examples, self.codes = examples, release
 
     def arrow(self, table: str, where: str = "") -> pa.Table:
-        return {
-            "rank.rank_example": self.examples,
-            "sid.release": pa.table({"tag": ["d20260101", "d20260102"], "generation": [1, 1], "codebook_digest": ["abc", "abc"]}),
-            "sid.generation": pa.table({"generation": [1], "codebook_sizes": pa.array([SIZES], pa.list_(pa.int32()))}),
-        }[table]
+        return {"rank.rank_example": self.examples, **release_tables(SIZES)}[table]
 
     def release(self, tag: str) -> pa.Table:
         return self.codes
-
-
-def drawn(examples: pa.Table, **change) -> dict:
-    counts = {split: sum(value == split for value in examples["split"].to_pylist()) for split in ("train", "test")}
-    facts = {"served_release": "d20260101", "evaluation_release": "d20260101", "example_release": "d20260101", "logical_date": "2026-01-01"}
-    return {**facts, "train_until": "2026-01-01", "train_rows": counts["train"], "test_rows": counts["test"], "digest": "x", "note": "", **change}
 
 
 def context(tmp_path, outputs: dict) -> Context:

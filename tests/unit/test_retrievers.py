@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from draws import rand
 
 from pipeline import retrievers
 from pipeline.config import DiscRec, Parallel, Sequential, Tiger, TrainRetriever
@@ -32,18 +33,7 @@ SMALL = TrainRetriever(
 )
 NAMES = tuple(retrievers.RETRIEVERS)
 GENERATORS = ("tiger", "discrec", "sequential")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def catalogue(items: int = 12, seed: int = 0, sizes: tuple[int, ...] = SIZES) -> base.Catalogue:
@@ -122,6 +112,18 @@ def test_distillation_is_cross_entropy_over_other_items_by_cosine() -> None:
         cosines = {k: float(torch.cosine_similarity(student[row], teacher[k], dim=0)) / tau for k in range(4) if k == row or items[k] != items[row]}
         losses.append(-cosines[row] + math.log(sum(math.exp(value) for value in cosines.values())))
     assert float(base.distillation(student, teacher, items, tau)) == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_an_item_without_a_teacher_teaches_nobody() -> None:
+    student, teacher, items = rand(4, 5).requires_grad_(), rand(4, 5, seed=1), torch.tensor([7, 3, 5, 2])
+    teacher[2] = 0
+    loss = base.distillation(student, teacher, items, 0.5)
+    loss.backward()
+    kept = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(loss, base.distillation(student[kept], teacher[kept], items[kept], 0.5))
+    assert student.grad is not None
+    assert student.grad.any(1).tolist() == [True, True, False, True]
+    assert base.distillation(student, torch.zeros(4, 5), items, 0.5).item() == 0.0
 
 
 @pytest.mark.parametrize("total", [False, True])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import rand
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,10 +28,6 @@ N = 60
 
 def settings(**changes: Any) -> ContentCre:
     return ContentCre(**{**SMALL, **changes})
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def cosine(a: Any, b: Any) -> float:
@@ -52,8 +49,8 @@ def slow_nce(query: Any, target: Any, rival: Any, hard: Any, shown: Any, tau: fl
 
 
 def nce_case(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    query, target, hard = uniform(5, 6, seed=seed), uniform(5, 6, seed=seed + 1), uniform(5, 3, 6, seed=seed + 2)
-    rival, shown = uniform(5, 5, seed=seed + 3) > -0.3, uniform(5, 3, seed=seed + 4) > 0
+    query, target, hard = rand(5, 6, seed=seed), rand(5, 6, seed=seed + 1), rand(5, 3, 6, seed=seed + 2)
+    rival, shown = rand(5, 5, seed=seed + 3) > -0.3, rand(5, 3, seed=seed + 4) > 0
     return query, target, rival & ~torch.eye(5, dtype=torch.bool), hard, shown
 
 
@@ -75,7 +72,7 @@ def test_nested_nce_adds_up_the_leading_widths() -> None:
 
 
 def test_cosent_counts_every_pair_in_the_wrong_order() -> None:
-    score, grade = uniform(7), torch.tensor([0.1, 0.9, 0.5, 0.5, 0.0, 1.0, 0.3])
+    score, grade = rand(7), torch.tensor([0.1, 0.9, 0.5, 0.5, 0.0, 1.0, 0.3])
     slow = sum(math.exp(float(score[k] - score[i]) / 0.2) for i in range(7) for k in range(7) if grade[i] > grade[k])
     assert float(sail.cosent(score, grade, 0.2)) == pytest.approx(math.log(1 + slow), rel=1e-5)
     assert float(sail.cosent(score, torch.ones(7), 0.2)) == 0.0
@@ -83,7 +80,7 @@ def test_cosent_counts_every_pair_in_the_wrong_order() -> None:
 
 
 def test_fusion_takes_the_gate_where_both_are_there_and_else_what_is_there() -> None:
-    image, text, gate = uniform(4, 3), uniform(4, 3, seed=1), torch.sigmoid(uniform(4, 3, seed=2))
+    image, text, gate = rand(4, 3), rand(4, 3, seed=1), torch.sigmoid(rand(4, 3, seed=2))
     has_image, has_text = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
     found = sail.fuse(image, text, gate, has_image, has_text)
     for column in range(3):
@@ -94,7 +91,7 @@ def test_fusion_takes_the_gate_where_both_are_there_and_else_what_is_there() -> 
 
 
 def test_the_query_of_a_history_is_the_mean_of_its_unit_vectors() -> None:
-    items, shown = uniform(2, 3, 4), torch.tensor([[True, False, True], [False, True, False]])
+    items, shown = rand(2, 3, 4), torch.tensor([[True, False, True], [False, True, False]])
     found = sail.mean_vector(items, shown).numpy()
     for row in range(2):
         kept = [items[row, place].numpy() / np.linalg.norm(items[row, place]) for place in range(3) if shown[row, place]]
@@ -102,7 +99,7 @@ def test_the_query_of_a_history_is_the_mean_of_its_unit_vectors() -> None:
 
 
 def test_identity_distillation_compares_mapped_prefixes_with_the_teacher() -> None:
-    vectors, mapping, teacher = uniform(4, 6), uniform(6, 5, seed=1), uniform(4, 5, seed=2)
+    vectors, mapping, teacher = rand(4, 6), rand(6, 5, seed=1), rand(4, 5, seed=2)
     rival = ~torch.eye(4, dtype=torch.bool)
     slow = np.zeros(4)
     for width in (2, 6):
@@ -112,7 +109,7 @@ def test_identity_distillation_compares_mapped_prefixes_with_the_teacher() -> No
 
 
 def test_the_threshold_has_the_best_f1_of_all() -> None:
-    positive, negative = uniform(40) + 0.8, uniform(200, seed=1)
+    positive, negative = rand(40) + 0.8, rand(200, seed=1)
     positive[:10] = positive[0]
 
     def f1(threshold: float) -> float:
@@ -125,7 +122,7 @@ def test_the_threshold_has_the_best_f1_of_all() -> None:
 
 
 def test_hard_negatives_are_the_best_below_the_threshold_that_are_allowed() -> None:
-    queries, candidates, allowed = uniform(6, 5), uniform(20, 5, seed=1), uniform(6, 20, seed=2) > -1
+    queries, candidates, allowed = rand(6, 5), rand(20, 5, seed=1), rand(6, 20, seed=2) > -1
     found = sail_pairs.hard_negatives(queries, candidates, allowed, threshold=0.5, most=3)
     for row in range(6):
         scores = {place: cosine(queries[row], candidates[place]) for place in range(20) if allowed[row, place]}
@@ -135,8 +132,8 @@ def test_hard_negatives_are_the_best_below_the_threshold_that_are_allowed() -> N
 
 
 def test_agreement_follows_the_plan_and_weights_follow_agreement() -> None:
-    near, far = uniform(8, 6), uniform(8, 6, seed=5)
-    valid = near + 0.05 * uniform(8, 6, seed=6)
+    near, far = rand(8, 6), rand(8, 6, seed=5)
+    valid = near + 0.05 * rand(8, 6, seed=6)
     unit = [part.numpy() / np.linalg.norm(part, axis=1, keepdims=True) for part in (near, valid)]
     cos = unit[0] @ unit[1].T
     cost = 1 - cos
@@ -253,7 +250,7 @@ def test_no_partner_and_no_equal_target_is_a_negative_of_the_batch() -> None:
 
 
 def test_a_pattern_without_vectors_is_dropped_and_changes_nothing_else() -> None:
-    vectors = {side: F.normalize(uniform(6, 8, seed=place), dim=1) for place, side in enumerate(("text", "image", "fused"))}
+    vectors = {side: F.normalize(rand(6, 8, seed=place), dim=1) for place, side in enumerate(("text", "image", "fused"))}
     everyone = torch.ones(6, dtype=torch.bool)
     batch = sail.pair_batch(
         torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5]), torch.tensor([0.1, 0.5, 0.9]), torch.empty(0, dtype=torch.int64), torch.full((3, 0), -1), 6
@@ -322,6 +319,16 @@ def test_it_begins_at_the_centred_base_vectors() -> None:
     unit = F.normalize(content.vectors["text"], dim=1)
     centred = F.normalize(unit - unit.mean(0), dim=1)
     torch.testing.assert_close(views.vectors["text"] @ views.vectors["text"].T, centred @ centred.T, rtol=1e-4, atol=1e-5)
+
+
+def test_no_held_item_is_a_hard_negative() -> None:
+    content, sets, *_ = shop()
+    chosen = settings(num_hard=len(content), sample=len(content))
+    recipe = sail.Recipe(content, sail.lessons(content, sets, None, {}, held(), chosen, 1), chosen, seed=0)
+    hard, _ = recipe._mined("hard", recipe._views(), 0)
+    drawn = torch.cat([rows_NH[rows_NH >= 0] for rows_NH in hard.values()]).unique()
+    assert len(drawn) > 10
+    assert not held()[drawn].any()
 
 
 def test_the_whole_recipe_runs_every_phase_and_draws_pairs_together() -> None:
@@ -436,7 +443,7 @@ def test_settings_that_cannot_be_are_refused(bad: dict[str, Any]) -> None:
 
 
 def test_recall_counts_both_directions_without_the_item_itself() -> None:
-    vectors, left, right = uniform(30, 4), torch.tensor([0, 3, 5]), torch.tensor([1, 9, 2])
+    vectors, left, right = rand(30, 4), torch.tensor([0, 3, 5]), torch.tensor([1, 9, 2])
     hits = []
     for a, b in [*zip(left, right, strict=True), *zip(right, left, strict=True)]:
         scores = [cosine(vectors[a], vectors[item]) if item != a else -2 for item in range(30)]
@@ -454,7 +461,7 @@ def test_mutual_information_kendall_and_bijection_against_loops() -> None:
     assert sail_report.mutual_information(torch.tensor(a), torch.tensor(b)) == pytest.approx(2 * shared / sum(entropy))
     assert sail_report.mutual_information(torch.tensor(a), torch.tensor(3 - a)) == pytest.approx(1.0)
     assert sail_report.mutual_information(torch.zeros(5), torch.zeros(5)) == 0.0
-    x, y = uniform(3, 6), uniform(3, 6, seed=1)
+    x, y = rand(3, 6), rand(3, 6, seed=1)
     u, v = x.numpy(), y.numpy()
     slow = [sum(np.sign((u[r, i] - u[r, j]) * (v[r, i] - v[r, j])) for i in range(6) for j in range(6) if i != j) / 30 for r in range(3)]
     assert sail_report.kendall(x, y) == pytest.approx(float(np.mean(slow)), rel=1e-5)
@@ -465,7 +472,7 @@ def test_mutual_information_kendall_and_bijection_against_loops() -> None:
 
 def test_the_table_has_six_ways_and_better_vectors_score_better() -> None:
     content, sets, _, teachers, cluster = shop()
-    perfect = F.one_hot(cluster, 4).float() + 0.01 * uniform(N, 4)
+    perfect = F.one_hot(cluster, 4).float() + 0.01 * rand(N, 4)
     table = sail_report.six_ways({"text": content.vectors["text"], "perfect": perfect}, sets, cluster, teachers["behavior"][0], clusters=4, seed=0)
     names = {name.split("/")[0] for name in table["text"]}
     assert names == {"recall@50", "separability", "auc", "nmi", "kendall", "overlap@20", "bijective"}
@@ -478,7 +485,7 @@ def test_the_table_has_six_ways_and_better_vectors_score_better() -> None:
 
 def test_ids_are_made_by_clustering_and_by_quantisation() -> None:
     content, sets, _, _, cluster = shop()
-    perfect = F.one_hot(cluster, 4).float() + 0.05 * uniform(N, 4)
+    perfect = F.one_hot(cluster, 4).float() + 0.05 * rand(N, 4)
     codes = sail_report.sids(perfect, [4, 8], 3, seed=0)
     assert {name: tuple(value.shape) for name, value in codes.items()} == {"cluster_4": (N, 1), "cluster_8": (N, 1), "quantised": (N, 3)}
     found, worse = sail_report.sid_ways(codes, sets, cluster), sail_report.sid_ways(sail_report.sids(content.vectors["text"], [4, 8], 3, seed=0), sets, cluster)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from graph_world import sequences
 from torch.nn import functional as F
 
 from pipeline.config import SasRec as Params
@@ -14,21 +15,7 @@ from pipeline.errors import ContractError
 SMALL = Params(
     dim=8, num_blocks=1, num_heads=2, max_length=6, dropout=0.1, batch_size=16, max_epochs=3, patience=3, valid_users=10, row_steps=8, learning_rate=0.01
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny networks on a busy machine: a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def sequences(lists: list[list[int]], baskets: list[list[int]] | None = None) -> sasrec.Sequences:
-    offsets = torch.tensor(np.cumsum([0] + [len(part) for part in lists]))
-    flat = torch.tensor([item for part in lists for item in part])
-    return sasrec.Sequences(offsets, flat, None if baskets is None else torch.tensor([number for part in baskets for number in part]))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cycles(users: int, num_items: int, length: int, seed: int = 0) -> sasrec.Sequences:

@@ -9,12 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from rank_tables import drawn, release_tables
 
 from jobs import train_retriever as job
 from jobs import train_tokenizer
 from pipeline.config import Config, Parallel, Sequential, TrainRetriever
+from pipeline.config import RqKmeans as RqKmeansSettings
 from pipeline.context import Context, Home, write_json
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
+from pipeline.tokenizers.rq_kmeans import RqKmeans
 
 SIZES, ITEMS, USERS, KNOWN = (6, 3), 60, 60, 6
 DAY = date(2026, 1, 1)
@@ -30,14 +33,7 @@ PARAMS = TrainRetriever(
     parallel=Parallel(dim=16, num_blocks=1),
     sequential=Sequential(dim=16, num_heads=2, feed_dim=16, encoder_layers=1),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Tables:
@@ -86,21 +82,11 @@ class Tables:
         return row | changes
 
     def arrow(self, table: str, columns: tuple[str, ...] = (), where: str = "") -> pa.Table:
-        return {
-            "rank.rank_example": self.examples,
-            "feature.user_sequence": self.sequences,
-            "sid.release": pa.table({"tag": ["d20260101", "d20260102"], "generation": [1, 1], "codebook_digest": ["abc", "abc"]}),
-            "sid.generation": pa.table({"generation": [1], "codebook_sizes": pa.array([SIZES], pa.list_(pa.int32()))}),
-        }[table]
+        own = {"rank.rank_example": self.examples, "feature.user_sequence": self.sequences}
+        return {**own, **release_tables(SIZES)}[table]
 
     def release(self, tag: str) -> pa.Table:
         return self.codes
-
-
-def drawn(tables: Tables, **changes) -> dict:
-    counts = {split: tables.examples["split"].to_pylist().count(split) for split in ("train", "test")}
-    facts = {"served_release": "d20260101", "evaluation_release": "d20260101", "example_release": "d20260101", "logical_date": "2026-01-01"}
-    return {**facts, "train_until": "2026-01-01", "train_rows": counts["train"], "test_rows": counts["test"], "digest": "x", "note": "", **changes}
 
 
 def context(tmp_path, outputs: dict | None = None) -> Context:
@@ -181,7 +167,7 @@ def test_permuted_codes_stay_in_their_decile_and_move_whole_tuples(tmp_path) -> 
 def test_the_job_hands_back_tables_with_floors_and_a_model_that_knows_its_codebook(tmp_path, name: str) -> None:
     tables = Tables()
     params = PARAMS.model_copy(update={"retriever": name, "arms": ["real", "random"], "max_epochs": 1, "seeds": 2 if name == "parallel" else 1})
-    result = job.run(tables, params, context(tmp_path, drawn(tables)))
+    result = job.run(tables, params, context(tmp_path, drawn(tables.examples)))
     out = result.outputs
     assert set(out["arms"]) == {"real", "random", "popularity", "markov", "ease"}
     assert set(out["arms"]["real"]) == {"all", "head", "tail", "evidence_0", "evidence_1_4"}
@@ -203,7 +189,7 @@ def test_perturbing_every_test_event_leaves_every_trained_input_and_model_as_it_
     tables, other = Tables(), Tables()
     test = [{**row, "item_id": "i01", "history": ["i02"], "label": 1} if row["split"] == "test" else row for row in other.examples.to_pylist()]
     other.examples = pa.Table.from_pylist(test, schema=other.examples.schema)
-    ctx = context(tmp_path, drawn(tables))
+    ctx = context(tmp_path, drawn(tables.examples))
     (shelf, sequences, questions), (shelf_, sequences_, questions_) = (read(part, ctx) for part in (tables, other))
     assert sequences.items.numpy().tobytes() == sequences_.items.numpy().tobytes()
     assert sequences.offsets.numpy().tobytes() == sequences_.offsets.numpy().tobytes()
@@ -220,10 +206,10 @@ def test_perturbing_every_test_event_leaves_every_trained_input_and_model_as_it_
 def test_without_a_release_to_test_or_with_another_to_serve_the_model_is_trained_on_the_served_one(tmp_path) -> None:
     tables = Tables()
     params = PARAMS.model_copy(update={"arms": ["real"], "max_epochs": 1})
-    untested = job.run(tables, params, context(tmp_path, drawn(tables, evaluation_release="", note="too few")))
+    untested = job.run(tables, params, context(tmp_path, drawn(tables.examples, evaluation_release="", note="too few")))
     assert (untested.outputs["arms"], untested.outputs["note"], untested.metrics) == ({}, "too few", {})
     assert untested.model.config["sid_version"] == "d20260101"
-    later = job.run(tables, params, context(tmp_path, drawn(tables, served_release="d20260102")))
+    later = job.run(tables, params, context(tmp_path, drawn(tables.examples, served_release="d20260102")))
     assert later.outputs["evaluation_release"] == "d20260101"
     assert later.model.config["sid_version"] == "d20260102"
 
@@ -249,8 +235,9 @@ def test_the_teacher_is_the_items_vectors_in_the_order_of_the_shelf(tmp_path, mo
     }
     seen: list[date] = []
     monkeypatch.setattr(train_tokenizer, "read_vectors", lambda inputs, ctx: seen.append(ctx.logical_date) or pa.table(rows))
+    monkeypatch.setattr(train_tokenizer, "read_tokenizer", lambda inputs, generation: RqKmeans(RqKmeansSettings()))
     teacher = job.read_teacher(tables, shelf, ctx)
     assert seen == [DAY]
     torch.testing.assert_close(teacher[[0, 1, 2]], torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.6, 0.8, 1.0]]))
     params = PARAMS.model_copy(update={"arms": ["real"], "max_epochs": 1, "distill_weight": 1.0})
-    assert job.run(tables, params, context(tmp_path, drawn(tables))).outputs["arms"]
+    assert job.run(tables, params, context(tmp_path, drawn(tables.examples))).outputs["arms"]

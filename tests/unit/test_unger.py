@@ -8,19 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizer_items import tiny_history, tiny_items, training, unger_settings
+from draws import rand, unit
+from tokenizer_items import noise, tiny_history, tiny_items, training, unger_settings
 
+from pipeline import config
 from pipeline.tokenizers import histories, unger
+from pipeline.tokenizers.rq_kmeans import RqKmeans
 from pipeline.tokenizers.unger import Network, Training, Unger
 from pipeline.tokenizers.world import World
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(row: torch.Tensor) -> np.ndarray:
-    return (row / row.norm()).numpy()
 
 
 def stage(**changes: object) -> Training:
@@ -28,10 +23,6 @@ def stage(**changes: object) -> Training:
     network = Network(unger_settings(**changes), {"text": 12, "image": 8, "behavior": 6})
     network.inputs.fit(tiny_items())
     return Training(network, histories.events(tiny_history(), 96, who="x"), network.inputs.prepare(tiny_items()))
-
-
-def noise() -> torch.Tensor:
-    return torch.rand(96, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +63,12 @@ def test_alignment_against_a_loop():
     assert float(unger.alignment_loss(behavior, content, both, temperature=0.2, world=World())) == pytest.approx(total / 6, rel=1e-5)
 
 
-def test_distillation_against_a_loop():
-    summary, teacher = rand(4, 3).requires_grad_(), rand(4, 3, seed=1)
-    teacher[2] = teacher[0]
-    teacher.requires_grad_()
-    slow, cosines = [], []
-    for i in range(4):
-        rivals = [j for j in range(4) if j == i or not torch.equal(teacher[j], teacher[i])]
-        scores = {j: float(unit(summary[i].detach()) @ unit(teacher[j].detach())) for j in rivals}
-        slow.append(math.log(sum(math.exp(score / 0.1) for score in scores.values())) - scores[i] / 0.1)
-        cosines.append(1 - scores[i])
-    found = unger.distillation_loss(summary, teacher)
-    np.testing.assert_allclose(found.detach().numpy(), slow, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(unger.distillation_loss(summary, teacher, kind="cosine").detach().numpy(), cosines, rtol=1e-4, atol=1e-6)
-    found.sum().backward()
-    assert teacher.grad is None
-    assert bool(summary.grad.any())
+def test_a_generator_learns_from_the_integrated_vector_where_the_codes_are_of_unger(fitted):
+    items = tiny_items()
+    taught = unger.teacher_vectors(fitted, items)
+    torch.testing.assert_close(taught, fitted.integrated(items) * fitted.shown(items)[:, None])
+    other = unger.teacher_vectors(RqKmeans(config.RqKmeans()), items)
+    assert other.shape[1] == sum(items.widths().values())
 
 
 def test_total_is_the_weighted_sum_and_both_terms_move_behaviours_map():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizer_items import tiny_items, training
+from tokenizer_items import Interrupted, stop_after, tiny_items, training
 
+from jobs.train_tokenizer import FileCheckpoint
 from pipeline.errors import ContractError
 from pipeline.tokenizers import TOKENIZERS, from_state
 from pipeline.tokenizers.base import Keep, Start, Tokenizer
@@ -35,6 +37,17 @@ def repeats_and_survives_storage(name: str, settings: Any) -> None:
     key = next(key for key in state if "codebook" in key)
     with pytest.raises(RuntimeError, match="shape"):
         from_state(one.config(), {**state, key: state[key][:1]})
+
+
+def resumes_bit_for_bit(name: str, settings: Any, folder: Path) -> None:
+    """A training that was broken off and resumed equals one that ran through: its curves and its state."""
+    items, how, checkpoint = tiny_items(), training(tokenizer=name, max_epochs=8), FileCheckpoint(folder / "state.safetensors")
+    straight, broken, resumed = (TOKENIZERS[name](settings) for _ in range(3))
+    report = straight.fit(items, seed=3, settings=how)
+    with pytest.raises(Interrupted):
+        broken.fit(items, seed=3, settings=how, checkpoint=checkpoint, progress=stop_after(5))
+    assert resumed.fit(items, seed=3, settings=how, checkpoint=checkpoint).curves == report.curves
+    assert all(torch.equal(value, resumed.state()[key]) for key, value in straight.state().items())
 
 
 def speaks_in_shape(name: str, settings: Any, *, items: Any = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,6 +38,11 @@ def tiny_items(count: int = 96, *, seed: int = 0, modalities: tuple[str, ...] = 
         richness_N=richness,
         strength_N=torch.sigmoid(10 * richness - 6) * masks["behavior"],
     )
+
+
+def noise() -> torch.Tensor:
+    """A uniform number for each of 96 rows and 8 columns: what a training step draws."""
+    return torch.rand(96, 8, generator=torch.Generator().manual_seed(0))
 
 
 def tiny_history(count: int = 96, *, users: int = 40, length: int = 8, seed: int = 0) -> History:
@@ -79,6 +85,26 @@ def rq_settings(**changes: object) -> RqKmeans:
 def training(**changes: object) -> TrainTokenizer:
     """A few steps of training."""
     return TrainTokenizer(**{"max_epochs": 6, "batch_size": 32, "patience": 6, **changes})
+
+
+class Interrupted(Exception):
+    """Stands for a machine that goes away in the middle of a training."""
+
+
+def stop_after(epochs: int, *, run: int = 1) -> Callable[[Iterable[int], str, int], Iterator[int]]:
+    """A progress bar that breaks off after so many epochs of the n-th training run; residual k-means afterwards is no training run."""
+    begun = 0
+
+    def bar(items: Iterable[int], what: str, total: int) -> Iterator[int]:
+        """The items, up to the break."""
+        nonlocal begun
+        begun += 1
+        for done, item in enumerate(items):
+            if begun == run and done == epochs:
+                raise Interrupted
+            yield item
+
+    return bar
 
 
 def fit_in_one_of_several_processes(results: Path) -> None:

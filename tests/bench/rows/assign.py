@@ -51,6 +51,7 @@ def same_codes(points_ND: Tensor, codebook_LKD: Tensor) -> Callable[[Any, Any], 
     """Whether two sets of codes are equal; a difference is none where both rows are equally near in float64 up to float32 rounding."""
 
     def compare(ours: Tensor, theirs: Tensor) -> str:
+        """What is wrong, nothing when they are equal."""
         other = (ours != theirs).any(1).nonzero()[:, 0]
         if not len(other):
             return ""
@@ -119,6 +120,7 @@ def tokenizer(points_ND: Tensor, codebook_LKD: Tensor) -> Case:
     items = ItemBatch(text_ND=points_ND, image_ND=None, behavior_ND=None, text_N=yes_N, image_N=no_N, behavior_N=no_N, richness_N=zeros_N, strength_N=zeros_N)
 
     def walk() -> Tensor:
+        """Codes in float32, level by level."""
         return torch.cat([residual_codes(F.normalize(block_BD, dim=1), codebook_LKD)[0] for block_BD in points_ND.split(1024)])
 
     return Case(
@@ -178,6 +180,7 @@ def faiss_ways(points_ND: Tensor, codebook_LKD: Tensor) -> dict[str, Callable[[]
         flat.add(rows_KD)
 
     def by_flat() -> Tensor:
+        """Codes by one exhaustive search per level."""
         rest, codes = points, []
         for flat, rows_KD in zip(flats, codebook_LKD.numpy(), strict=True):
             codes.append(flat.search(rest, 1)[1][:, 0])

@@ -30,6 +30,7 @@ def resolution(count: int) -> Case:
     item_id_N = pa.array(np.char.add("item", np.char.zfill(np.arange(count).astype(str), 9)))
 
     def by_dictionary() -> np.ndarray:
+        """Numbers in the order of first sight."""
         taken: dict[tuple[int, ...], int] = {}
         numbers = []
         for codes in map(tuple, codes_NL.tolist()):

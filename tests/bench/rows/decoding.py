@@ -61,6 +61,7 @@ def build(tokens_NS: Tensor) -> Case:
     peers = {"nested dictionaries": lambda: nested(tokens_NS.tolist()), "dictionary of prefixes": lambda: prefix_children(tokens_NS.tolist())}
 
     def same(ours: trie.Trie, theirs: Nested | dict[tuple[int, ...], set[int]]) -> str:
+        """What is wrong with the first tokens, nothing when they are equal."""
         roots = [token for token in range(SIZE) if bool(ours.allowed(0, ours.root(1))[0, token])]
         return "" if roots == sorted(theirs.get((), theirs)) else "other first tokens"
 

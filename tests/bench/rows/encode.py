@@ -68,6 +68,7 @@ def texts(count: int) -> Case:
     model, tokenizer = AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(str(folder))
 
     def passes(lists: list[list[str]]) -> np.ndarray:
+        """Mean vectors of the texts, one pass of the model per list."""
         found = []
         for part in lists:
             tokens = tokenizer(part, padding=True, truncation=True, max_length=256, return_tensors="pt")
@@ -80,6 +81,7 @@ def texts(count: int) -> Case:
         return passes([given[start : start + BATCH] for start in range(0, count, BATCH)])
 
     def by_length() -> np.ndarray:
+        """The longest first, back in the given order."""
         order = np.argsort([-len(text) for text in given], kind="stable")
         found = passes([[given[row] for row in order[start : start + BATCH]] for start in range(0, count, BATCH)])
         return found[np.argsort(order)]

@@ -29,16 +29,19 @@ def cases(scale: str) -> Iterator[Case]:
     start_B, stop_B = sasrec.window_bounds(offsets, params.max_length)
 
     def fresh() -> tuple[sasrec.SasRec, torch.optim.Optimizer]:
+        """The same first weights for both."""
         torch.manual_seed(0)
         model = sasrec.SasRec(num_items, params)
         return model, torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0)
 
     def ours() -> float:
+        """Loss of an epoch of ours."""
         model, optimizer = fresh()
         torch.manual_seed(1)
         return sasrec._epoch(model, optimizer, items_T, start_B, stop_B, params)
 
     def plain() -> float:
+        """Loss of an epoch of the peer."""
         model, optimizer = fresh()
         torch.manual_seed(1)
         return plain_epoch(model, optimizer, items_T, start_B, stop_B, params)

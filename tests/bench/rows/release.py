@@ -76,6 +76,7 @@ def iceberg(folder: Path, codes_NL: np.ndarray) -> Callable[[], Tensor]:
     table.manage_snapshots().create_tag(snapshot.snapshot_id, "release").commit()
 
     def read() -> Tensor:
+        """The codes at the tag."""
         scan = catalog.load_table("sid.item_sid").scan(selected_fields=("codes",)).use_ref("release")
         column = scan.to_arrow()["codes"].combine_chunks()
         return torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1))
@@ -92,6 +93,7 @@ def files(folder: Path, codes_NL: np.ndarray) -> dict[str, Callable[[], Tensor]]
     number = re.compile(r"\d+")
 
     def parsed(text: dict[str, Any]) -> Tensor:
+        """The numbers inside the token strings."""
         return torch.tensor([[int(number.search(token).group()) for token in tokens] for tokens in text.values()])  # type: ignore[union-attr]
 
     return {

@@ -34,9 +34,11 @@ def cases(scale: str) -> Iterator[Case]:
     reached: dict[str, float] = {}
 
     def many(step: Callable[[], float]) -> Callable[[], float]:
+        """CALLS steps as one piece of work."""
         return lambda: [step() for _ in range(CALLS)][-1]
 
     def trained(name: str, step: Callable[[], float]) -> float:
+        """Mean error of the last 16 steps; kept under the name."""
         reached[name] = round(sum([step() for _ in range(STEPS[scale])][-16:]) / 16, 4)
         return reached[name]
 
