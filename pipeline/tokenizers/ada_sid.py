@@ -33,6 +33,7 @@ from pipeline.tokenizers.base import (
     Start,
     TokenizerOutput,
     encode_in_chunks,
+    masked_codes,
 )
 from pipeline.tokenizers.fit import Trainer, generator_for
 from pipeline.tokenizers.quantize import deal_axes, gather_codes, held_codes, nearest_code, principal_axes, straight_through, take_rows
@@ -427,11 +428,6 @@ class Training:
             found[f"strength/bucket_{bucket}"] = float(items.strength_N[rows.cpu()].mean())
             found[f"lambda/bucket_{bucket}"] = float(controller.log_lambda_Q[bucket].exp())
         return found
-
-
-def masked_codes(codes_BL: Tensor, shown_BL: Tensor, size: int) -> Tensor:
-    """The codes with the reserved code `size` where a position is masked, (B, L) int64."""
-    return torch.where(shown_BL, codes_BL, torch.full_like(codes_BL, size))
 
 
 def held(made: Pass, network: Network, keep: Keep) -> Pass:

@@ -257,6 +257,24 @@ def encode_in_chunks(items: ItemBatch, encode: Callable[[ItemBatch, Keep | None]
     return TokenizerOutput(**joined)
 
 
+def masked_codes(codes_BL: Tensor, shown_BL: Tensor, size: int) -> Tensor:
+    """The codes with the reserved code `size` where a position is masked, (B, L) int64."""
+    return torch.where(shown_BL, codes_BL, torch.full_like(codes_BL, size))
+
+
+def shows(items: ItemBatch, names: Iterable[str]) -> Tensor:
+    """True for items that have at least one of those modalities, (N,); the others say nothing that a code could stand for."""
+    masks = [items.mask(name) for name in names if items.vectors(name) is not None]
+    return torch.stack(masks).any(0) if masks else torch.zeros_like(items.text_N)
+
+
+def masked_output(made: TokenizerOutput, shown_N: Tensor, size: int) -> TokenizerOutput:
+    """The output with the reserved code `size`, weight 0 and a zero vector for items that are not shown."""
+    shown_N1 = shown_N.to(made.codes_NL.device)[:, None]
+    codes_NL = masked_codes(made.codes_NL, shown_N1, size)
+    return TokenizerOutput(codes_NL=codes_NL, weights_NL=made.weights_NL * shown_N1, quantized_ND=made.quantized_ND * shown_N1)
+
+
 def items_from_arrow(table: pa.Table | pa.RecordBatch) -> ItemBatch:
     """An ItemBatch from columns item_id, text, image, behavior (list<float>, nullable), richness, strength and, if there, popularity; row order is kept.
 

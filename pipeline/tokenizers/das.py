@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from pipeline import config as profile
 from pipeline.device import best_device
 from pipeline.tokenizers import histories
-from pipeline.tokenizers.ada_sid import masked_codes
 from pipeline.tokenizers.alignment import View, both_ways, view
-from pipeline.tokenizers.base import ENCODE_ROWS, Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput
+from pipeline.tokenizers.base import ENCODE_ROWS, Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, shows
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import take_rows
@@ -176,8 +175,8 @@ class Training:
         answer, neighbour = self.catalogue.items.take(answer_B), self.catalogue.items.take(neighbour_B)
         user_pass, user_terms = network.user.losses(asker, quantise=quantise, world=world)
         sides = {
-            "code_item": (network.item(answer, quantise=quantise).quantized_BD, _has_content(answer)),
-            "code_user": (user_pass.quantized_BD, _has_content(asker)),
+            "code_item": (network.item(answer, quantise=quantise).quantized_BD, shows(answer, CONTENT)),
+            "code_user": (user_pass.quantized_BD, shows(asker, CONTENT)),
             "item": (network.item_tower(answer.behavior_ND), answer.behavior_N),
             "user": (network.user_tower(asker.behavior_ND), asker.behavior_N),
             "next_item": (network.item_tower(neighbour.behavior_ND), neighbour.behavior_N),
@@ -243,11 +242,6 @@ class Training:
         first_P, past_P = self.events.from_N[self.events.item_T[at_P]], self.events.from_N[self.events.item_T[at_P] + 1]
         found_P = self.events.by_item_P[first_P.clamp(max=len(self.events.by_item_P) - 1)]
         return torch.where(past_P > first_P, found_P, at_P)
-
-
-def _has_content(items: ItemBatch) -> Tensor:
-    """True for items that show content."""
-    return torch.stack([items.mask(name) & (items.vectors(name) is not None) for name in CONTENT]).any(0)
 
 
 def _log_popularity(items: ItemBatch, events: histories.Events) -> Tensor:
@@ -324,7 +318,7 @@ class Das(Networked[Network]):
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes of the items' residual walk, weights of one, and the sum of the code rows; an item without content is masked everywhere."""
-        return self._coded(self.fitted.item, self._source(items), keep)
+        return self.fitted.item.tokenise(self._source(items), keep)
 
     @torch.no_grad()
     def _source(self, items: ItemBatch) -> ItemBatch:
@@ -340,16 +334,10 @@ class Das(Networked[Network]):
         source = self._source(items)
         device = source.richness_N.device
         blocks = zip(*(each.split(ENCODE_ROWS) for each in self._taken(history)), strict=True)
-        parts = [self._coded(self.fitted.user, pooled(source, rows_BT.to(device), shown_BT.to(device))) for rows_BT, shown_BT in blocks if len(rows_BT)]
+        parts = [self.fitted.user.tokenise(pooled(source, rows_BT.to(device), shown_BT.to(device))) for rows_BT, shown_BT in blocks if len(rows_BT)]
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("codes_NL", "weights_NL", "quantized_ND")} if parts else None
         empty = torch.zeros(0, self.settings.num_levels)
         return TokenizerOutput(**joined) if joined else TokenizerOutput(codes_NL=empty.long(), weights_NL=empty, quantized_ND=empty)
-
-    def _coded(self, side: Autoencoder, source: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
-        made = side.tokenise(source, keep)
-        shown_N1 = _has_content(source).cpu()[:, None]
-        codes_NL = masked_codes(made.codes_NL, shown_N1, self.settings.codebook_size)
-        return TokenizerOutput(codes_NL=codes_NL, weights_NL=made.weights_NL * shown_N1, quantized_ND=made.quantized_ND * shown_N1)
 
     @torch.no_grad()
     def relabel(self, order: Sequence[Tensor]) -> None:

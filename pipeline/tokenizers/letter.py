@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline import config as profile
 from pipeline.device import best_device
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput
+from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, shows
 from pipeline.tokenizers.fit import NOISE_COLUMNS, Trainer
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import balanced_codes, kmeans, take_rows
@@ -147,10 +147,15 @@ class Training:
     def _collaborative(self, batch: ItemBatch, quantized_BD: Tensor, world: World) -> Tensor:
         assert batch.behavior_ND is not None
         first = world.first_row(len(batch))
-        known_C = world.gather(batch.behavior_N.float()[:, None])[:, 0] > 0
+        known_B = self._known(batch)
+        known_C = world.gather(known_B.float()[:, None])[:, 0] > 0
         behavior_CD = world.gather(batch.behavior_ND)
         positive_B = torch.arange(first, first + len(batch), device=known_C.device)
-        return world.mean(collaborative_loss(quantized_BD[:, : behavior_CD.shape[1]], behavior_CD, positive_B, known_C), batch.behavior_N)
+        return world.mean(collaborative_loss(quantized_BD[:, : behavior_CD.shape[1]], behavior_CD, positive_B, known_C), known_B)
+
+    def _known(self, batch: ItemBatch) -> Tensor:
+        """Items whose latent says something and whose behaviour is known; items without content share one latent, which must not be pulled about."""
+        return batch.behavior_N & shows(batch, self.network.autoencoder.widths)
 
     def _diversity(self, rows_BLD: Tensor, codes_BL: Tensor, noise_BU: Tensor, world: World) -> Tensor:
         """Summed over the levels; a level beyond the noise columns draws with a shifted column."""
@@ -183,8 +188,8 @@ class Training:
         return found
 
     def _agreement(self, items: ItemBatch, behavior_ND: Tensor, quantise: bool) -> float:
-        """Mean alignment loss of the items that have behaviour, each among the next `AMONG` of them."""
-        rows = torch.nonzero(items.behavior_N).flatten()
+        """Mean alignment loss of the items that have content and behaviour, each among the next `AMONG` of them."""
+        rows = torch.nonzero(self._known(items)).flatten()
         total = 0.0
         for block in rows.split(AMONG):
             batch = items.take(block).to(self.network.age.device)
@@ -192,7 +197,7 @@ class Training:
             behavior_CD, known_C = behavior_ND[block].to(self.network.age.device), batch.behavior_N
             place_B = torch.arange(len(block), device=known_C.device)
             total += float(collaborative_loss(made.quantized_BD[:, : behavior_CD.shape[1]], behavior_CD, place_B, known_C).sum())
-        return total / len(rows)
+        return total / max(1, len(rows))
 
 
 class Letter(Networked[Network]):

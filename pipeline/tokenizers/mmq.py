@@ -23,8 +23,20 @@ from pipeline import config as profile
 from pipeline.context import derive_seed
 from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
-from pipeline.tokenizers.ada_sid import Decoder, ExpertBank, Mlp, fuse, masked_codes, reconstruction_error, softmax_gate
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.ada_sid import Decoder, ExpertBank, Mlp, fuse, reconstruction_error, softmax_gate
+from pipeline.tokenizers.base import (
+    Checkpoint,
+    FitReport,
+    History,
+    ItemBatch,
+    Keep,
+    Networked,
+    ProgressBar,
+    Start,
+    TokenizerOutput,
+    encode_in_chunks,
+    masked_codes,
+)
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
 from pipeline.tokenizers.quantize import gather_codes, held_codes, nearest_code, straight_through, take_rows

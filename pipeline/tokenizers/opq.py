@@ -14,7 +14,19 @@ from torch import Tensor
 
 from pipeline import config as profile
 from pipeline.tokenizers import metrics
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import (
+    Checkpoint,
+    FitReport,
+    History,
+    ItemBatch,
+    Keep,
+    ProgressBar,
+    Start,
+    TokenizerOutput,
+    encode_in_chunks,
+    masked_output,
+    shows,
+)
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.quantize import CHUNK, deal_axes, gather_codes, hold_on, principal_axes, take_rows
 from pipeline.tokenizers.refresh import champion
@@ -140,6 +152,7 @@ class Opq:
         self.widths = items.widths()
         if not self.widths:
             raise ValueError("product quantisation needs at least one modality")
+        items = items.take(torch.nonzero(shows(items, self.widths)).flatten())  # nothing to read is no point
         if start is None:
             self._fit_axes(items)
         else:
@@ -200,7 +213,7 @@ class Opq:
         return found | {f"nmse/{name}": metrics.nmse(block_ND, part_ND, items.mask(name)) for name, block_ND, part_ND in blocks}
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
-        """Codes per sub-space, weights of one, and the code rows side by side in the rotated space."""
+        """Codes per sub-space, weights of one, and the code rows side by side in the rotated space; an item with nothing to read is masked everywhere."""
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
             spaces_LBd, codebook_LKd = self._spaces(self._inputs(rows)), self.tensors["codebook_LKd"]
@@ -209,7 +222,8 @@ class Opq:
                 distance_LBK = torch.cdist(spaces_LBd, codebook_LKd).square()
                 codes_BL = torch.stack([hold_on(far_BK, kept_B, keep.margin) for far_BK, kept_B in zip(distance_LBK, keep.codes_NL.T, strict=True)], 1)
             quantized_BD = gather_codes(codes_BL, codebook_LKd).flatten(1)
-            return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            return masked_output(made, shows(rows, self.widths), self.settings.codebook_size)
 
         if not self.tensors:
             raise ValueError("the tokenizer is not fitted: call fit or load")

@@ -16,7 +16,20 @@ from torch import Tensor
 from pipeline import config as profile
 from pipeline.context import derive_seed
 from pipeline.tokenizers import metrics
-from pipeline.tokenizers.base import MODALITIES, Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import (
+    MODALITIES,
+    Checkpoint,
+    FitReport,
+    History,
+    ItemBatch,
+    Keep,
+    ProgressBar,
+    Start,
+    TokenizerOutput,
+    encode_in_chunks,
+    masked_output,
+    shows,
+)
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.quantize import gather_codes, take_rows
 from pipeline.tokenizers.refresh import champion
@@ -95,12 +108,16 @@ class RandomCodes:
         return FitReport(metrics=metrics.code_use(self.encode(items).codes_NL, self.codebook_sizes, self.slots))
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
-        """Codes, weights of one, and the sum of the code rows; there is no distance by which a code could be kept, so `keep` changes nothing."""
+        """Codes, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere.
+
+        There is no distance by which a code could be kept, so `keep` changes nothing.
+        """
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
             codes_BL = self._codes(self._words(rows))
             quantized_BD = gather_codes(codes_BL, self.codebook_LKD).sum(1)
-            return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            return masked_output(made, shows(rows, MODALITIES), self.settings.codebook_size)
 
         return encode_in_chunks(items.to(torch.device("cpu")), block, keep)
 

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from pipeline import config as profile
 from pipeline.tokenizers import metrics
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, ProgressBar, Start, TokenizerOutput, encode_in_chunks
+from pipeline.tokenizers.base import (
+    Checkpoint,
+    FitReport,
+    History,
+    ItemBatch,
+    Keep,
+    ProgressBar,
+    Start,
+    TokenizerOutput,
+    encode_in_chunks,
+    masked_output,
+    shows,
+)
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes, take_rows
 from pipeline.tokenizers.refresh import champion
@@ -97,6 +109,7 @@ class RqKmeans:
         old_LKD = champion(start, RqKmeans, self.settings, self.widths).codebook_LKD if start else None
         if not self.widths:
             raise ValueError("residual k-means needs at least one modality")
+        items = items.take(torch.nonzero(shows(items, self.widths)).flatten())  # nothing to read is no point
         points_ND = concatenate(items, self.widths)
         rest_ND = points_ND[sample_rows(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, seed)]
         rows, lost = [], []
@@ -121,7 +134,7 @@ class RqKmeans:
         return found | {f"nmse/{name}": metrics.nmse(block_ND, estimate_ND, items.mask(name)) for name, block_ND, estimate_ND in blocks}
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
-        """Codes of the residual walk, weights of one, and the sum of the code rows."""
+        """Codes of the residual walk, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere."""
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
             points_BD = concatenate(rows, self.widths)
@@ -130,7 +143,8 @@ class RqKmeans:
                 quantized_BD = sum_of_rows(codes_BL, self.codebook_LKD)
             else:
                 codes_BL, quantized_BD = residual_codes(points_BD, self.codebook_LKD, keep.codes_NL, keep.margin)
-            return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            return masked_output(made, shows(rows, self.widths), self.settings.codebook_size)
 
         if not self.widths:
             raise ValueError("the tokenizer is not fitted: call fit or load")

@@ -34,6 +34,9 @@ from pipeline.tokenizers.base import (
     Start,
     TokenizerOutput,
     encode_in_chunks,
+    masked_codes,
+    masked_output,
+    shows,
 )
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.quantize import (
@@ -211,11 +214,11 @@ class Autoencoder(nn.Module):
         All terms are squared distances over the number of input columns, so they weigh against each other as the paper's sums do.
         """
         made: Pass = self(batch, quantise=quantise, world=world if quantise and self.settings.sinkhorn else None)
-        everyone_B = torch.ones(len(batch), dtype=torch.bool, device=made.codes_BL.device)
+        shown_B = shows(batch, self.widths)
         pairs = {"codebook": codebook_loss(made.rest_BLD, made.rows_BLD), "commitment": commitment_loss(made.rest_BLD, made.rows_BLD)}
-        terms = {"reconstruction": world.mean(reconstruction_loss(made.x_BD, made.estimate_BD, made.shown_BD), everyone_B)}
-        terms |= {name: world.mean(loss_BL.sum(1) / len(self.mean_D), everyone_B) for name, loss_BL in pairs.items()}
-        self.usage_LK += F.one_hot(made.codes_BL, self.settings.codebook_size).sum(0)
+        terms = {"reconstruction": world.mean(reconstruction_loss(made.x_BD, made.estimate_BD, made.shown_BD), shown_B)}
+        terms |= {name: world.mean(loss_BL.sum(1) / len(self.mean_D), shown_B) for name, loss_BL in pairs.items()}
+        self.usage_LK += F.one_hot(made.codes_BL[shown_B], self.settings.codebook_size).sum(0)
         total = terms["reconstruction"]
         if quantise:
             total = total + self.settings.codebook_weight * terms["codebook"] + self.settings.commitment * terms["commitment"]
@@ -223,8 +226,9 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def _sample(self, items: ItemBatch, generator: torch.Generator) -> Tensor:
-        """Latents of as many items, drawn at random, as k-means needs."""
-        rows = torch.randperm(len(items), generator=generator)[: POINTS_PER_CODE * self.settings.codebook_size]
+        """Latents of as many items that show something, drawn at random, as k-means needs."""
+        shown = torch.nonzero(shows(items, self.widths).cpu()).flatten()
+        rows = shown[torch.randperm(len(shown), generator=generator)[: POINTS_PER_CODE * self.settings.codebook_size]]
         return self.latent(items.take(rows).to(self.codebook_LKD.device))
 
     @torch.no_grad()
@@ -257,7 +261,8 @@ class Autoencoder(nn.Module):
         """Code use, NMSE per modality and what share of the latents' variance each level leaves over; `score` = mean NMSE."""
         blocks = [items.take(slice(start, start + BLOCK_ROWS)).to(self.codebook_LKD.device) for start in range(0, len(items), BLOCK_ROWS)]
         passes: list[Pass] = [self(block, quantise=quantise) for block in blocks]
-        found = metrics.code_use(torch.cat([made.codes_BL for made in passes]).cpu(), self.sizes, self.slots)
+        codes_NL, shown_N1 = torch.cat([made.codes_BL for made in passes]).cpu(), shows(items, self.widths).cpu()[:, None]
+        found = metrics.code_use(masked_codes(codes_NL, shown_N1, self.settings.codebook_size), self.sizes, self.slots)
         widths = list(self.widths.values())
         estimates, targets = (torch.cat(parts).cpu().split(widths, 1) for parts in zip(*((made.estimate_BD, made.x_BD) for made in passes), strict=True))
         nmse = {f"nmse/{name}": metrics.nmse(targets[at], estimates[at], items.mask(name).cpu()) for at, name in enumerate(self.widths)}
@@ -269,13 +274,17 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def tokenise(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
-        """Codes of the residual walk with the nearest code at every level, weights of one, and the sum of the code rows."""
+        """Codes of the residual walk with the nearest code at every level, weights of one, and the sum of the code rows.
+
+        An item with nothing to read is masked everywhere.
+        """
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
             z_BD = self.latent(self.prepare(rows.to(self.codebook_LKD.device)))
             held = (keep.codes_NL.to(z_BD.device), keep.margin) if keep else (None, 0.0)
             codes_BL, quantized_BD = residual_codes(z_BD, self.codebook_LKD, *held)
-            return TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
+            return masked_output(made, shows(rows, self.widths), self.settings.codebook_size)
 
         return encode_in_chunks(items, block, keep)
 

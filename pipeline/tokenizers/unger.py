@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from pipeline import config as profile
 from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
-from pipeline.tokenizers.ada_sid import masked_codes
 from pipeline.tokenizers.alignment import both_ways, view
 from pipeline.tokenizers.base import (
     Checkpoint,
@@ -33,6 +32,8 @@ from pipeline.tokenizers.base import (
     Tokenizer,
     TokenizerOutput,
     encode_in_chunks,
+    masked_output,
+    shows,
 )
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
@@ -236,7 +237,7 @@ class Unger(Networked[Network]):
 
     def shown(self, items: ItemBatch) -> Tensor:
         """True for items that show anything UNGER reads, (N,)."""
-        return torch.stack([items.mask(name) & (items.vectors(name) is not None) for name in self.fitted.inputs.widths]).any(0).cpu()
+        return shows(items, self.fitted.inputs.widths).cpu()
 
     def _measure(self, items: ItemBatch) -> dict[str, float]:
         made = self.encode(items)
@@ -261,10 +262,7 @@ class Unger(Networked[Network]):
         """Codes of the residual walk over E_I, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere."""
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
-            made = self.quantiser.encode(self._halves(rows), keep)
-            shown_B1 = self.shown(rows)[:, None]
-            codes_BL = masked_codes(made.codes_NL, shown_B1, self.settings.codebook_size)
-            return TokenizerOutput(codes_NL=codes_BL, weights_NL=made.weights_NL * shown_B1, quantized_ND=made.quantized_ND * shown_B1)
+            return masked_output(self.quantiser.encode(self._halves(rows), keep), self.shown(rows), self.settings.codebook_size)
 
         return encode_in_chunks(items, block, keep)
 

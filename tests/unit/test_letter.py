@@ -95,14 +95,14 @@ def test_weights_of_zero_take_the_losses_away_and_gradients_reach_what_they_shou
                 assert all(float(gradient.abs().sum()) > 0 for gradient in torch.autograd.grad(losses[name], list(parameters), retain_graph=True))
 
 
-def test_only_items_with_behaviour_are_aligned():
+def test_only_items_with_content_and_behaviour_are_aligned():
     items = tiny_items()
     network = Network(settings(), WIDTHS)
     network.fit_inputs(items)
     prepared = network.prepare(items)
     z = rand(96, 8).requires_grad_()
     Training(network)._collaborative(prepared, z, World()).backward()
-    assert torch.equal(z.grad.abs().sum(1) > 0, items.behavior_N)
+    assert torch.equal(z.grad.abs().sum(1) > 0, items.behavior_N & (items.text_N | items.image_N))
     np.testing.assert_array_equal(prepared.behavior_ND[~items.behavior_N].numpy(), 0.0)
 
 
