@@ -13,20 +13,31 @@ import tomllib
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 
 PROFILES = Path(__file__).parent / "profiles"
-SECRET_PROPERTY = re.compile(r"(?i)secret|passw|token|credential|access-key")
+# Also a key of any kind (adls.auth.shared-key.account.key, s3.access-key-id) and a header that logs in.
+SECRET_PROPERTY = re.compile(
+    r"(?i)secret|passw|token|credential|authorization|cookie|api-?key|(?:access|account|shared|private|encryption)[-._]?key|[-._]sas\b"
+)
 
 
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys and silent type changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="after")
+    def heads_share_the_width(self) -> Self:
+        """The section; where it has attention heads they divide the width among them."""
+        width, heads = getattr(self, "dim", None), getattr(self, "num_heads", 1)
+        if width is not None and width % heads:
+            raise ValueError(f"num_heads must divide dim: {heads} heads, width {width}")
+        return self
 
 
 class Lake(Section):
@@ -59,6 +70,7 @@ class Launch(Section):
     threads: int = Field(2, ge=1, description="torch threads per process")
     image: str = Field("", description="container image by digest or version, for kubernetes")
     namespace: str = Field("default", description="kubernetes namespace")
+    volume_claim: str = Field("", description="kubernetes PersistentVolumeClaim (ReadWriteMany) mounted at SID_HOME; the launcher reads outcomes from it")
 
 
 class Source(Section):

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from pipeline import evaluation
 from pipeline.config import GraphEncoder as Params
+from pipeline.device import deterministic
 from pipeline.encoders.behavior import Champion, MovedRows, Sequences, TrainedEncoder
-from pipeline.encoders.sasrec import Best, Holdout, deterministic, holdout, uniform
+from pipeline.encoders.sasrec import Best, Holdout, holdout, uniform
 from pipeline.log import progress
 
 REDRAWS = 10  # rounds in which a negative that the user has is drawn again

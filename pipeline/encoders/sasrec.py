@@ -13,10 +13,8 @@ Tensor suffixes: B windows, T events end to end, L positions, D width, N items, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from torch.nn import functional as F
 
 from pipeline import evaluation
 from pipeline.config import SasRec as Params
+from pipeline.device import deterministic
 from pipeline.errors import ContractError
 from pipeline.log import progress
 
@@ -366,22 +365,6 @@ def _loss(hidden_PD: Tensor, targets_P: Tensor, table_ND: Tensor, params: Params
         return full_softmax(hidden_PD, targets_P, table_ND)
     negatives_S = torch.randint(table_ND.shape[0], (params.num_negatives,)).to(table_ND.device)
     return sampled_softmax(hidden_PD, targets_P, table_ND, negatives_S)
-
-
-@contextmanager
-def deterministic(seed: int) -> Iterator[None]:
-    """Random numbers from the seed and deterministic kernels inside; the process's own state is put back after."""
-    switches: Any = torch.utils.deterministic
-    before, filled = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-        switches.fill_uninitialized_memory = False  # a tenth of the time; nothing here reads what it has not written
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before)
-            switches.fill_uninitialized_memory = filled
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -52,6 +52,7 @@ class Parallel(nn.Module):
     every_position = True
     codes_NL: Tensor
     weights_NL: Tensor
+    prior_LK: Tensor
 
     def __init__(self, catalogue: Catalogue, params: Params, *, length: int, share: float, weighted: bool) -> None:
         super().__init__()
@@ -68,6 +69,7 @@ class Parallel(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.register_buffer("codes_NL", catalogue.codes_NL.clone(), persistent=False)
         self.register_buffer("weights_NL", slot_weights(catalogue.weights_NL, catalogue.present_NL, share), persistent=False)
+        self.register_buffer("prior_LK", torch.zeros(len(catalogue.codebook_sizes), max(catalogue.codebook_sizes)))
 
     def encode(self, inputs_BT: Tensor) -> Tensor:
         """State after each event (B, T, D)."""
@@ -104,10 +106,17 @@ class Parallel(nn.Module):
         state_BD = self.encode(history_BT)[torch.arange(len(history_BT), device=history_BT.device), last_B]
         log_probs = self.log_probs(state_BD)
         if self.params.scoring == "prior":
-            log_probs = [row_BK - prior_K for row_BK, prior_K in zip(log_probs, self.priors(), strict=True)]
+            log_probs = [row_BK - prior_K[: row_BK.shape[1]] for row_BK, prior_K in zip(log_probs, self.prior_LK, strict=True)]
         return item_scores(log_probs, self.codes_NL, self.weights_NL, total=self.params.scoring != "mean")
 
-    def priors(self) -> list[Tensor]:
-        """Log share of the catalogue's items per code (K,), add-one smoothed, per position: what `prior` scoring subtracts."""
-        counts = [torch.bincount(code_N, minlength=size + 1)[:size] + 1 for code_N, size in zip(self.codes_NL.unbind(1), self.table.real, strict=True)]
-        return [(count_K / count_K.sum()).log() for count_K in counts]
+    def count(self, events_N: Tensor) -> None:
+        """Learn what `prior` scoring subtracts: per position the log share of the training events per code, add-one smoothed.
+
+        A reader that knows nothing of its user predicts these shares, so that each slot then says nothing, whether it is there or not.
+
+        Args:
+            events_N: training events of each item.
+        """
+        for prior_K, code_N, size in zip(self.prior_LK, self.codes_NL.unbind(1), self.table.real, strict=True):
+            count_K = torch.bincount(code_N.cpu(), weights=events_N.cpu().double(), minlength=size + 1)[:size] + 1
+            prior_K[:size] = (count_K / count_K.sum()).log().float()

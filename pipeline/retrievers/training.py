@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pipeline import evaluation
 from pipeline.config import TrainRetriever
-from pipeline.encoders.sasrec import Holdout, Sequences, deterministic, gather, holdout, window_bounds
+from pipeline.device import deterministic
+from pipeline.encoders.sasrec import Holdout, Sequences, gather, holdout, window_bounds
 from pipeline.errors import ContractError, VersionMismatch
 from pipeline.evaluation import Packed
 from pipeline.log import progress
@@ -66,6 +67,8 @@ def fit(
     rest, questions = holdout(sequences, settings.valid_users, settings.max_history, seed)
     with deterministic(seed):
         model, table = build(catalogue, settings).to(device), catalogue.constraint().to(device)
+        if isinstance(model, Parallel):
+            model.count(torch.bincount(rest.items, minlength=len(catalogue)))
         learner = _Learner(model, rest, settings, None if not settings.distill_weight else teacher_ND, device)
         best = _Best(model)
         curves: dict[str, list[float]] = {"loss": []}

@@ -65,16 +65,17 @@ def dual_alignment(made: Mapping[str, View], pairs: Mapping[str, Tensor], *, tem
     Args:
         made: views `code_item`, `code_user` (quantised), `item`, `user`, `next_item`, `next_user` (collaborative) of the questions' answers and askers;
             next_item stands beside the answer in the history, next_user took the answer too.
-        pairs: `item` and `user`: False where two rows have the same answer or asker; `next_item`: False where they have the same neighbour.
+        pairs: `item` and `user`: False where two rows have the same answer or asker; `next_item`: False where they have the same neighbour;
+            `next_user`: False where the askers or those who took the answer too are one person, in either place.
     Source: DAS (arXiv 2508.10584), multi-view dual alignment: u2i, i2u, i2i, u2u, co-occurring i2i and u2u
     """
     views = {
-        "u2i": ("code_user", "item", pairs["item"]),
-        "i2u": ("code_item", "user", pairs["item"]),
+        "u2i": ("code_user", "item", pairs["item"] & pairs["user"]),
+        "i2u": ("code_item", "user", pairs["item"] & pairs["user"]),
         "i2i": ("code_item", "item", pairs["item"]),
         "u2u": ("code_user", "user", pairs["user"]),
         "co_i2i": ("code_item", "next_item", pairs["item"] & pairs["next_item"]),
-        "co_u2u": ("code_user", "next_user", pairs["item"] & pairs["user"]),
+        "co_u2u": ("code_user", "next_user", pairs["item"] & pairs["user"] & pairs["next_user"]),
     }
 
     def both(code: str, other: str, rival_BC: Tensor) -> Tensor:
@@ -171,6 +172,7 @@ class Training:
         """Collaborative and alignment terms of the questions, and the autoencoder terms of who asks them."""
         network, events, device = self.network, self.events, self.network.item.codebook_LKD.device
         answer_B, neighbour_B = events.item_T[at_B].to(device), events.item_T[at_B - 1].to(device)
+        asker_B, twin_user_B = events.user_T[at_B].to(device), events.user_T[twin_B].to(device)
         asker, twin = self._askers(at_B), self._askers(twin_B)
         answer, neighbour = self.catalogue.items.take(answer_B), self.catalogue.items.take(neighbour_B)
         user_pass, user_terms = network.user.losses(asker, quantise=quantise, world=world)
@@ -180,12 +182,14 @@ class Training:
             "item": (network.item_tower(answer.behavior_ND), answer.behavior_N),
             "user": (network.user_tower(asker.behavior_ND), asker.behavior_N),
             "next_item": (network.item_tower(neighbour.behavior_ND), neighbour.behavior_N),
-            "next_user": (network.user_tower(twin.behavior_ND), twin.behavior_N),
+            "next_user": (network.user_tower(twin.behavior_ND), twin.behavior_N & (asker_B != twin_user_B)),  # nobody is company to himself
         }
         views = {name: view(vectors_BD, mask_B, world) for name, (vectors_BD, mask_B) in sides.items()}
-        keys = {"item": answer_B, "user": events.user_T[at_B].to(device), "next_item": neighbour_B}
+        keys = {"item": answer_B, "user": asker_B, "next_item": neighbour_B, "next_user": twin_user_B}
         asked = {name: histories.candidates(key_B, world) for name, key_B in keys.items()}
-        terms = dual_alignment(views, {name: each.rival_BC for name, each in asked.items()}, temperature=self.settings.temperature, world=world)
+        pairs = {name: each.rival_BC for name, each in asked.items()}
+        pairs["next_user"] &= (asker_B[:, None] != asked["next_user"].key_C) & (twin_user_B[:, None] != asked["user"].key_C)
+        terms = dual_alignment(views, pairs, temperature=self.settings.temperature, world=world)
         terms["collaborative"] = self._collaborative(views["user"], views["item"], asker, asked["item"], world)
         return terms, user_terms
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainTokenizer
 from pipeline.context import derive_seed
+from pipeline.device import deterministic
 from pipeline.tokenizers.base import Checkpoint, ItemBatch, ProgressBar, Start
 from pipeline.tokenizers.world import World
 
@@ -148,11 +149,12 @@ class Trainer:
     def run(self) -> dict[str, list[float]]:
         """The curves, name -> one value per epoch; the network is left at its best epoch."""
         self._restore()
-        for _ in self._visible(range(self.state.epoch, self.settings.max_epochs)):
-            if self.state.finished:
-                break
-            self._epoch(self.state.epoch)
-            self._save()
+        with deterministic(self.seed):
+            for _ in self._visible(range(self.state.epoch, self.settings.max_epochs)):
+                if self.state.finished:
+                    break
+                self._epoch(self.state.epoch)
+                self._save()
         if self.best:
             self.model.network.load_state_dict(self.best)
         logger.info("trained tokenizer epochs=%d best_epoch=%d score=%.4f", self.state.epoch, self.state.best_epoch, self.state.best_score)

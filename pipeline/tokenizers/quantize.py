@@ -175,8 +175,8 @@ def _plus_plus(points_ND: Tensor, size: int, generator: torch.Generator) -> Tens
     for k in range(1, size):
         seed_D = points_ND[rows[k - 1]]
         distance_N = torch.minimum(distance_N, (square_N - 2 * points_ND @ seed_D + seed_D @ seed_D).clamp_(min=0))
-        mass_N = distance_N.double().cumsum(0)
-        rows[k] = torch.searchsorted(mass_N, (draws_K[k].to(mass_N.device) * mass_N[-1])).clamp_(max=len(points_ND) - 1)
+        mass_N = distance_N.double().cpu().cumsum(0)  # an accelerator adds up in no fixed order
+        rows[k] = torch.searchsorted(mass_N, draws_K[k] * mass_N[-1]).clamp_(max=len(points_ND) - 1)
     return points_ND[rows].clone()
 
 

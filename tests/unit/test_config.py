@@ -98,6 +98,11 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_found(tmp_path: Path, 
     assert error.found
 
 
+def test_attention_heads_must_share_the_width() -> None:
+    with pytest.raises(ConfigError, match="6 heads, width 128"):
+        config.load("demo", ("train_retriever.tiger.dim=128", "train_retriever.tiger.num_heads=6"))
+
+
 def test_a_section_that_is_a_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ingest"):
         config.load(write_profile(tmp_path, "ingest = 3\n"))

@@ -57,13 +57,18 @@ def test_dual_alignment_against_a_loop():
     sides = {"code_item": 0, "code_user": 1, "item": 2, "user": 3, "next_item": 4, "next_user": 5}
     vectors, shown = {name: rand(5, 3, seed=seed) for name, seed in sides.items()}, {name: torch.ones(5, dtype=torch.bool) for name in sides}
     shown["item"][1] = shown["next_user"][4] = False
-    keys = {"item": torch.tensor([1, 2, 1, 3, 4]), "user": torch.tensor([0, 1, 2, 2, 3]), "next_item": torch.tensor([7, 7, 8, 9, 7])}
+    keys = {
+        "item": torch.tensor([1, 2, 1, 3, 4]),
+        "user": torch.tensor([0, 1, 2, 2, 3]),
+        "next_item": torch.tensor([7, 7, 8, 9, 7]),
+        "next_user": torch.tensor([4, 5, 4, 6, 7]),
+    }
     rival = {name: key[:, None] != key for name, key in keys.items()}
     made = {name: view(vectors[name], shown[name], World()) for name in sides}
     found = das.dual_alignment(made, rival, temperature=0.3, world=World())
-    met = {"u2i": ("code_user", "item", ["item"]), "i2u": ("code_item", "user", ["item"]), "i2i": ("code_item", "item", ["item"])}
+    met = {"u2i": ("code_user", "item", ["item", "user"]), "i2u": ("code_item", "user", ["item", "user"]), "i2i": ("code_item", "item", ["item"])}
     met |= {"u2u": ("code_user", "user", ["user"]), "co_i2i": ("code_item", "next_item", ["item", "next_item"])}
-    met |= {"co_u2u": ("code_user", "next_user", ["item", "user"])}
+    met |= {"co_u2u": ("code_user", "next_user", ["item", "user", "next_user"])}
     assert set(found) == set(met)
     for name, (one, two, names) in met.items():
         losses = []
@@ -75,6 +80,32 @@ def test_dual_alignment_against_a_loop():
                 scores = {c: float(unit(vectors[x][b]) @ unit(vectors[y][c])) / 0.3 for c in others}
                 losses.append(math.log(sum(map(math.exp, scores.values()))) - scores[b])
         assert float(found[name]) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_nobody_is_company_to_himself_and_no_person_is_a_rival_of_himself():
+    model = stage()
+    at_B = model.events.draw(noise())
+    people_B = model.events.user_T[at_B]
+    alone, _ = model._questions(at_B, at_B, True, World())
+    assert alone["co_u2u"].item() == 0.0, "an answer that nobody else took has no company"
+    twin_B = model.events.twins(at_B, noise()[:, 2])
+    seen: dict[str, torch.Tensor] = {}
+    original = das.dual_alignment
+
+    def look(views, pairs, **rest):
+        """Keep what the questions ask for."""
+        seen.update(pairs, shown=views["next_user"].own_B)
+        return original(views, pairs, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(das, "dual_alignment", look)
+        model._questions(at_B, twin_B, True, World())
+    company_B = model.events.user_T[twin_B]
+    for b in range(len(at_B)):
+        assert not (seen["shown"][b] and company_B[b] == people_B[b])
+        for c in range(len(at_B)):
+            rivals = company_B[b] != company_B[c] and people_B[b] != company_B[c] and company_B[b] != people_B[c]
+            assert bool(seen["next_user"][b, c]) == bool(rivals)
 
 
 def test_total_is_the_weighted_sum_of_the_terms():

@@ -153,9 +153,12 @@ def test_the_heads_of_parallel_equal_their_formula_and_prior_scoring_subtracts_t
             q = h + z / (1 + np.exp(-z))
             logits = np.array([q @ c / np.linalg.norm(q) / np.linalg.norm(c) for c in rows]) / 0.07
             np.testing.assert_allclose(found[row].detach().numpy(), logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max(), rtol=1e-4, atol=1e-4)
-    for position, prior in enumerate(model.priors()):
-        counts = [1 + sum(code == k for code in items.codes_NL[:, position].tolist()) for k in range(SIZES[position])]
-        np.testing.assert_allclose(prior.exp().numpy(), np.array(counts) / sum(counts), rtol=1e-6)
+    events_N = torch.arange(len(items)) % 5
+    model.count(events_N)
+    for position, prior in enumerate(model.prior_LK):
+        pairs = list(zip(items.codes_NL[:, position].tolist(), events_N.tolist(), strict=True))
+        counts = [1 + sum(events for code, events in pairs if code == k) for k in range(SIZES[position])]
+        np.testing.assert_allclose(prior[: SIZES[position]].exp().numpy(), np.array(counts) / sum(counts), rtol=1e-6)
 
 
 def test_the_branch_of_discrec_equals_its_formula() -> None:
