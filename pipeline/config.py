@@ -396,6 +396,7 @@ class Letter(RqVae):
 
     sinkhorn: bool = Field(True, description="assign evenly at the last level while training")
     collaborative_weight: float = Field(0.1, ge=0, description="alpha of the alignment with behaviour vectors; 0 = ablation")
+    collaborative: Literal["own", "shuffled"] = Field("own", description="whose behaviour an item is drawn to; shuffled = control, another item's")
     diversity_weight: float = Field(1e-4, ge=0, description="beta of the diversity of code rows; 0 = ablation")
     num_clusters: int = Field(10, ge=1, description="clusters of code rows that the diversity term keeps together, at most half the codes")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline import config as profile
 from pipeline.device import best_device
 from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, shows
-from pipeline.tokenizers.fit import NOISE_COLUMNS, Trainer
+from pipeline.tokenizers.fit import NOISE_COLUMNS, Trainer, generator_for
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import balanced_codes, kmeans, take_rows
 from pipeline.tokenizers.refresh import begin
@@ -200,6 +200,16 @@ class Training:
         return total / max(1, len(rows))
 
 
+def shuffled_behaviour(items: ItemBatch, seed: int) -> ItemBatch:
+    """The items with the behaviour vectors dealt out anew among those that have one: a control that keeps the vectors and breaks their meaning."""
+    if items.behavior_ND is None:
+        return items
+    rows = torch.nonzero(items.behavior_N).flatten()
+    dealt_ND = items.behavior_ND.clone()
+    dealt_ND[rows] = items.behavior_ND[rows[torch.randperm(len(rows), generator=generator_for(seed, "shuffled behaviour")).to(rows.device)]]
+    return replace(items, behavior_ND=dealt_ND)
+
+
 class Letter(Networked[Network]):
     """The LETTER tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
 
@@ -239,7 +249,7 @@ class Letter(Networked[Network]):
         Raises: ValueError if no item has content; ContractError if the champion reads other vectors or has other sizes.
         """
         network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
-        prepared = network.prepare(items)
+        prepared = network.prepare(items if self.settings.collaborative == "own" else shuffled_behaviour(items, seed))
         training = Training(network.to(best_device()))
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
         network.autoencoder.usage_LK.zero_()

@@ -106,6 +106,19 @@ def test_only_items_with_content_and_behaviour_are_aligned():
     np.testing.assert_array_equal(prepared.behavior_ND[~items.behavior_N].numpy(), 0.0)
 
 
+def test_the_control_deals_the_same_behaviour_to_other_items():
+    items = tiny_items()
+    dealt = letter.shuffled_behaviour(items, 3)
+    seen = items.behavior_N
+    assert torch.equal(dealt.behavior_ND[~seen], items.behavior_ND[~seen])
+    assert torch.equal(dealt.behavior_ND[seen].sort(0).values, items.behavior_ND[seen].sort(0).values)
+    assert float((dealt.behavior_ND[seen] == items.behavior_ND[seen]).all(1).double().mean()) < 0.2
+    own, control = (Letter(settings(collaborative=whose)) for whose in ("own", "shuffled"))
+    for tokenizer in (own, control):
+        tokenizer.fit(tiny_items(200), seed=0, settings=training(max_epochs=3))
+    assert not torch.equal(own.codebooks()[0], control.codebooks()[0])
+
+
 def test_alignment_tells_items_apart_by_their_behaviour():
     found = {}
     for alpha in (0.0, 0.1):
