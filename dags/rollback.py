@@ -11,7 +11,8 @@ from jobs.airflow_task import DEFAULTS, PARAMS, ROLLBACK_PARAMS, stage_tasks
 DOC = """
 ### What it does
 Withdraws every release newer than `tag` and makes `tag` the current one: one commit on `sid.release`. No tag moves, so a reader that is pinned
-to one sees the same rows as before. Then the MLflow alias follows, and the asset event starts `rank_training` on the restored release.
+to one sees the same rows as before. Then the MLflow alias follows, and the asset event starts `rank_training` on the restored release;
+`sid rollback` makes no event.
 
 ### Before you trigger it
 1. `sid rollback --to TAG --reason WHY --dry-run` lists what would change; `sid diff TAG OTHER` says how far the two releases are apart.

@@ -15,9 +15,10 @@ audits them and publishes one tagged release. Each table is written on an audit 
 
 ### A task is red
 1. Read the last lines of its log: every error says what was expected, what was found, where, and the next command.
-2. `GateFailed`: main is untouched; `sid inspect BRANCH` shows the rows that failed.
+2. `GateFailed`: main is untouched; `sid inspect BRANCH` shows what was measured, the limit's setting, and refused rows by reason.
 3. `UpstreamMissing`: a day's file is not there; the message names the command for it. The task retries on its own first.
-4. Anything else: clear the task. Stages are safe to run again, and a published night ends as `reused`.
+4. `StageFailed`: an exception nobody foresaw, not tried again; the traceback is in the log.
+5. Anything else: clear the task. Stages are safe to run again, and a published night ends as `reused`.
 
 ### Who is told
 Every failed task, and a night that has not ended six hours after it was queued, goes to the log and to the webhook in `SID_ALERT_WEBHOOK`.

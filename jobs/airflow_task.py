@@ -14,7 +14,8 @@ from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow.sdk.log import mask_secret
 
-from jobs import alerts
+from jobs import alerts, profiles
+from pipeline.context import Home
 from pipeline.stages import Stage, group, upstream
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,12 @@ DEFAULTS: dict[str, Any] = {"retries": 3, "retry_delay": timedelta(minutes=2), "
 
 PARAMS: dict[str, Param] = {
     "date": Param(None, type=["null", "string"], format="date", title="Logical date", description="day to refresh; empty = the run's data interval"),
-    "profile": Param(os.environ.get("SID_PROFILE", "demo"), type="string", title="Profile", description="a name in pipeline/profiles; SID_PROFILE presets it"),
+    "profile": Param(
+        os.environ.get("SID_PROFILE") or profiles.default(Home.from_environment()),
+        type="string",
+        title="Profile",
+        description="a name in pipeline/profiles or a .toml file; preset by SID_PROFILE, else by the profile that made the lake",
+    ),
     "overrides": Param([], type="array", title="Overrides", description="section.key=value"),
     "reason": Param("nightly", type="string", minLength=3, title="Reason", description="why this run exists; stored in every snapshot"),
     "release": Param(
@@ -63,7 +69,7 @@ class StageOperator(BaseOperator):
         from jobs import launchers
         from pipeline import log, redact
         from pipeline.config import load
-        from pipeline.context import Context, Home
+        from pipeline.context import Context
         from pipeline.errors import SidError
 
         log.configure()
@@ -85,14 +91,13 @@ class StageOperator(BaseOperator):
             )
             self.outcome = outcome = launchers.launch(ctx, launchers.Request(profile=params["profile"], overrides=tuple(params["overrides"])))
         except SidError as error:
-            raise (AirflowException if error.retry else AirflowFailException)(str(error)) from error
+            raise (AirflowException if error.retry else AirflowFailException)(error.message(params["profile"])) from error
         announce(outcome, context)
         return {"status": outcome["status"], "seconds": outcome["seconds"]}
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
         """The tables read and written, each at its snapshot, for Airflow's OpenLineage provider; None for a stage that did not come to its end."""
         from jobs import lineage
-        from pipeline.context import Home
 
         return lineage.facets(self.outcome, Home.from_environment().warehouse) if self.outcome else None
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from pipeline import redact
 from pipeline.context import Home, read_json
-from pipeline.errors import ConfigError, SidError
+from pipeline.errors import ConfigError, SidError, for_profile
 
 logger = logging.getLogger(__name__)
 WEBHOOK = "SID_ALERT_WEBHOOK"
@@ -80,7 +80,8 @@ def failure(context: Mapping[str, Any]) -> dict[str, Any]:
         "table": on_branch["table"] if on_branch else "",
         "audit_branch": on_branch["branch"] if on_branch else "",
         "failed_expectations": error.get("found", "").split("; ") if gate else [],
-        **{name: error.get(name, "") for name in ("class", "headline", "expected", "found", "where", "next_command")},
+        **{name: error.get(name, "") for name in ("class", "headline", "expected", "found", "where")},
+        "next_command": for_profile(error.get("next_command", ""), str(params.get("profile", ""))),
     }
 
 

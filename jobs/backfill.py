@@ -15,7 +15,7 @@ from typing import Any
 from jobs.releases import release_rows
 from pipeline import lakehouse
 from pipeline.config import Config
-from pipeline.context import Home
+from pipeline.context import Home, PlannedFile
 from pipeline.datasets import base, dataset
 from pipeline.errors import ConfigError, UpstreamMissing
 from pipeline.stages import BY_NAME, Stage, group
@@ -84,10 +84,14 @@ def changed_files(spec: base.SourceSpec, config: Config, ledger: Iterable[Row], 
     known = {row["kind"]: row for row in ledger if row["file_date"] == day}
     found = (base.planned_file(spec, config.source, day, kind) for kind in spec.kinds)
     return tuple(
-        f"{file.kind} {day}: {_digest(known.get(file.kind))} -> {file.sha256[:8] or file.status}"
+        f"{file.kind} {day}: {_digest(known.get(file.kind))} -> {file.sha256[:8] or _without_file(file, known.get(file.kind))}"
         for file in found
         if file.sha256 != (known[file.kind]["sha256"] or "" if file.kind in known else None)
     )
+
+
+def _without_file(file: PlannedFile, row: Row | None) -> str:
+    return "no file, its rows stay" if row is not None and row["status"] == "loaded" else str(file.status)
 
 
 def _digest(row: Row | None) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.ingest import literal_path
 from jobs.train_behavior_encoder import checked
 from pipeline import config
 from pipeline.context import Context
@@ -39,7 +40,7 @@ def run(inputs: Inputs, params: config.BehaviorEmbedding, ctx: Context) -> Stage
     assert inputs.spark is not None, "a Spark stage"
     frame = inputs.query(
         TABLE,
-        {"behavior_row": inputs.spark.read.parquet(path.as_uri()), "item_popularity": inputs.frame("feature.item_popularity")},
+        {"behavior_row": inputs.spark.read.parquet(literal_path(path.absolute())), "item_popularity": inputs.frame("feature.item_popularity")},
         logical_date=ctx.logical_date,
         generation=plan.generation,
     )

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -20,18 +21,24 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from jobs import profiles
 from jobs.display import table
 from pipeline import config, log
-from pipeline.context import Context, Home
-from pipeline.errors import ConfigError, ContractError, SidError
+from pipeline.context import Context, Home, read_json
+from pipeline.errors import DEFAULT_PROFILE, ConfigError, ContractError, SidError
 from pipeline.stages import BY_NAME, STAGES, Stage, group, upstream
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+CHANGING = frozenset({"maintenance", "maintain", "rollback"})  # what `sid run` may take away or move
 console = Console()
 complaints = Console(stderr=True)
 GROUPS = ("refresh", "consumers", "maintenance")
+IN_FORCE: ContextVar[str] = ContextVar("profile", default="")  # of the command that runs, for the next command of its error
 
-Profile = Annotated[str, typer.Option("--profile", "-p", help="A name in pipeline/profiles or a .toml file.", envvar="SID_PROFILE")]
+Profile = Annotated[
+    str,
+    typer.Option("--profile", "-p", help="A name in pipeline/profiles or a .toml file; empty = SID_PROFILE, else the one that made the lake, else demo."),
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override, section.key=value; repeatable.")]
 Day = Annotated[str, typer.Option("--date", "-d", help="Logical date, YYYY-MM-DD.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -53,7 +60,7 @@ def run(
     what: Annotated[str, typer.Argument(help="A stage, or the group refresh, consumers or maintenance.")],
     day: Day,
     through: Annotated[str, typer.Option("--through", help="Last date of a range that starts at --date; the nights run one after the other.")] = "",
-    profile: Profile = "demo",
+    profile: Profile = "",
     sets: Sets = None,
     reason: Reason = "by hand",
     dry_run: DryRun = False,
@@ -65,6 +72,7 @@ def run(
     """Run one stage, or every stage of a group in order, for one date or, with --through, for each date of a range."""
     from jobs import launchers
 
+    profile = _in_force(profile, changes=what in CHANGING)
     loaded = config.load(profile, tuple(sets or ()))
     if inline:
         loaded = loaded.model_copy(update={"launch": loaded.launch.model_copy(update={"kind": "inline"})})
@@ -105,7 +113,7 @@ def backfill(
     stages: Annotated[str, typer.Option("--stages", help="Comma-separated stages; empty = the whole refresh.")] = "",
     cascade: Annotated[bool, typer.Option("--cascade", help="Rebuild every later release on the repaired ones.")] = False,
     dry_run: DryRun = False,
-    profile: Profile = "demo",
+    profile: Profile = "",
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -113,6 +121,7 @@ def backfill(
     from jobs import backfill as plan
     from jobs import launchers
 
+    profile = _in_force(profile, changes=True)
     home, loaded = _lake(profile, sets)
     steps = plan.steps(home, loaded, nights(parse_date(start), parse_date(end), "--end"), stages, cascade=cascade)
     if dry_run:
@@ -150,7 +159,8 @@ def selected(what: str, ctx: Context, *, named_run: bool = False) -> tuple[Stage
     if what not in BY_NAME:
         raise ConfigError(f"no stage or group {what!r}", expected=", ".join([*GROUPS, *BY_NAME]), found=what, where="sid run", next_command="sid stages")
     stage = BY_NAME[what]
-    planned = ctx.home.root.is_dir() and (ctx.staging / "plan_night.json").is_file()
+    plan = ctx.home.root.is_dir() and ctx.staging / "plan_night.json"
+    planned = plan and plan.is_file() and read_json(plan).get("status") != "failed"
     needs_plan = stage.group == "refresh" and what != "plan_night" and not (planned and (named_run or what != "ingest"))
     return (BY_NAME["plan_night"], stage) if needs_plan else (stage,)
 
@@ -165,7 +175,7 @@ def announced(outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command(epilog="sid releases --json")
-def releases(as_json: AsJson = False, profile: Profile = "demo", sets: Sets = None) -> None:
+def releases(as_json: AsJson = False, profile: Profile = "", sets: Sets = None) -> None:
     """List every release: tag, date, generation, status, parent, refit due."""
     from jobs import views
 
@@ -184,15 +194,16 @@ def show(
     release: Annotated[str, typer.Option("--release", help="A tag; empty = the newest current release.")] = "",
     lineage: Annotated[bool, typer.Option("--lineage", help="Also print snapshots and runs behind the release.")] = False,
     as_json: AsJson = False,
-    profile: Profile = "demo",
+    profile: Profile = "",
     sets: Sets = None,
 ) -> None:
     """Show one item: codes, router weights, and the items that share most codes with it, with titles."""
     from jobs import views
 
-    found = views.item(_lake(profile, sets), item, release)
+    lake = _lake(profile, sets)
+    found = views.item(lake, item, release)
     if lineage:
-        found["lineage"] = views.lineage(_lake(profile, sets), found["release"])
+        found["lineage"] = views.lineage(lake, found["release"])
     if as_json:
         show_rows([found], "", as_json)
         return
@@ -208,7 +219,7 @@ def diff(
     old: Annotated[str, typer.Argument(help="Tag of the earlier release.")],
     new: Annotated[str, typer.Argument(help="Tag of the later release.")],
     as_json: AsJson = False,
-    profile: Profile = "demo",
+    profile: Profile = "",
     sets: Sets = None,
 ) -> None:
     """Compare two releases: churn overall, by position, by popularity stratum and by popularity mass."""
@@ -218,9 +229,7 @@ def diff(
 
 
 @app.command(epilog="sid inspect audit_assign_sid_19980421_1a2b3c4d")
-def inspect(
-    branch: Annotated[str, typer.Argument(help="Name of an audit branch.")], as_json: AsJson = False, profile: Profile = "demo", sets: Sets = None
-) -> None:
+def inspect(branch: Annotated[str, typer.Argument(help="Name of an audit branch.")], as_json: AsJson = False, profile: Profile = "", sets: Sets = None) -> None:
     """Show an audit branch that was not published: its rows, its metrics and the expectations that failed."""
     from jobs import views
 
@@ -228,7 +237,7 @@ def inspect(
 
 
 @app.command(epilog="sid repair --dry-run")
-def repair(dry_run: DryRun = False, profile: Profile = "demo", sets: Sets = None, as_json: AsJson = False) -> None:
+def repair(dry_run: DryRun = False, profile: Profile = "", sets: Sets = None, as_json: AsJson = False) -> None:
     """Bring what is derived from sid.release (the MLflow alias, buffered runs) in line with it."""
     from jobs import views
 
@@ -241,12 +250,13 @@ def rollback(
     reason: Annotated[str, typer.Option("--reason", "-r", help="Why; stored in the snapshot.")],
     dry_run: DryRun = False,
     as_json: AsJson = False,
-    profile: Profile = "demo",
+    profile: Profile = "",
     sets: Sets = None,
 ) -> None:
     """Make an earlier release the current one, in one commit; tags do not move, so pinned readers notice nothing."""
     from jobs import launchers, views
 
+    profile = _in_force(profile, changes=True)
     loaded = _lake(profile, sets)
     rows = views.rollback(loaded, to)
     if not dry_run:
@@ -254,6 +264,9 @@ def rollback(
         ctx = Context(config=loaded[1], home=loaded[0], stage="rollback", logical_date=day, run_id=f"rollback__{to}", reason=reason, params=(("release", to),))
         rows = launchers.launch(ctx, launchers.Request(profile=profile, overrides=tuple(sets or ())))["outputs"].get("changes", [])
     show_rows(rows, "would change" if dry_run else "changed", as_json)
+    if rows and not dry_run:
+        readers = shlex.join(["airflow", "dags", "trigger", "rank_training", "--conf", json.dumps({"release": to, "profile": profile})])
+        complaints.print(f"only Airflow makes the asset event; for its readers: {escape(readers)}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="sid pin d19980421 --by ranking")
@@ -262,20 +275,21 @@ def pin(
     by: Annotated[str, typer.Option("--by", help="Who holds it; letters, digits and _.")],
     release: Annotated[bool, typer.Option("--release", help="Let it go again.")] = False,
     as_json: AsJson = False,
-    profile: Profile = "demo",
+    profile: Profile = "",
     sets: Sets = None,
 ) -> None:
     """Hold a release, so that maintain never drops it, however old it becomes."""
     from jobs import pins
 
-    show_rows(pins.pin(_lake(profile, sets), tag, by, release=release), "pins", as_json)
+    show_rows(pins.pin(_lake(_in_force(profile, changes=True), sets), tag, by, release=release), "pins", as_json)
 
 
 @app.command(epilog="sid maintain --dry-run")
-def maintain(dry_run: DryRun = False, as_json: AsJson = False, reason: Reason = "by hand", profile: Profile = "demo", sets: Sets = None) -> None:
+def maintain(dry_run: DryRun = False, as_json: AsJson = False, reason: Reason = "by hand", profile: Profile = "", sets: Sets = None) -> None:
     """Take away what nothing holds any more: old releases, branches, snapshots, days, orphan files; join small files."""
     from jobs import launchers, views
 
+    profile = _in_force(profile, changes=True)
     home, loaded = _lake(profile, sets)
     today = datetime.now(UTC).date()
     ctx = Context(config=loaded, home=home, stage="maintain", logical_date=today, run_id=f"maintain__{today}", reason=reason)
@@ -291,7 +305,7 @@ def maintain(dry_run: DryRun = False, as_json: AsJson = False, reason: Reason = 
 def report(
     tag: Annotated[str, typer.Argument(help="A release tag; empty = the newest current release.")] = "",
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the page.")] = None,
-    profile: Profile = "demo",
+    profile: Profile = "",
     sets: Sets = None,
 ) -> None:
     """Write one self-contained HTML page about a release."""
@@ -448,7 +462,25 @@ def _cell(value: Any) -> str:
 
 
 def _lake(profile: str, sets: list[str] | None) -> tuple[Home, config.Config]:
-    return Home.from_environment(), config.load(profile, tuple(sets or ()))
+    return Home.from_environment(), config.load(_in_force(profile), tuple(sets or ()))
+
+
+def _in_force(profile: str, *, changes: bool = False) -> str:
+    """The profile to run with: the one typed, else SID_PROFILE, else the one that made the lake, else the default one.
+
+    Args:
+        changes: the command takes away or moves what others made; the profile of SID_PROFILE must then be the lake's own.
+    Raises: ConfigError.
+    """
+    home, preset = Home.from_environment(), os.environ.get("SID_PROFILE", "")
+    if preset and changes and not profile:
+        profiles.check_same(home, preset, "SID_PROFILE")
+    if not profile and not preset:
+        preset = profiles.default(home)
+        if preset != DEFAULT_PROFILE:
+            complaints.print(f"profile {escape(preset)}, as {escape(str(home.root / profiles.NAME))} says", highlight=False, soft_wrap=True)
+    IN_FORCE.set(profile or preset)
+    return profile or preset
 
 
 @contextmanager
@@ -456,13 +488,14 @@ def _errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except SidError as error:
-        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(error.message(IN_FORCE.get()))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
 
 def main() -> None:
     """Entry point of `sid`."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # libraries' deprecation notes are not the user's business
+    IN_FORCE.set("")
     with _errors_as_exit_codes():
         app()
 

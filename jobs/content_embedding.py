@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.ingest import read_image
+from jobs.ingest import ImageRefused, read_image
 from pipeline import config
 from pipeline.context import Context
 from pipeline.errors import ConfigError, ContractError
@@ -341,12 +341,8 @@ def read_picture(uri: str, expected: str | None, size: int, limits: Limits) -> P
 
     try:
         content = read_image(limits.image_root, uri, limits.max_bytes)
-    except PermissionError:
-        return RejectReason("image_outside_root", "the path leaves the image folder")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return RejectReason("image_missing", "no such file")
-    if len(content) > limits.max_bytes:
-        return RejectReason("image_too_large", f"more than {limits.max_bytes} bytes")
+    except ImageRefused as refused:
+        return RejectReason(refused.reason, refused.detail)
     found = hashlib.sha256(content).hexdigest()
     if expected and found != expected:
         return RejectReason("image_changed", f"sha256 {found} since it was ingested")

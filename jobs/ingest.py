@@ -7,17 +7,21 @@ An item's unusable image is quarantined too, but the item goes on without it: su
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote
 
 import pyarrow as pa
 
@@ -50,6 +54,9 @@ LEDGER_DDL = "file_date date, kind string, path string, sha256 string, bytes big
 IMAGE_DDL = "image_uri string, image_sha256 string, image_reason string, image_detail string"
 NO_COLUMN = ("NULL", "CAST(NULL AS STRING)")
 MAX_URI = 1024
+OUTSIDE = "the address lies outside the image folder"
+ADDRESS_FAULTS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EACCES)  # of one file; other errors of the system are an outage
+SERVER_FAULTS = (401, 407, 408, 429)  # answers between 400 and 499 that say nothing about the picture
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,13 @@ class Tally:
 
 
 Tallies = Mapping[tuple[date, str], Tally]
+ImageReason = Literal["image_missing", "image_outside_root", "image_too_large"]
 
 
 def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
     """The night's rows, quarantine and ledger (the marker, published last).
 
-    Raises: UpstreamMissing for an open day without a file; ContractError for a file that changed since it was planned or cannot be read.
+    Raises: UpstreamMissing for an open day without a file; ContractError for a file that changed since it was planned, cannot be read or gave no rows.
     """
     assert inputs.spark is not None
     inputs.spark.catalog.clearCache()  # Spark knows cached rows of a file by its path: a retry on a corrected file would read the old ones
@@ -83,6 +91,7 @@ def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
     events = judge_events(read_rows(inputs.spark, spec, files, "events"), spec.event_key).persist()
     items = judge_items(read_rows(inputs.spark, spec, files, "items")).persist() if spec.items_path else None
     tallies = {**tally(events, "events"), **(tally(items, "items") if items is not None else {})}
+    check_all_read(files, spec, tallies)
     observed = accepted(items) if items is not None else catalogue_from_events(accepted(events))
     hashed = hash_content(observed, images_of(observed, spec, params.max_image_bytes)).persist()
     rejected = rejected_rows([events] if items is None else [events, items], hashed)
@@ -139,6 +148,22 @@ def _check_file(file: PlannedFile, spec: SourceSpec, logical_date: date) -> None
     base.check_header(path, spec.format(kind), spec.columns(kind))
 
 
+def check_all_read(files: Sequence[PlannedFile], spec: SourceSpec, tallies: Tallies) -> None:
+    """Nothing, when every file that has rows gave some.
+
+    Raises: ContractError naming a file whose rows were left out: the day must not count as loaded and empty.
+    """
+    for file in files:
+        if file.status == "present" and (file.file_date, file.kind) not in tallies and base.has_rows(Path(file.path), spec.format(_kind(file))):
+            raise ContractError(
+                "a file with rows gave none",
+                expected="a name that Spark does not skip (it skips names that begin with _ or .)",
+                found="0 rows read",
+                where=file.path,
+                next_command="rename the file or change its pattern in the profile",
+            )
+
+
 def _kind(file: PlannedFile) -> Kind:
     return "items" if file.kind == "items" else "events"
 
@@ -188,7 +213,7 @@ def _read_group(spark: SparkSession, spec: SourceSpec, kind: Kind, layout: tuple
     from pyspark.sql import functions as F
     from pyspark.sql.types import StringType, StructField, StructType
 
-    paths = [re.sub(r"([\\*?{}\[\]])", r"\\\1", file.path) for file in files]  # Spark takes a path for a glob
+    paths = [literal_path(Path(file.path)) for file in files]
     reader = spark.read.option("mode", "PERMISSIVE").option("columnNameOfCorruptRecord", CORRUPT)
     file_format = spec.format(kind)
     if file_format == "csv":
@@ -199,10 +224,22 @@ def _read_group(spark: SparkSession, spec: SourceSpec, kind: Kind, layout: tuple
         frame = reader.schema(f"{base.schema_ddl(spec, kind)}, {CORRUPT} STRING").json(paths)
     else:
         frame = spark.read.parquet(*paths).withColumn(CORRUPT, F.lit(None).cast("string"))
-    places = [{"__uri": Path(file.path).as_uri(), "__file_date": file.file_date, "__source": f"{kind}/{Path(file.path).name}"} for file in files]
-    days = local_frame(spark, places, "__uri string, __file_date date, __source string")
-    uri = F.regexp_replace(F.col("_metadata.file_path"), "^file:/+", "file:///")
-    return frame.withColumn("__uri", uri).join(F.broadcast(days), "__uri").drop("__uri")
+    places = [{"__path": os.path.normpath(file.path), "__file_date": file.file_date, "__source": f"{kind}/{Path(file.path).name}"} for file in files]
+    days = local_frame(spark, places, "__path string, __file_date date, __source string")
+    return frame.withColumn("__path", _plain_path()).join(F.broadcast(days), "__path").drop("__path")
+
+
+def literal_path(path: Path) -> str:
+    """A local file's path as Spark's readers take it: they see a glob in it, and would not decode an address with %20."""
+    return "file://" + re.sub(r"([\\*?{}\[\]])", r"\\\1", str(path))
+
+
+def _plain_path() -> Column:
+    """The row's file as a plain path: Java and Python percent-encode different characters in an address, so addresses are not compared."""
+    from pyspark.sql import functions as F
+
+    address = F.regexp_replace(F.col("_metadata.file_path"), "^file:/+", "/")
+    return F.url_decode(F.regexp_replace(address, r"\+", "%2B"))  # it decodes forms, where a plus is a space
 
 
 def _judged_ddl(spec: SourceSpec, kind: Kind) -> str:
@@ -392,47 +429,87 @@ def image_reader(root: str, limit: int) -> Callable[[Any], Iterator[pa.RecordBat
     return read
 
 
+class ImageRefused(ValueError):
+    """Raised for an image that its item goes on without.
+
+    Args:
+        reason: code of raw.rejected_row.
+        detail: what was found.
+    """
+
+    def __init__(self, reason: ImageReason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason: ImageReason = reason
+        self.detail = detail
+
+
 def image_digest(root: str, uri: str, limit: int) -> tuple[str | None, str | None, str | None]:
-    """(sha256, None, None) of the image's bytes, or (None, reason, detail): image_missing, image_outside_root, image_too_large."""
+    """(sha256, None, None) of the image's bytes, or (None, reason, detail)."""
     try:
-        content = read_image(root, uri, limit)
-    except PermissionError as error:
-        return None, "image_outside_root", str(error)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return None, "image_missing", "no such file"
-    if len(content) > limit:
-        return None, "image_too_large", f"more than {limit} bytes"
-    return hashlib.sha256(content).hexdigest(), None, None
+        return hashlib.sha256(read_image(root, uri, limit)).hexdigest(), None, None
+    except ImageRefused as refused:
+        return None, refused.reason, refused.detail
 
 
 def read_image(root: str, uri: str, limit: int) -> bytes:
-    """Bytes of one image, at most limit + 1 of them.
+    """Bytes of one image, at most `limit`.
+
+    The address comes from a catalogue file: it leads below the folder that the profile names or nowhere, and never chooses a protocol or a server.
 
     Args:
-        root: folder or fsspec URI that a relative `uri` is joined to; empty = `uri` is complete.
-    Raises: FileNotFoundError; PermissionError when the path leaves the root. Other errors of a remote store propagate: an outage is no missing image.
+        root: folder or fsspec URI; a relative `uri` is joined to it, a complete one must begin with it.
+    Raises: ImageRefused for an address or an image that cannot be used. Other errors of a disk or a store propagate: an outage is no missing image.
     """
     if "\0" in uri or len(uri) > MAX_URI:
-        raise FileNotFoundError(uri[:MAX_URI])
-    if "://" in uri or "://" in root:
-        return _read_remote(uri if "://" in uri else f"{root.rstrip('/')}/{uri}", limit)
-    path = (Path(root) / uri).resolve()
-    if root and not path.is_relative_to(Path(root).resolve()):
-        raise PermissionError(f"{uri} lies outside the image folder")
+        raise ImageRefused("image_missing", "no such file")
+    try:
+        with _opened(root, uri) as stream:
+            content = bytes(stream.read(limit + 1))
+    except OSError as error:
+        if not (detail := _address_fault(error, root)):
+            raise
+        raise ImageRefused("image_missing", detail) from error
+    if len(content) > limit:
+        raise ImageRefused("image_too_large", f"more than {limit} bytes")
+    return content
+
+
+def _opened(root: str, uri: str) -> AbstractContextManager[Any]:
+    """The stream of an image below the root."""
+    if "://" in root:
+        import fsspec
+
+        opened: AbstractContextManager[Any] = fsspec.open(_address_below(root, uri), "rb")
+        return opened
+    folder = os.path.realpath(root)
+    path = Path(os.path.realpath(Path(folder) / uri))  # not Path.resolve: it raises on a loop of links
+    if not root or "://" in uri or not path.is_relative_to(folder):
+        raise ImageRefused("image_outside_root", OUTSIDE)
     if not path.is_file():
         raise FileNotFoundError(uri)
-    with path.open("rb") as stream:
-        return stream.read(limit + 1)
+    return path.open("rb")
 
 
-def _read_remote(uri: str, limit: int) -> bytes:
-    import fsspec
+def _address_below(root: str, uri: str) -> str:
+    """The complete address of an image below a remote root; what a server or fsspec could take for a way out is refused."""
+    folder = root.rstrip("/") + "/"
+    rest = uri.removeprefix(folder)
+    if re.search(r"::|://|[\x00-\x1f]", rest) or ".." in re.split(r"[/\\]", unquote(rest)):
+        raise ImageRefused("image_outside_root", OUTSIDE)
+    return folder + rest
 
-    scheme, _, place = uri.partition("://")
-    if scheme in ("file", "local") or ".." in place.split("/"):
-        raise PermissionError(f"{uri} lies outside the image folder")
-    with fsspec.open(uri, "rb") as stream:
-        return bytes(stream.read(limit + 1))
+
+def _address_fault(error: OSError, root: str) -> str:
+    """What is wrong with this one address, in words; empty when the disk, the store or the way to it is to blame."""
+    cause = error.__cause__
+    if root.startswith(("http://", "https://")) and isinstance(cause, Exception) and not isinstance(cause, FileNotFoundError):
+        status = int(getattr(cause, "status", 0))  # fsspec says "not found" whatever happened to the server
+        if 400 <= status < 500 and status not in SERVER_FAULTS:
+            return f"the server answers {status}"
+        return "no address" if isinstance(cause, ValueError) else ""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return "no such file"
+    return os.strerror(error.errno) if error.errno in ADDRESS_FAULTS else ""
 
 
 # ---------------------------------------------------------------- counting
@@ -549,9 +626,11 @@ def writes_of(
     tallies: Tallies,
     retired: float,
 ) -> tuple[Write, ...]:
-    """The four writes, the ledger last; a kind of a day that was not planned keeps its rows in the tables both kinds share."""
+    """The four writes, the ledger last, none without files; a kind of a day that was not planned keeps its rows in the tables both kinds share."""
     assert inputs.spark is not None
     event_days, all_days = _days(files, ("events",)), _days(files, ("events", "items"))
+    if not all_days:
+        return ()
     item_days = event_days if spec.items_path is None else _days(files, ("items",))
     ledger = local_frame(inputs.spark, ledger_rows(files, tallies), LEDGER_DDL)
     others: dict[str, list[date]] = {kind: sorted(set(all_days) - set(_days(files, (kind,)))) for kind in spec.kinds}

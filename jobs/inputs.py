@@ -5,7 +5,7 @@ Jobs never open a table themselves, so a stage reads one state of the lake from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,11 @@ class Inputs:
     snapshots: Mapping[str, int | None]
     spark: SparkSession | None = None
 
-    def frame(self, table: str) -> DataFrame:
-        """A table at its pinned snapshot as a Spark DataFrame."""
+    def frame(self, table: str, *, at: int | None = None) -> DataFrame:
+        """A table at its pinned snapshot, or at the one that the plan names, as a Spark DataFrame."""
         assert self.spark is not None, "only Spark stages read DataFrames"
-        return lakehouse.read_frame(self.spark, table, self._pinned(table))
+        pinned = self._pinned(table)
+        return lakehouse.read_frame(self.spark, table, pinned if at is None else at)
 
     def query(self, table: str, views: Mapping[str, DataFrame], **params: Any) -> DataFrame:
         """The SELECT of sql/<namespace>/<table>/query.sql over `views`, with named parameters (`:logical_date`)."""
@@ -46,14 +47,18 @@ class Inputs:
         namespace, name = table.split(".")
         return self.spark.sql((context.SQL / namespace / name / "query.sql").read_text(encoding="utf-8"), args=params)
 
-    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "") -> pa.Table:
+    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "", at: int | None = None, **among: Iterable[str]) -> pa.Table:
         """Rows of a table at its pinned snapshot through PyIceberg, no JVM.
 
         Args:
             columns: columns to read.
             where: PyIceberg row filter, e.g. "logical_date == '2026-11-20'".
+            at: a snapshot that the plan names, instead of the pinned one.
+            among: values that a column must have one of; other rows never come together in memory.
         """
-        return lakehouse.read_arrow(self.home, self.lake, table, snapshot_id=self._pinned(table), columns=columns, where=where)
+        pinned = self._pinned(table)
+        snapshot_id = pinned if at is None else at
+        return lakehouse.read_arrow(self.home, self.lake, table, snapshot_id=snapshot_id, columns=columns, where=where, among=among or None)
 
     def release(self, tag: str) -> pa.Table:
         """Rows of one release (tag and its logical date), through PyIceberg."""

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.item_popularity import items_as_of
-from pipeline import config
+from jobs.plan_night import MANIFEST, last_revision
+from pipeline import config, lakehouse
 from pipeline.context import Context, Plan
 from pipeline.errors import UpstreamMissing
 from pipeline.richness import alignment_strength, richness
@@ -43,7 +44,8 @@ def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult
     popularity = inputs.frame("feature.item_popularity").where(F.col("logical_date") == F.lit(plan.logical_date))
     first_event = popularity.where("first_event_date IS NOT NULL").select("item_id", "first_event_date")
     items = items_as_of(inputs.frame("raw.item"), inputs.frame("raw.source_file"), first_event, plan.logical_date, ctx.config.source.catalogue)
-    parent = parent_rows(inputs.frame("feature.item_feature"), plan)
+    parent = parent_rows(inputs, plan)
+    keep_replaced(inputs, ctx)
     frame = inputs.query(
         "feature.item_feature",
         {
@@ -96,17 +98,33 @@ def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapp
             expected="one row",
             found="none",
             where="sid.generation",
-            next_command="sid repair",
+            next_command="sid run refresh --date D --set plan_night.policy=cold",
         )
     return json.loads(rows[0].richness_reference), rows[0].logical_date
 
 
-def parent_rows(features: DataFrame, plan: Plan) -> DataFrame:
-    """The parent release's rows of feature.item_feature; none on the first night."""
+def keep_replaced(inputs: Inputs, ctx: Context) -> None:
+    """Tag feature.item_feature with the date's last release before tonight's rows replace its manifest: whoever goes back to it copies from these rows.
+
+    A tag that is there stays: it was set when the manifest was still on main.
+    """
+    last = last_revision([row.asDict() for row in inputs.frame("sid.release").select("tag", "logical_date", "revision").collect()], ctx.logical_date)
+    if last is None:
+        return
+    assert inputs.spark is not None, "a Spark stage"
+    with lakehouse.table_locks(ctx.home, ctx.config.lake, [MANIFEST]):
+        found = lakehouse.references(inputs.spark, MANIFEST)
+        if last["tag"] not in found:
+            lakehouse.put_tag(inputs.spark, MANIFEST, last["tag"], found["main"])
+
+
+def parent_rows(inputs: Inputs, plan: Plan) -> DataFrame:
+    """The parent release's rows of feature.item_feature, at the snapshot the plan found them; none on the first night."""
     from pyspark.sql import functions as F
 
     if plan.parent is None:
-        return features.limit(0)
+        return inputs.frame(MANIFEST).limit(0)
+    features = inputs.frame(MANIFEST, at=plan.parent.manifest)
     return features.where((F.col("logical_date") == F.lit(plan.parent.logical_date)) & (F.col("generation") == plan.parent.generation))
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs import profiles
 from pipeline import redact
 from pipeline import spark as spark_gate
 from pipeline.context import Context, read_json
@@ -26,10 +27,12 @@ from pipeline.stages import BY_NAME
 logger = logging.getLogger(__name__)
 ENTRY = Path(__file__).with_name("cli.py")
 Commands = tuple[list[str], ...]  # run one after the other, stopping at the first that fails
+FILLS_THE_LAKE = "ingest"
 START_SECONDS = 3_600  # a node with a GPU may have to be bought first
 WAIT_SECONDS = 86_400
 DISTRIBUTED = frozenset({"train_tokenizer"})  # their jobs join a process group; any other would do its work once per process
-PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "SID_CATALOG_USER", "SID_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI")
+PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "SID_CATALOG_USER", "SID_JARS", "SID_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI")
+KEPT_SECONDS = 7 * 86_400  # a finished Job and its log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,12 @@ def launch(ctx: Context, request: Request) -> dict[str, Any]:
     if kind == "inline":
         from jobs.runner import run_stage
 
-        return run_stage(ctx)
-    return _run(COMMANDS[kind](ctx, request), ctx)
+        outcome = run_stage(ctx)
+    else:
+        outcome = _run(COMMANDS[kind](ctx, request), ctx)
+    if ctx.stage == FILLS_THE_LAKE:
+        profiles.remember(ctx.home, request.profile)
+    return outcome
 
 
 def submit_commands(ctx: Context, request: Request) -> Commands:
@@ -82,11 +89,15 @@ def torchrun_commands(ctx: Context, request: Request) -> Commands:
 
 
 def kubernetes_commands(ctx: Context, request: Request) -> Commands:
-    """Commands of the `kubernetes` launcher: a Job from the manifest in the run's staging folder, waited for."""
-    path = ctx.staging / f"{ctx.stage}.k8s.json"
-    path.write_text(json.dumps(kubernetes_manifest(ctx, request), indent=1), encoding="utf-8")
+    """Commands of the `kubernetes` launcher: a Job from the manifest in the run's staging folder, waited for.
+
+    Each try has a manifest and a Job of its own, numbered by what lies in the folder: on the command line every try is attempt 1.
+    """
+    number = 1 + len(list(ctx.staging.glob(f"{ctx.stage}-*.k8s.json")))
+    path = ctx.staging / f"{ctx.stage}-{number}.k8s.json"
+    path.write_text(json.dumps(kubernetes_manifest(ctx, request, number), indent=1), encoding="utf-8")
     kubectl = ["kubectl", "--namespace", ctx.config.launch.namespace]
-    name = f"job/{job_name(ctx)}"
+    name = f"job/{job_name(ctx, number)}"
     return (
         [*kubectl, "create", "--filename", str(path)],
         # Follows the log to the end of the container, whether it succeeds or fails; no single condition of a Job covers both.
@@ -96,16 +107,18 @@ def kubernetes_commands(ctx: Context, request: Request) -> Commands:
     )
 
 
-def kubernetes_manifest(ctx: Context, request: Request) -> dict[str, Any]:
-    """The Kubernetes Job of one stage try: no shell, non-root, addresses from the environment, secrets by name only.
+def kubernetes_manifest(ctx: Context, request: Request, number: int) -> dict[str, Any]:
+    """The Kubernetes Job of one stage try: no shell, non-root, the home on a volume, addresses from the environment, secrets by name only.
 
-    Raises: ConfigError when the profile names no image.
+    Raises: ConfigError when the profile names no pinned image or no volume claim.
     """
-    image = ctx.config.launch.image
+    image, claim = ctx.config.launch.image, ctx.config.launch.volume_claim
     if not image or image.endswith(":latest"):
         raise ConfigError(
             "the kubernetes launcher needs a pinned image", expected="launch.image by digest or version", found=image or "nothing", where="section [launch]"
         )
+    if not claim:
+        raise ConfigError("the kubernetes launcher needs a volume for the home", expected="launch.volume_claim", found="nothing", where="section [launch]")
     stage = BY_NAME[ctx.stage]
     addresses = {**os.environ, "SID_HOME": str(ctx.home.root)}
     container = {
@@ -116,18 +129,24 @@ def kubernetes_manifest(ctx: Context, request: Request) -> dict[str, Any]:
         "envFrom": [{"secretRef": {"name": "sidmill", "optional": True}}],
         "resources": {"limits": {"nvidia.com/gpu": "1"}} if stage.gpu else {},
         "securityContext": {"runAsNonRoot": True, "allowPrivilegeEscalation": False},
+        "volumeMounts": [{"name": "home", "mountPath": str(ctx.home.root)}],
     }
+    volumes = [{"name": "home", "persistentVolumeClaim": {"claimName": claim}}]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": job_name(ctx), "labels": {"app": "sidmill", "stage": stage.name}},
-        "spec": {"backoffLimit": 0, "template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
+        "metadata": {"name": job_name(ctx, number), "labels": {"app": "sidmill", "stage": stage.name}},
+        "spec": {
+            "backoffLimit": 0,
+            "ttlSecondsAfterFinished": KEPT_SECONDS,
+            "template": {"spec": {"restartPolicy": "Never", "containers": [container], "volumes": volumes}},
+        },
     }
 
 
-def job_name(ctx: Context) -> str:
-    """Name of the Kubernetes Job of one stage try."""
-    return f"sid-{ctx.stage.replace('_', '-')}-{ctx.key}-{ctx.attempt}"
+def job_name(ctx: Context, number: int) -> str:
+    """Name of the Kubernetes Job of the n-th try of a stage in a run."""
+    return f"sid-{ctx.stage.replace('_', '-')}-{ctx.key}-{number}"
 
 
 COMMANDS: Mapping[str, Callable[[Context, Request], Commands]] = {

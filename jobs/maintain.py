@@ -1,7 +1,8 @@
 """Housekeeping that never touches what a reader may hold: what goes is listed first (`survey`), then taken away (`carry_out`).
 
 Live releases: published at most `release_days` ago, the newest current one, the first of each generation, and pinned ones. Their tags stay, and so does
-everything a tag, a branch or a young snapshot shows. Below the oldest release that lives by its age, the derived tables lose the days of no live release.
+everything a tag, a branch or a young snapshot shows. Below the oldest release that lives by its age, the derived tables lose the days of no live release,
+unless they were written lately: a backfill makes an old night's tables before its release.
 Order: references, snapshots, orphan files, staging; then days and small files, whose bytes are freed by a later run: the snapshot that was main when the
 run began, which a running stage may have pinned, is still there when it ends. Ages count back from the end of the run's date.
 Never: `sid.item_sid` is written once in its final layout and not compacted; raw tables, codebooks, generations, releases and day counts lose no row.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import pins
+from jobs.plan_night import MANIFEST
 from jobs.releases import newest_current
 from pipeline import lakehouse, tracking
 from pipeline.config import Maintain
@@ -74,6 +76,7 @@ class Survey:
     sweeps: tuple[Sweep, ...]
     staging: Mapping[Path, int]
     older: datetime
+    known: frozenset[str] = frozenset()  # tags of the releases that were looked at
 
     @property
     def freed(self) -> int:
@@ -141,6 +144,12 @@ def dropped_days(stored: Iterable[date], releases: Sequence[Row], young: set[str
     return sorted(day for day in set(stored) if day < oldest and day not in serving)
 
 
+def changed_days(files: Iterable[StoredFile], history: History, limit: datetime) -> set[date]:
+    """Days with a file that was added at or after `limit`."""
+    young = {one for one, at in history.committed.items() if at >= limit}
+    return {date.fromisoformat(file.partition[0]) for file in files if file.added in young}
+
+
 def kept_snapshots(history: History, dropped: Iterable[str], limit: datetime) -> set[int]:
     """Snapshots that stay: where a kept branch or tag points, and what was committed at or after `limit`."""
     gone = set(dropped)
@@ -181,12 +190,16 @@ def survey(spark: SparkSession, params: Maintain, ctx: Context) -> Survey:
     published = {tag: sids.committed[at] for tag, at in sids.tags.items() if RELEASE_TAG.fullmatch(tag)}
     young, live = live_releases(releases, published, pins.by_release(sids.tags), _ago(ctx, params.release_days))
     tags = dropped_tags(releases, published, live, _ago(ctx, params.keep_branches_days))
-    sweeps = [_sweep(spark, params, ctx, table, history, tags if table == SIDS else []) for table, history in histories.items()]
+    doomed = {SIDS: tags}
+    if MANIFEST in histories:  # a tag there holds the manifest of the release of its name
+        doomed[MANIFEST] = sorted(tag for tag in histories[MANIFEST].tags if RELEASE_TAG.fullmatch(tag) and tag not in live)
+    sweeps = [_sweep(spark, params, ctx, table, history, doomed.get(table, [])) for table, history in histories.items()]
     days = retention(spark, ctx, releases, young, live, histories)
     return Survey(
         sweeps=tuple(_with_days(ctx, sweep, histories[sweep.table], days.get(sweep.table, [])) for sweep in sweeps),
         staging=stale_staging(ctx, params.keep_staging_days),
         older=_ago(ctx, params.keep_snapshots_days),
+        known=frozenset(row["tag"] for row in releases),
     )
 
 
@@ -217,8 +230,10 @@ def retention(
     """Table -> days of main that go. A day of behaviour vectors stays while a feature row that stays refers to it."""
     from pyspark.sql import functions as F
 
-    days = {table: _stored_days(_main_files(ctx, table, histories[table]).values()) for table in (*BY_DAY, TRAINED) if table in histories}
-    found = {table: dropped_days(stored, releases, young, live) for table, stored in days.items()}
+    limit = _ago(ctx, ctx.config.maintain.keep_snapshots_days)
+    files = {table: _main_files(ctx, table, histories[table]).values() for table in (*BY_DAY, TRAINED) if table in histories}
+    changed = {table: changed_days(stored, histories[table], limit) for table, stored in files.items()}
+    found = {table: dropped_days(set(_stored_days(stored)) - changed[table], releases, young, live) for table, stored in files.items()}
     if found.get(TRAINED):
         manifest = spark.table(f"{lakehouse.CATALOG}.feature.item_feature")
         staying = manifest.where(~F.col("logical_date").isin([F.lit(day) for day in found.get("feature.item_feature", [])]))
@@ -279,7 +294,7 @@ def carry_out(spark: SparkSession, found: Survey, params: Maintain, ctx: Context
     for sweep in found.sweeps:
         with lakehouse.table_locks(ctx.home, ctx.config.lake, [sweep.table]):
             metrics.update(_clean(spark, sweep, found.older))
-            metrics.update(_tidy(spark, sweep, params, ctx))
+            metrics.update(_tidy(spark, sweep, _still_dropped(ctx, sweep, found), params, ctx))
     for folder in found.staging:
         shutil.rmtree(folder)
     logger.info("maintained %s", " ".join(f"{name}={value}" for name, value in sorted(metrics.items())))
@@ -297,12 +312,22 @@ def _clean(spark: SparkSession, sweep: Sweep, older: datetime) -> dict[str, int]
     return {"branches": len(sweep.branches), "tags": len(sweep.tags), "snapshots": len(sweep.snapshots), "files_deleted": deleted, "orphans": len(orphans)}
 
 
-def _tidy(spark: SparkSession, sweep: Sweep, params: Maintain, ctx: Context) -> dict[str, int]:
+def _still_dropped(ctx: Context, sweep: Sweep, found: Survey) -> list[date]:
+    """The days to drop that nobody wrote, or published a release of, since they were looked at."""
+    if not sweep.days:
+        return []
+    history = lakehouse.history(ctx.home, ctx.config.lake, sweep.table)
+    releases = lakehouse.read_releases(ctx.home, ctx.config.lake).to_pylist()
+    published = {row["logical_date"] for row in releases if row["tag"] not in found.known}
+    return sorted(set(sweep.days) - changed_days(_main_files(ctx, sweep.table, history).values(), history, found.older) - published)
+
+
+def _tidy(spark: SparkSession, sweep: Sweep, days: Sequence[date], params: Maintain, ctx: Context) -> dict[str, int]:
     """Last, so that the files these steps leave behind outlive the stages that read them now."""
-    if sweep.days:
-        lakehouse.delete_partitions(spark, sweep.table, sweep.days, {"sid.stage": ctx.stage, "sid.run_id": ctx.run_id, "sid.reason": ctx.reason})
+    if days:
+        lakehouse.delete_partitions(spark, sweep.table, days, {"sid.stage": ctx.stage, "sid.run_id": ctx.run_id, "sid.reason": ctx.reason})
     joined = lakehouse.compact(spark, sweep.table, params.compact_from_files) if sweep.small else 0
-    return {"days": len(sweep.days), "files_compacted": joined}
+    return {"days": len(days), "files_compacted": joined}
 
 
 # ---------------------------------------------------------------- the listing

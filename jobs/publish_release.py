@@ -2,18 +2,19 @@
 
 Order of effects: (1) sid.item_sid main + tag, ONE metadata commit; (2) the row of sid.release, one commit by the runner. A kill between them leaves a tag
 without a row, which is no release; the next try finds the tag, compares its rows with the night's and either writes the missing row or takes the next
-revision. Before the job starts the runner has flushed the run's records to MLflow: a release whose runs nobody can find is not published.
+revision. The audited branch is given up last: a kill at any point leaves the rows where the next try finds them.
+Before the job starts the runner has flushed the run's records to MLflow: a release whose runs nobody can find is not published.
 This is the only job that moves a reference itself, because the tag is its result.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.plan_night import tag_name
+from jobs.plan_night import MANIFEST, tag_name
 from jobs.releases import newest_current
 from pipeline import lakehouse
 from pipeline.config import PublishRelease
@@ -45,28 +46,40 @@ class Decision:
 
 
 def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
-    """The release's tag and row; status `reused` when the date's current release has the same rows.
+    """The release's tag and row; status `reused` when the date's current release has the same rows, whose row then names tonight's parent and inputs.
 
     Raises: ContractError when the run holds no audited branch; PublishConflict when main moved twice while it was published.
     """
     assert inputs.spark is not None, "a Spark stage"
-    plan, assigned = ctx.plan(), ctx.outcome("assign_sid")["outputs"]
+    plan, outcome = ctx.plan(), ctx.outcome("assign_sid")
+    assigned = outcome["outputs"]
     branch = held_branch(assigned)
     releases = [row.asDict() for row in inputs.frame("sid.release").collect()]
     check_parent(plan, releases)
-    decision = decide(plan, releases, assigned["rows_digest"], bare_tags(inputs.spark, plan, releases))
-    with lakehouse.table_locks(ctx.home, ctx.config.lake, [TABLE]):
+    held = lakehouse.references(inputs.spark, TABLE)
+    decision = decide(plan, releases, assigned["rows_digest"], bare_tags(inputs.spark, plan, releases, held), held)
+    with lakehouse.table_locks(ctx.home, ctx.config.lake, [TABLE, MANIFEST]):
         snapshot_id = apply(inputs.spark, decision, branch, plan)
+        if decision.action == "reused" and outcome.get("read", {}).get(MANIFEST):
+            lakehouse.put_tag(inputs.spark, MANIFEST, decision.tag, outcome["read"][MANIFEST])  # the manifest these rows were made from this time
     if decision.action == "reused":
-        return StageResult(status="reused", outputs=outputs(decision, plan, assigned, releases))
+        same = reaffirmed(releases, decision, plan)
+        writes = (released(inputs, same),) if same != releases else ()
+        return StageResult(status="reused", writes=writes, outputs=outputs(decision, plan, assigned, same))
     rows = with_release(releases, release_row(decision, plan, assigned, snapshot_id))
-    schema = inputs.frame("sid.release").schema
-    frame = inputs.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in rows], schema).coalesce(1)
     return StageResult(
-        writes=(Write(table="sid.release", frame=frame, whole=True),),
+        writes=(released(inputs, rows),),
         metrics={"items": float(assigned["items"]), "revision": float(decision.revision)},
         outputs=outputs(decision, plan, assigned, rows),
     )
+
+
+def released(inputs: Inputs, rows: Sequence[Row]) -> Write:
+    """All of sid.release as one commit."""
+    assert inputs.spark is not None, "a Spark stage"
+    schema = inputs.frame("sid.release").schema
+    frame = inputs.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in rows], schema).coalesce(1)
+    return Write(table="sid.release", frame=frame, whole=True)
 
 
 def held_branch(assigned: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,15 +117,16 @@ def check_parent(plan: Plan, releases: Sequence[Row]) -> None:
         )
 
 
-def decide(plan: Plan, releases: Sequence[Row], rows_digest: str, tags: Mapping[str, tuple[int, str]]) -> Decision:
+def decide(plan: Plan, releases: Sequence[Row], rows_digest: str, tags: Mapping[str, tuple[int, str]], held: Container[str]) -> Decision:
     """What to do with the night's rows.
 
     Args:
         tags: tags of the date on sid.item_sid that no release names -> (snapshot id, digest of the tag's rows).
+        held: all tags of sid.item_sid; a release without its tag has expired, and its rows take the next revision.
     """
     of_date = [row for row in releases if row["logical_date"] == plan.logical_date]
     current = next((row for row in of_date if row["status"] == "current"), None)
-    if current is not None and current["rows_digest"] == rows_digest:
+    if current is not None and current["rows_digest"] == rows_digest and current["tag"] in held:
         return Decision(action="reused", tag=current["tag"], revision=current["revision"], snapshot_id=current["snapshot_id"])
     revision = max((row["revision"] for row in of_date), default=0) + 1
     while (tag := tag_name(plan.logical_date, revision)) in tags:
@@ -153,6 +167,12 @@ def with_release(releases: Sequence[Row], new: Row) -> list[dict[str, Any]]:
     return sorted([*older, dict(new)], key=lambda row: (row["logical_date"], row["revision"]))
 
 
+def reaffirmed(releases: Sequence[Row], decision: Decision, plan: Plan) -> list[Row]:
+    """All rows; that of the reused release names the parent and the inputs which gave the same rows again, so that it no longer shows as superseded."""
+    again = {"parent_tag": plan.parent.tag if plan.parent else None, "input_fingerprint": plan.input_fingerprint}
+    return [{**row, **again} if row["tag"] == decision.tag else row for row in releases]
+
+
 def outputs(decision: Decision, plan: Plan, assigned: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """tag, date and digest of the release, and whether consumers shall read it: only the newest current date makes the asset event."""
     newest = newest_current(rows)
@@ -172,11 +192,11 @@ def outputs(decision: Decision, plan: Plan, assigned: Mapping[str, Any], rows: S
 # ---------------------------------------------------------------- effects
 
 
-def bare_tags(spark: SparkSession, plan: Plan, releases: Sequence[Row]) -> dict[str, tuple[int, str]]:
+def bare_tags(spark: SparkSession, plan: Plan, releases: Sequence[Row], held: Mapping[str, int]) -> dict[str, tuple[int, str]]:
     """Tags of the date on sid.item_sid that no release names, as a kill leaves them -> (snapshot id, digest of their rows of that date)."""
-    first, released = tag_name(plan.logical_date, 1), {row["tag"] for row in releases}
-    of_date = {name: at for name, at in lakehouse.references(spark, TABLE).items() if name == first or name.startswith(f"{first}_r")}
-    return {name: (at, lakehouse.rows_digest(rows_at(spark, at, plan.logical_date))) for name, at in of_date.items() if name not in released}
+    first, named = tag_name(plan.logical_date, 1), {row["tag"] for row in releases}
+    of_date = {name: at for name, at in held.items() if name == first or name.startswith(f"{first}_r")}
+    return {name: (at, lakehouse.rows_digest(rows_at(spark, at, plan.logical_date))) for name, at in of_date.items() if name not in named}
 
 
 def rows_at(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:
@@ -187,28 +207,37 @@ def rows_at(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:
 
 
 def apply(spark: SparkSession, decision: Decision, branch: Mapping[str, Any], plan: Plan) -> int:
-    """Snapshot id of the release after the decision was carried out; the held branch is gone afterwards."""
-    if decision.snapshot_id is not None:
-        lakehouse.drop_branch(spark, TABLE, branch["branch"])
+    """Snapshot id of the release after the decision was carried out; the held branch is gone afterwards.
+
+    Only the audited snapshot is published: where main moved, or another try of the run wrote to the branch or cut it anew, its rows are written again.
+    """
+    again = f"{branch['branch']}_again"
+    snapshot_id = decision.snapshot_id
+    if snapshot_id is not None:
         logger.info("kept tag=%s action=%s", decision.tag, decision.action)
-        return decision.snapshot_id
-    try:
-        return lakehouse.publish(spark, TABLE, branch["branch"], tag=decision.tag)
-    except PublishConflict:
-        logger.warning("main of %s moved, writing the audited rows again on a new branch", TABLE)
-        recut(spark, branch, plan)
-        return lakehouse.publish(spark, TABLE, branch["branch"], tag=decision.tag)
+    else:
+        try:
+            return lakehouse.publish(spark, TABLE, branch["branch"], tag=decision.tag, expect=branch["snapshot_id"])
+        except PublishConflict as conflict:
+            logger.warning("%s, writing the audited rows again on a new branch", conflict.headline)
+            snapshot_id = lakehouse.publish(spark, TABLE, again, tag=decision.tag, expect=recut(spark, branch["snapshot_id"], again, plan))
+    for name in (branch["branch"], again):
+        lakehouse.drop_branch(spark, TABLE, name)
+    return snapshot_id
 
 
-def recut(spark: SparkSession, branch: Mapping[str, Any], plan: Plan) -> None:
-    """Cut the held branch anew from main and write the audited rows onto it, with the properties of the snapshot they came from.
+def recut(spark: SparkSession, audited: int, again: str, plan: Plan) -> int:
+    """Snapshot of the audited rows on a branch `again`, cut from main as it is now, with the properties of the snapshot they came from.
 
     The rows are those that passed the audit, so they are not judged a second time; the partition of another date that moved main is untouched.
     """
-    rows = rows_at(spark, branch["snapshot_id"], plan.logical_date).localCheckpoint()
-    properties = snapshot_properties(spark, branch["snapshot_id"])
-    lakehouse.cut_branch(spark, TABLE, branch["branch"])
-    lakehouse.replace(spark, rows, TABLE, branch["branch"], dates=(plan.logical_date,), equal={}, properties=properties)
+    rows = rows_at(spark, audited, plan.logical_date).localCheckpoint()
+    properties = snapshot_properties(spark, audited)
+    lakehouse.cut_branch(spark, TABLE, again)
+    lakehouse.replace(spark, rows, TABLE, again, dates=(plan.logical_date,), equal={}, properties=properties)
+    written = lakehouse.snapshot(spark, TABLE, again)
+    assert written is not None, "it was written a moment ago"
+    return written
 
 
 def snapshot_properties(spark: SparkSession, snapshot_id: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ Suffixes: N items, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipeline.errors import ContractError, UpstreamMissing
 
 STRATA = ("head", "torso", "tail")
 Row = dict[str, Any]
+Titles = Callable[[list[str]], pa.Table]
 
 
 def release_rows(releases: pa.Table) -> list[Row]:
@@ -92,12 +93,12 @@ def diff_rows(old: pa.Table, new: pa.Table, codebook_sizes: Sequence[int]) -> li
     return [*rows, _count_row("new items", came), _count_row("gone items", gone)]
 
 
-def show_item(release: pa.Table, item_id: str, codebook_sizes: Sequence[int], *, titles: pa.Table | None = None, top: int = 10) -> Row:
+def show_item(release: pa.Table, item_id: str, codebook_sizes: Sequence[int], *, titles: Titles | None = None, top: int = 10) -> Row:
     """One item of a release: item_id, title, codes (None = masked), weights, disambiguator, stratum, and `neighbours` by shared codes.
 
     Args:
         release: rows of sid.item_sid of one release.
-        titles: columns item_id, title; an item without a row has title None.
+        titles: item ids -> table with item_id and title; asked for the items shown only, and an item without a row has title None.
         top: neighbours at most.
     Raises: UpstreamMissing when the release does not hold the item.
     """
@@ -174,8 +175,8 @@ def _count_row(name: str, items: int) -> Row:
     return {"scope": "items", "name": name, "items": items, "changed": 0, "unmasked": 0, "churn": 0.0, "mass_churn": 0.0}
 
 
-def _titles(item_ids: list[str], titles: pa.Table | None) -> dict[str, str | None]:
+def _titles(item_ids: list[str], titles: Titles | None) -> dict[str, str | None]:
     if titles is None:
         return {}
-    wanted = titles.filter(pc.is_in(titles["item_id"], value_set=pa.array(item_ids, titles["item_id"].type)))
+    wanted = titles(item_ids)
     return dict(zip(wanted["item_id"].to_pylist(), wanted["title"].to_pylist(), strict=True))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import mimetypes
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs import views
+from jobs.ingest import read_image
 from pipeline import lakehouse
 from pipeline.config import Config
 from pipeline.context import Home, read_json
+from pipeline.redact import scrub
 from pipeline.stages import BY_NAME
 
 if TYPE_CHECKING:
@@ -162,9 +163,9 @@ def examples(lake: Lake, release: Row, rows: pa.Table) -> list[Row]:
     live = rows.filter(pc.equal(rows["status"], "live")).sort_by([("popularity", "descending"), ("item_id", "ascending")])
     codes = {row["item_id"]: row for row in rows.select(["item_id", "codes", "weights"]).to_pylist()}
     titles = views.titles(lake, release["logical_date"])
-    pictures = _pictures(lake, titles)
+    pictures, root = dict(zip(titles["item_id"].to_pylist(), titles["image_uri"].to_pylist(), strict=True)), _image_root(lake)
     found = [views.item(lake, item_id, release["tag"]) for item_id in live["item_id"].to_pylist()[:EXAMPLES]]
-    return [_example(item, codes, pictures) for item in found]
+    return [_example(item, codes, lambda item_id: picture(root, pictures.get(item_id))) for item in found]
 
 
 def ranker(outcomes: Mapping[str, Row]) -> list[Row]:
@@ -196,7 +197,7 @@ def lineage(lake: Lake, tag: str) -> list[Row]:
 def commands(home: Home, tag: str) -> list[dict[str, str]]:
     """What a reader of the page may want to type next."""
     return [
-        {"what": "open MLflow", "command": f"mlflow ui --backend-store-uri {home.tracking_uri} --host 127.0.0.1"},
+        {"what": "open MLflow", "command": f"mlflow ui --backend-store-uri {scrub(home.tracking_uri)} --host 127.0.0.1"},
         {"what": "look at one item", "command": f"sid show ITEM --release {tag} --lineage"},
         {"what": "list all releases", "command": "sid releases"},
     ]
@@ -214,12 +215,31 @@ def notes(release: Row, outcomes: Mapping[str, Row]) -> list[str]:
     return said
 
 
-def _example(item: Row, codes: Mapping[str, Row], pictures: Mapping[str, str | None]) -> Row:
+def picture(root: str, uri: str | None) -> str:
+    """A small picture of the image folder as a data URI; empty when there is none, it lies elsewhere (also: on a server), or it is no small picture file."""
+    kind = mimetypes.guess_type(uri or "")[0] or ""
+    if not uri or not root or "://" in root or "://" in uri or kind not in ("image/jpeg", "image/png", "image/webp"):
+        return ""
+    try:
+        content = read_image(root, uri, MAX_PICTURE_BYTES)  # refuses what leaves the folder: raw.item keeps the addresses of refused pictures, too
+    except (OSError, ValueError):
+        return ""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}" if len(content) <= MAX_PICTURE_BYTES else ""
+
+
+def _image_root(lake: Lake) -> str:
+    from pipeline.datasets import dataset
+
+    home, config = lake
+    return dataset(config.source.dataset).prepare(config.source, home.folder("data"), config.seed).image_root
+
+
+def _example(item: Row, codes: Mapping[str, Row], shown: Callable[[str], str]) -> Row:
     near = [
         {
             "item_id": other["item_id"],
             "title": other["title"] or other["item_id"],
-            "picture": _picture(pictures.get(other["item_id"])),
+            "picture": shown(other["item_id"]),
             "codes": codes[other["item_id"]]["codes"],
             "weights": codes[other["item_id"]]["weights"],
         }
@@ -229,31 +249,12 @@ def _example(item: Row, codes: Mapping[str, Row], pictures: Mapping[str, str | N
     return {
         "item_id": item["item_id"],
         "title": item["title"] or item["item_id"],
-        "picture": _picture(pictures.get(item["item_id"])),
+        "picture": shown(item["item_id"]),
         "stratum": item["popularity_stratum"],
         "codes": own["codes"],
         "weights": own["weights"],
         "neighbours": near,
     }
-
-
-def _pictures(lake: Lake, titles: pa.Table) -> dict[str, str | None]:
-    """item_id -> complete address of its picture."""
-    from pipeline.datasets import dataset
-
-    home, config = lake
-    root = dataset(config.source.dataset).prepare(config.source, home.folder("data"), config.seed).image_root
-    addresses = [str(Path(root) / uri) if uri and root and "://" not in uri else uri for uri in titles["image_uri"].to_pylist()]
-    return dict(zip(titles["item_id"].to_pylist(), addresses, strict=True))
-
-
-def _picture(uri: str | None) -> str:
-    """A small local picture as a data URI, empty when there is none or it is not a small picture file."""
-    kind = mimetypes.guess_type(uri or "")[0] or ""
-    path = Path((uri or "").removeprefix("file://"))
-    if not uri or kind not in ("image/jpeg", "image/png", "image/webp") or not path.is_file() or path.stat().st_size > MAX_PICTURE_BYTES:
-        return ""
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _ranker_row(arm: str, stratum: str, values: Mapping[str, Any], delta: Mapping[str, Any]) -> Row:

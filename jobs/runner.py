@@ -11,8 +11,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
+import shlex
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +26,8 @@ from jobs.inputs import Inputs
 from pipeline import lakehouse, quality, tracking
 from pipeline import spark as spark_gate
 from pipeline.context import Context, write_json
-from pipeline.errors import ContractError, PublishConflict, SidError, UpstreamMissing
-from pipeline.stages import BY_NAME, Stage, StageResult, Write
+from pipeline.errors import ContractError, GateFailed, PublishConflict, SidError, UpstreamMissing, unforeseen
+from pipeline.stages import BY_NAME, Stage, StageResult, Write, group
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -35,8 +38,9 @@ TRIES = 3  # publishing may meet another publisher; more than this means somethi
 
 @dataclass
 class Ledger:
-    """What one run of a stage did to the lake, for the outcome file and MLflow."""
+    """What one run of a stage found and did to the lake, for the outcome file and MLflow; of a failed one as far as it came."""
 
+    found: StageResult = field(default_factory=StageResult)
     published: dict[str, int] = field(default_factory=dict)
     held: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -46,7 +50,7 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     """The stage's outcome document, which is also written to staging/<run>/<stage>.json.
 
     Keys: stage, status (done | reused | skipped | failed), seconds, outputs, metrics, read and snapshots (table -> snapshot read, written), error.
-    Raises: the SidError that stopped the stage, after it was written down.
+    Raises: the SidError that stopped the stage, after it was written down; StageFailed or ResourceLost for any other exception.
     """
     stage = BY_NAME[ctx.stage]
     path = ctx.staging / f"{stage.name}.json"
@@ -54,26 +58,64 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     started = time.monotonic()
     logger.info("stage start name=%s date=%s run=%s attempt=%d", stage.name, ctx.logical_date, ctx.run_id, ctx.attempt)
     snapshots: dict[str, int | None] = {}
+    ledger = Ledger()
     try:
+        planned = ctx.fingerprint()
         _require_lake(stage, ctx)
         snapshots = {table: lakehouse.current_snapshot(ctx.home, ctx.config.lake, table) for table in stage.inputs}
-        result, ledger = _reused(stage, ctx) or _with_retries(stage, ctx, snapshots)
+        result = _reused(stage, ctx) or _with_retries(stage, ctx, snapshots, ledger)
     except SidError as error:
-        outcome = _outcome(stage, "failed", started, StageResult(), Ledger(), snapshots) | {"error": error.fields(), "retry": error.retry}
-        write_json(path, outcome)
-        _track(stage, ctx, None, "failed", outcome, error)
+        _failed(stage, ctx, started, ledger, snapshots, error)
         raise
-    if stage.name in ("publish_release", "rollback"):
-        step(ctx, "before_alias")
-        derived.align(ctx.home, ctx.config)
-    outcome = _outcome(stage, result.status, started, result, ledger, snapshots)
+    except Exception as error:  # the one place where a foreign exception becomes one of ours: it must be written down whatever it is
+        logger.error("stage ended by an exception name=%s\n%s", stage.name, "".join(traceback.format_exception(error)))  # as text: a log line is scrubbed
+        params = "".join(f" --param {shlex.quote(f'{name}={value}')}" for name, value in ctx.params)
+        known = unforeseen(error, where=stage.name, next_command=f"sid run {stage.name} --date D{params}")
+        _failed(stage, ctx, started, ledger, snapshots, known)
+        raise known from error
+    outcome = _outcome(stage, result.status, started, result, ledger, snapshots) | {"branch": ctx.branch}
+    if stage.group == "refresh" and stage.name != "plan_night":
+        outcome["plan"] = planned  # an outcome serves only the plan it was made under
     if os.environ.get("RANK", "0") != "0":
         return outcome  # under torchrun the first process speaks for all
     write_json(path, outcome)
+    if stage.name in ("publish_release", "rollback"):
+        _align(ctx)
     _remember(stage, ctx, outcome)
     _track(stage, ctx, result, result.status, outcome, None)
     logger.info("stage end name=%s status=%s seconds=%.1f", stage.name, result.status, outcome["seconds"])
     return outcome
+
+
+def _align(ctx: Context) -> None:
+    """Bring the alias in line. Not being able to is no failure: sid.release is written, and whoever reads it reads the new state."""
+    step(ctx, "before_alias")
+    try:
+        derived.align(ctx.home, ctx.config)
+    except UpstreamMissing as unreachable:
+        logger.warning("the change of sid.release took effect; the model's alias does not follow yet, type `sid repair`: %s", unreachable.headline)
+
+
+def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshots: Mapping[str, int | None], error: SidError) -> None:
+    """Write down how far the stage came and what stopped it, with the next command completed."""
+    error.next_command = completed(error.next_command, ctx)
+    found = StageResult(metrics=ledger.found.metrics, curves=ledger.found.curves, figures=ledger.found.figures)
+    outcome = _outcome(stage, "failed", started, found, ledger, snapshots) | {"branch": ctx.branch, "error": error.fields(), "retry": error.retry}
+    try:
+        write_json(ctx.staging / f"{stage.name}.json", outcome)
+        _track(stage, ctx, found, "failed", outcome, error)
+    except OSError as full:  # say what stopped the stage, not that it could not be written down
+        logger.error("the failure could not be written down: %s", full)
+
+
+def completed(command: str, ctx: Context) -> str:
+    """The command with the run's date for `--date D`, and with the run's id for a stage of the run: another id would find no manifest and no outcomes."""
+    command = command.replace("--date D", f"--date {ctx.logical_date}")
+    if ctx.run_id == f"cli__{ctx.config.name}__{ctx.logical_date}":  # what the command line takes by itself
+        return command
+    names = "|".join(stage.name for stage in group(BY_NAME[ctx.stage].group))
+    ours = re.compile(rf"\bsid run ({names}) --date {ctx.logical_date}\b(?! --run-id)")
+    return ours.sub(lambda found: f"{found[0]} --run-id {shlex.quote(ctx.run_id)}", command)
 
 
 def step(ctx: Context, name: str) -> None:
@@ -82,11 +124,11 @@ def step(ctx: Context, name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None]) -> tuple[StageResult, Ledger]:
+def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None], ledger: Ledger) -> StageResult:
     """The job and its writes; when main moved meanwhile everything is computed again from the new state."""
     for attempt in range(1, TRIES + 1):
         try:
-            return _once(stage, ctx, snapshots)
+            return _once(stage, ctx, snapshots, ledger)
         except PublishConflict:
             if attempt == TRIES:
                 raise
@@ -95,7 +137,7 @@ def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None]) 
     raise AssertionError("unreachable")
 
 
-def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None]) -> tuple[StageResult, Ledger]:
+def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None], ledger: Ledger) -> StageResult:
     spark = _session(ctx) if stage.engine == "spark" else None
     if stage.name == "publish_release":
         tracking.flush(ctx.home, ctx.staging)  # a release without its runs in MLflow could not be traced back
@@ -103,9 +145,9 @@ def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None]) -> tu
     job: Callable[..., StageResult] = importlib.import_module(f"jobs.{stage.name}").run
     step(ctx, "before_job")
     with _torch_threads(stage, ctx):
-        result = job(inputs, getattr(ctx.config, stage.section), ctx)
+        result = ledger.found = job(inputs, getattr(ctx.config, stage.section), ctx)
     try:
-        return _effects(stage, ctx, spark, result, snapshots)
+        return _effects(stage, ctx, spark, result, snapshots, ledger)
     finally:
         if spark is not None:
             spark.catalog.clearCache()  # one session serves all stages of an inline run; what a job kept in memory goes with it
@@ -127,9 +169,8 @@ def _torch_threads(stage: Stage, ctx: Context) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: StageResult, snapshots: Mapping[str, int | None]) -> tuple[StageResult, Ledger]:
-    """The job's writes published and its model logged."""
-    ledger = Ledger()
+def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: StageResult, snapshots: Mapping[str, int | None], ledger: Ledger) -> StageResult:
+    """The job's result after its writes were published and its model logged."""
     if result.writes:
         assert spark is not None, "only Spark stages write tables"
         _check_declared(stage, result.writes)
@@ -139,24 +180,24 @@ def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: Sta
         uri = tracking.log_model(ctx, result.model)
         step(ctx, "after_model")
         result = StageResult(**{**vars(result), "outputs": {**result.outputs, "model_uri": uri}})
-    return result, ledger
+    return result
 
 
 def _write_all(spark: SparkSession, ctx: Context, writes: tuple[Write, ...], snapshots: Mapping[str, int | None], ledger: Ledger) -> None:
     """Audit every branch first, then publish in the declared order, the marker table last."""
     step(ctx, "before_write")
-    for write in writes:
-        _write_and_audit(spark, ctx, write, snapshots, ledger)
+    audited = [_write_and_audit(spark, ctx, write, snapshots, ledger) for write in writes]
     step(ctx, "after_audit")
-    for number, write in enumerate(writes):
+    for number, (write, snapshot_id) in enumerate(zip(writes, audited, strict=True)):
         if write.hold:
-            ledger.held[write.table] = {"branch": ctx.branch, "snapshot_id": lakehouse.snapshot(spark, write.table, ctx.branch)}
+            ledger.held[write.table] = {"branch": ctx.branch, "snapshot_id": snapshot_id}
             continue
-        ledger.published[write.table] = lakehouse.publish(spark, write.table, ctx.branch)
+        ledger.published[write.table] = lakehouse.publish(spark, write.table, ctx.branch, expect=snapshot_id)
         step(ctx, f"after_publish_{number + 1}")
 
 
-def _write_and_audit(spark: SparkSession, ctx: Context, write: Write, snapshots: Mapping[str, int | None], ledger: Ledger) -> None:
+def _write_and_audit(spark: SparkSession, ctx: Context, write: Write, snapshots: Mapping[str, int | None], ledger: Ledger) -> int:
+    """Snapshot of the branch that was audited: only this one may be published, whatever another try of the run does to the branch."""
     frame = lakehouse.check_columns(write.frame, spark, write.table)
     base = lakehouse.cut_branch(spark, write.table, ctx.branch)
     if not write.dates and write.table in snapshots and base != snapshots[write.table]:
@@ -170,11 +211,23 @@ def _write_and_audit(spark: SparkSession, ctx: Context, write: Write, snapshots:
     else:
         lakehouse.append(spark, frame, write.table, ctx.branch, properties)
     step(ctx, "after_write")
-    added = lakehouse.read_branch(spark, write.table, ctx.branch) if write.dates or write.whole else lakehouse.read_added(spark, write.table, ctx.branch, base)
-    audit = quality.audit(
-        added, write.table, dates=write.dates, equal=write.slice, known=write.metrics, config=ctx.config, branch=ctx.branch, reason=ctx.reason
-    )
-    ledger.metrics.update({f"{write.table}/{name}": value for name, value in audit.metrics.items()})
+    head = lakehouse.snapshot(spark, write.table, ctx.branch)
+    if head is None or base is None or head == base:  # a write always makes a snapshot
+        raise PublishConflict(f"another try took {ctx.branch} of {write.table} away", expected="a snapshot of this try", found=str(head), where=write.table)
+    added = lakehouse.read_frame(spark, write.table, head) if write.dates or write.whole else lakehouse.read_added(spark, write.table, base, head)
+    try:
+        metrics: Mapping[str, float] = quality.audit(
+            added, write.table, dates=write.dates, equal=write.slice, known=write.metrics, config=ctx.config, branch=ctx.branch, reason=ctx.reason
+        ).metrics
+    except GateFailed as failed:
+        _measured(ledger, write.table, failed.metrics)
+        raise
+    _measured(ledger, write.table, metrics)
+    return head
+
+
+def _measured(ledger: Ledger, table: str, metrics: Mapping[str, float]) -> None:
+    ledger.metrics.update({f"{table}/{name}": value for name, value in metrics.items()})
 
 
 def _check_declared(stage: Stage, writes: tuple[Write, ...]) -> None:
@@ -185,7 +238,7 @@ def _check_declared(stage: Stage, writes: tuple[Write, ...]) -> None:
         )
 
 
-def _reused(stage: Stage, ctx: Context) -> tuple[StageResult, Ledger] | None:
+def _reused(stage: Stage, ctx: Context) -> StageResult | None:
     """The outcome of a stage of a night that is published already from the same inputs: nothing to do."""
     if stage.group != "refresh" or stage.name == "plan_night":
         return None
@@ -198,7 +251,7 @@ def _reused(stage: Stage, ctx: Context) -> tuple[StageResult, Ledger] | None:
             where=str(ctx.staging),
             next_command="sid run plan_night --date D",
         )
-    return (StageResult(status="reused", outputs={"tag": plan.reuse}), Ledger()) if plan.reuse else None
+    return StageResult(status="reused", outputs={"tag": plan.reuse}) if plan.reuse else None
 
 
 def _require_lake(stage: Stage, ctx: Context) -> None:
@@ -215,6 +268,7 @@ def _properties(ctx: Context) -> dict[str, str]:
     """What every snapshot says of its origin: rows themselves carry no run and no clock."""
     return {
         "sid.stage": ctx.stage,
+        "sid.logical_date": str(ctx.logical_date),
         "sid.run_id": ctx.run_id,
         "sid.record_key": tracking.record_key(ctx),
         "sid.git_sha": tracking.git_sha(),

@@ -301,7 +301,11 @@ def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Conte
     base = read_base(inputs, plan.generation)
     if base is None:
         raise UpstreamMissing(
-            f"the encoder of generation {plan.generation} is not recorded", expected="one row", found="none", where="sid.generation", next_command="sid repair"
+            f"the encoder of generation {plan.generation} is not recorded",
+            expected="one row",
+            found="none",
+            where="sid.generation",
+            next_command="sid run refresh --date D --set plan_night.policy=cold",
         )
     encoder = chosen(params, base.config["encoder"], base.config["params"])
     content = read_content(inputs, ctx) if encoder.reads_text else None
@@ -340,7 +344,7 @@ def moved_items(
     """
     assert plan.parent is not None, "a frozen night has a parent"
     where = f"logical_date == '{plan.parent.logical_date}' and generation == {plan.generation}"
-    parent = inputs.arrow("feature.item_feature", columns=("item_id", "evidence_bucket"), where=where)
+    parent = inputs.arrow("feature.item_feature", columns=("item_id", "evidence_bucket"), where=where, at=plan.parent.manifest)
     place = pc.index_in(night.item_ids, value_set=strings(parent["item_id"]))
     before_N = pc.fill_null(flat(parent["evidence_bucket"]).take(place), -1).to_numpy(zero_copy_only=False)
     bucket_N, able_N = richness.evidence_bucket(night.counts), night.counts >= params.n_min

@@ -128,11 +128,16 @@ def read_vectors(inputs: Inputs, ctx: Context) -> pa.Table:
             where=f"feature.item_feature logical_date={ctx.logical_date}",
             next_command=f"sid run item_feature --date {ctx.logical_date}",
         )
-    content = inputs.arrow("feature.item_content_vector")
+    content = inputs.arrow("feature.item_content_vector", encoder_id=_named(feature, "encoder_id"), content_hash=_named(feature, "hash"))
     dates = sorted(day for day in pc.unique(feature["behavior_date"]).to_pylist() if day is not None)
     named = ", ".join(f"'{day}'" for day in dates) or f"'{ctx.logical_date}'"
     behavior = inputs.arrow("feature.item_behavior_vector", columns=("logical_date", "item_id", "vector"), where=f"logical_date in ({named})")
     return join_vectors(feature, content, behavior)
+
+
+def _named(feature: pa.Table, what: str) -> set[str]:
+    """Encoders or hashes that the night's manifest names, of texts and images."""
+    return {value for modality in ("text", "image") for value in feature[f"{modality}_{what}"].unique().to_pylist() if value is not None}
 
 
 def result(tokenizer: Tokenizer, report: FitReport, items: ItemBatch, name: str, generation: int) -> StageResult:

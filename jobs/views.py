@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,17 @@ from jobs import derived, pins
 from jobs.releases import diff_rows, release_rows, resolve, show_item
 from pipeline import lakehouse, tracking
 from pipeline.config import Config
-from pipeline.context import ROOT, Context, Home
+from pipeline.context import ROOT, Context, Home, read_json
 from pipeline.errors import UpstreamMissing
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyspark.sql import DataFrame
 
 Lake = tuple[Home, Config]
 Row = dict[str, Any]
+REFUSED = "raw.rejected_row"
+EXAMPLE = 200  # characters shown of a refused row
 
 
 def releases(lake: Lake) -> list[Row]:
@@ -39,7 +42,7 @@ def item(lake: Lake, item_id: str, tag: str = "") -> Row:
     release = resolve(lakehouse.read_releases(home, config.lake), tag)
     vocabulary = generation(lake, release["generation"])
     rows = lakehouse.read_release(home, config.lake, release["tag"])
-    found = show_item(rows, item_id, vocabulary["codebook_sizes"], titles=titles(lake, release["logical_date"]))
+    found = show_item(rows, item_id, vocabulary["codebook_sizes"], titles=lambda item_ids: titles(lake, release["logical_date"], item_ids))
     codes = zip(vocabulary["slots"], found["codes"], found["weights"], strict=True)
     return {**found, "release": release["tag"], "positions": [{"position": slot, "code": code, "weight": weight} for slot, code, weight in codes]}
 
@@ -55,8 +58,9 @@ def diff(lake: Lake, old: str, new: str) -> list[Row]:
 
 
 def branch(lake: Lake, name: str) -> list[Row]:
-    """One row per table that has the branch: rows on it and on main, and each expectation with what was observed.
+    """Rows of each table that has the branch, on it and on main; each expectation with what the gate observed; refused rows by reason, with an example.
 
+    A stage's outcome says what was measured; without one the rows are measured again, and what only the job knew (churn, collisions) is not shown.
     Raises: UpstreamMissing when no table has such a branch.
     """
     from pipeline import quality
@@ -69,14 +73,34 @@ def branch(lake: Lake, name: str) -> list[Row]:
         raise UpstreamMissing(f"no branch {name!r}", expected="an audit branch that was not published", found=name, where="lake", next_command="sid releases")
     days = re.search(r"_(\d{4})(\d{2})(\d{2})_", name)
     dates = [date(*map(int, days.groups()))] if days else []
+    measured = _measured(home, name)
     rows: list[Row] = []
     for table in found:
-        frame = lakehouse.read_branch(spark, table, name)
+        frame, main = lakehouse.read_branch(spark, table, name), lakehouse.read_frame(spark, table, None)
         rows.append({"table": table, "check": "rows on the branch", "observed": frame.count(), "holds": True})
-        rows.append({"table": table, "check": "rows on main", "observed": lakehouse.read_frame(spark, table, None).count(), "holds": True})
-        for judgement in quality.observe(frame, table, dates=dates, config=config):
-            rows.append({"table": table, "check": str(judgement).split(" (observed")[0], "observed": judgement.observed, "holds": judgement.passed})
+        rows.append({"table": table, "check": "rows on main", "observed": main.count(), "holds": True})
+        known = {metric.removeprefix(f"{table}/"): value for metric, value in measured.items() if metric.startswith(f"{table}/")}
+        for judgement in quality.observe(frame, table, dates=dates, config=config, known=known):
+            rows.append({"table": table, "check": judgement.rule, "observed": judgement.observed, "holds": judgement.passed})
+        rows += _refused(frame, main) if table == REFUSED else []
     return rows
+
+
+def _measured(home: Home, branch: str) -> dict[str, float]:
+    """Metrics of the stage that wrote the branch, from its outcome; none when its staging folder is gone."""
+    stage = re.match(r"audit_([a-z_]+)_\d{8}_", branch)
+    outcomes = map(read_json, sorted(home.folder("staging").glob(f"*/{stage.group(1)}.json"))) if stage else iter(())
+    return next((outcome["metrics"] for outcome in outcomes if outcome.get("branch") == branch), {})
+
+
+def _refused(frame: DataFrame, main: DataFrame) -> list[Row]:
+    """Rows of the branch that main does not have, counted by reason, each with one of them."""
+    from pyspark.sql import functions as F
+
+    counts = frame.exceptAll(main).groupBy("reason").agg(F.count(F.lit(1)).alias("rows"), F.min("row").alias("row")).orderBy("reason").collect()
+    return [
+        {"table": REFUSED, "check": f"refused as {count.reason}, e.g. {str(count.row)[:EXAMPLE]}", "observed": count.rows, "holds": True} for count in counts
+    ]
 
 
 def repair(lake: Lake, *, dry_run: bool) -> list[Row]:
@@ -119,10 +143,11 @@ def generation(lake: Lake, number: int) -> Row:
     return rows[0]
 
 
-def titles(lake: Lake, day: date) -> pa.Table:
-    """item_id, title, image_uri: the newest catalogue observation of each item up to a day."""
+def titles(lake: Lake, day: date, item_ids: Sequence[str] | None = None) -> pa.Table:
+    """item_id, title, image_uri: the newest catalogue observation up to a day of each item, or of the named ones."""
     home, config = lake
-    rows = lakehouse.read_arrow(home, config.lake, "raw.item", columns=("item_id", "title", "image_uri", "file_date"), where=f"file_date <= '{day}'")
+    columns, among = ("item_id", "title", "image_uri", "file_date"), None if item_ids is None else {"item_id": item_ids}
+    rows = lakehouse.read_arrow(home, config.lake, "raw.item", columns=columns, where=f"file_date <= '{day}'", among=among)
     newest = rows.sort_by("file_date").group_by("item_id", use_threads=False).aggregate([("title", "last"), ("image_uri", "last")])
     return newest.rename_columns({"title_last": "title", "image_uri_last": "image_uri"})
 

@@ -82,7 +82,6 @@ class Source(Section):
     closed_weekdays: list[str] = Field([], description="days without trading, e.g. ['saturday']: an absent file is then declared_empty")
     closed_dates: list[date] = Field([], description="further days without trading")
     absent: Literal["missing", "declared_empty"] = Field("missing", description="what an absent file of an open day means")
-    wait_until: str = Field("", description="HH:MM UTC after the cutoff until which an absent file is waited for; empty = do not wait")
     catalogue: Literal["snapshot", "delta", "from_events"] = Field("delta", description="what a catalogue file holds; only a snapshot retires by absence")
     events_pattern: str = Field("", description="folder: events path under `path`, with {date}; e.g. events/{date}.csv")
     items_pattern: str = Field("", description="folder: items path under `path`, with {date}; e.g. items/{date}.jsonl")
@@ -90,7 +89,7 @@ class Source(Section):
         {}, description="folder: our column -> theirs (user_id, item_id, event_ts, event_type, value, session_id); empty = same names"
     )
     item_columns: dict[str, str] = Field({}, description="folder: our column -> theirs (item_id, title, text, category, image_uri); empty = same names")
-    image_root: str = Field("", description="folder or fsspec URI that relative image_uri values are joined to")
+    image_root: str = Field("", description="folder or fsspec URI that image_uri values are joined to; a complete URI must begin with it")
     options: dict[str, int | float | str | bool] = Field({}, description="options of the data set itself, e.g. items and seed of `shop`")
 
 

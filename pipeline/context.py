@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Config
 from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.redact import scrub
 
 ROOT = Path(__file__).resolve().parent.parent
 SQL = ROOT / "sql"
@@ -79,13 +80,17 @@ class PlannedFile(Frozen):
 
 
 class Release(Frozen):
-    """A row of sid.release as the plan needs it."""
+    """A row of sid.release as the plan needs it.
+
+    manifest: snapshot of feature.item_feature that shows the rows the release was made from; None where nothing is copied from them.
+    """
 
     tag: str
     logical_date: date
     revision: int
     generation: int
     snapshot_id: int
+    manifest: int | None = None
 
 
 class Plan(Frozen):
@@ -124,7 +129,7 @@ class Context:
         logical_date: D; `cutoff` is the first instant after it, UTC.
         run_id: Airflow run id or CLI run id; stable over retries.
         attempt: 1, 2, ... of this stage in this run.
-        reason: why this run exists, lands in the snapshots.
+        reason: why this run exists, lands in the snapshots and in MLflow, without secrets.
         params: run parameters, e.g. {"release": "d20261120"}.
     """
 
@@ -136,6 +141,10 @@ class Context:
     attempt: int = 1
     reason: str = "nightly"
     params: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Blot secrets out of the reason, once: it is stored in snapshots, documents and MLflow."""
+        object.__setattr__(self, "reason", scrub(self.reason))
 
     @property
     def cutoff(self) -> datetime:
@@ -165,7 +174,7 @@ class Context:
     def outcome(self, stage: str) -> dict[str, Any]:
         """The outcome document of an earlier stage of this run.
 
-        Raises: UpstreamMissing if that stage has not ended well in this run.
+        Raises: UpstreamMissing if that stage has not ended well in this run; ContractError if it ended before the night was planned anew from other inputs.
         """
         path = self.staging / f"{stage}.json"
         if not path.is_file():
@@ -185,7 +194,21 @@ class Context:
                 where=f"run {self.run_id}",
                 next_command=f"sid run {stage} --date {self.logical_date}",
             )
+        planned = self.fingerprint()
+        if planned and found.get("plan", planned) != planned:
+            raise ContractError(
+                f"stage {stage} ended before the night was planned anew from other inputs",
+                expected=f"{stage} of the plan {planned[:8]}",
+                found=f"of {found['plan'][:8]}",
+                where=f"run {self.run_id}",
+                next_command=f"sid run refresh --date {self.logical_date}",
+            )
         return found
+
+    def fingerprint(self) -> str:
+        """The input fingerprint of the run's manifest, which every outcome of the night carries; empty for a run without one."""
+        path = self.staging / "plan_night.json"
+        return str(read_json(path).get("outputs", {}).get("input_fingerprint", "")) if path.is_file() else ""
 
     def plan(self) -> Plan:
         """The manifest that plan_night wrote for this run."""

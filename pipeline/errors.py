@@ -5,7 +5,9 @@
     |- ContractError     no retry   a frame or file lacks the declared columns / grain / dtype / date
     |- GateFailed        no retry   table, audit branch, expectations that failed with observed values
     |- VersionMismatch   no retry   the checkpoint's codebook_digest against the one read
+    |- StageFailed       no retry   an exception that nobody foresaw; its traceback is in the log
     |- PublishConflict   retry      main moved: re-cut the branch and rewrite
+    |- ResourceLost      retry      a disk, memory, an executor or a connection gave out under a stage
     `- UpstreamMissing   retry      no partition or file for the date
 
 Not here: `ValueError` for bad arguments of a function, `assert` for our own mistakes.
@@ -13,12 +15,27 @@ Not here: `ValueError` for bad arguments of a function, `assert` for our own mis
 
 from __future__ import annotations
 
+import errno
+import re
+import shlex
+import traceback
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 from pipeline.redact import scrub
 
 EXIT_DO_NOT_RETRY = 64
 EXIT_MAY_RETRY = 75
+DEFAULT_PROFILE = "demo"
+LONGEST = 500  # of a foreign exception's text; all of it is in the log
+GAVE_OUT = re.compile(
+    r"No space left on device|Disk quota exceeded|ExecutorLostFailure|ExecutorDeadException|OutOfMemoryError|FetchFailed|SparkContext was shut down"
+    r"|Connection (?:refused|reset|aborted)|timed out|Broken pipe|CommitStateUnknown|database is locked|database or disk is full|Py4JNetworkError"
+)
+SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+# A command of ours up to where the next one or a remark begins; those without a profile (stages, demo, up, study) stay as they are.
+COMMAND = re.compile(r"\bsid (?:run|backfill|releases|show|diff|inspect|repair|rollback|pin|maintain|report)\b[^;,(]*?(?=\s*(?:[;,(]|$))")
 
 
 class SidError(Exception):
@@ -37,16 +54,20 @@ class SidError(Exception):
     def __init__(self, headline: str, *, expected: str = "", found: str = "", where: str = "", next_command: str = "") -> None:
         # Scrubbed here, once: errors are printed, stored in documents and sent to MLflow.
         self.headline, self.expected, self.found, self.where, self.next_command = map(scrub, (headline, expected, found, where, next_command))
-        super().__init__(self.message())
+        super().__init__(self.headline)
+
+    def __str__(self) -> str:
+        """The error as a person reads it."""
+        return self.message()
 
     @property
     def exit_code(self) -> int:
         """75 when a retry may help, 64 when it cannot."""
         return EXIT_MAY_RETRY if self.retry else EXIT_DO_NOT_RETRY
 
-    def message(self) -> str:
-        """The error as a person reads it, one fact a line."""
-        facts = [("expected", self.expected), ("found", self.found), ("where", self.where), ("next", self.next_command)]
+    def message(self, profile: str = "") -> str:
+        """The error as a person reads it, one fact a line; the next command is one for the profile."""
+        facts = [("expected", self.expected), ("found", self.found), ("where", self.where), ("next", for_profile(self.next_command, profile))]
         return "\n".join([self.headline, *(f"  {name:<9} {text}" for name, text in facts if text)])
 
     def fields(self) -> dict[str, str]:
@@ -70,15 +91,30 @@ class ContractError(SidError):
 
 
 class GateFailed(SidError):
-    """Raised when expectations fail on an audit branch; main is untouched and the branch stays for `sid inspect`."""
+    """Raised when expectations fail on an audit branch; main is untouched and the branch stays for `sid inspect`.
+
+    metrics: what was measured on the branch, for the stage's outcome file.
+    """
+
+    metrics: Mapping[str, float] = MappingProxyType({})
 
 
 class VersionMismatch(SidError):
     """Raised when a checkpoint was trained on another codebook than the one read."""
 
 
+class StageFailed(SidError):
+    """Raised when a stage ends by an exception that nobody foresaw."""
+
+
 class PublishConflict(SidError):
     """Raised when main moved between cutting the audit branch and publishing it."""
+
+    retry = True
+
+
+class ResourceLost(SidError):
+    """Raised when what a stage runs on gave out: a disk, memory, an executor, a connection."""
 
     retry = True
 
@@ -89,8 +125,37 @@ class UpstreamMissing(SidError):
     retry = True
 
 
+def unforeseen(error: Exception, *, where: str, next_command: str) -> SidError:
+    """A foreign exception as one of ours: ResourceLost where another try may help, else StageFailed; class and first line are told, not the traceback."""
+    text = "".join(traceback.format_exception_only(error)).strip()  # unlike str(error) it cannot fail: a Java exception's text lies in a JVM that may be gone
+    kind = ResourceLost if _gave_out(error, text) else StageFailed
+    return kind(
+        f"the stage was ended by {type(error).__name__}",
+        expected="a stage that ends, or says why it does not",
+        found=text.partition("\n")[0][:LONGEST],
+        where=where,
+        next_command=next_command,
+    )
+
+
+def for_profile(command: str, profile: str) -> str:
+    """The command to type next with ` --profile NAME` behind each command of ours, unless the profile is the default one or is named already."""
+    if profile in ("", DEFAULT_PROFILE):
+        return command
+    return COMMAND.sub(lambda found: found[0] if "--profile" in found[0] else f"{found[0]} --profile {shlex.quote(profile)}", command)
+
+
+def _gave_out(error: BaseException | None, text: str) -> bool:
+    """Whether an exception, or one it came from, tells of a thing that another try may find whole."""
+    scarce = isinstance(error, MemoryError | ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in SCARCE)
+    if scarce or GAVE_OUT.search(text):
+        return True
+    cause = error.__cause__ or error.__context__ if error is not None else None
+    return cause is not None and _gave_out(cause, "".join(traceback.format_exception_only(cause)))
+
+
 def from_fields(fields: dict[str, str]) -> SidError:
     """The error that `SidError.fields` described, rebuilt in another process; an unknown class becomes SidError."""
-    kinds = {kind.__name__: kind for kind in (ConfigError, ContractError, GateFailed, VersionMismatch, PublishConflict, UpstreamMissing)}
+    kinds = {kind.__name__: kind for kind in SidError.__subclasses__()}
     rest = {name: fields.get(name, "") for name in ("expected", "found", "where", "next_command")}
     return kinds.get(fields.get("class", ""), SidError)(fields.get("headline", "unknown error"), **rest)

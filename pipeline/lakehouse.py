@@ -37,6 +37,10 @@ SCHEMA_VERSION = "sid.schema_version"
 UNREACHABLE = "the catalog cannot be reached"
 MIGRATION = re.compile(r"^(\d{3})_[a-z0-9_]+\.sql$")
 _EPOCH = date(1970, 1, 1).toordinal()
+# What Iceberg throws when main is no ancestor of the branch any more, or was committed to at the same moment.
+CONFLICTS = frozenset({"CommitFailedException", "ValidationException", "IllegalArgumentException"})
+MAX_CAUSES = 10
+PATIENCE_SECONDS = 30.0  # a lock is waited for without an end; after this it is said
 ADDITIVE = re.compile(r"ALTER TABLE (\S+) ADD COLUMNS? \((.*)\)", re.DOTALL)
 
 
@@ -154,11 +158,8 @@ def read_branch(spark: SparkSession, table: str, branch: str) -> DataFrame:
     return read_frame(spark, table, found)
 
 
-def read_added(spark: SparkSession, table: str, branch: str, base: int | None) -> DataFrame:
-    """The rows that appends put on a branch since it was cut at `base`, without reading the rest."""
-    head = snapshot(spark, table, branch)
-    if head is None or base is None or head == base:
-        return read_frame(spark, table, head).limit(0)
+def read_added(spark: SparkSession, table: str, base: int, head: int) -> DataFrame:
+    """The rows that appends put between two snapshots, without reading the rest."""
     return spark.read.option("start-snapshot-id", base).option("end-snapshot-id", head).format("iceberg").load(_full(table))
 
 
@@ -199,11 +200,16 @@ def table_locks(home: Home, lake: Lake, tables: Iterable[str]) -> Iterator[None]
         return
     from contextlib import ExitStack
 
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     with ExitStack() as stack:
         for table in sorted(set(tables)):
-            stack.enter_context(FileLock(home.folder("locks") / f"{table}.lock"))
+            lock = FileLock(home.folder("locks") / f"{table}.lock")
+            try:
+                stack.enter_context(lock.acquire(timeout=PATIENCE_SECONDS))
+            except Timeout:
+                logger.warning("waiting for another process that writes table=%s lock=%s", table, lock.lock_file)
+                stack.enter_context(lock.acquire())
         yield
 
 
@@ -283,10 +289,13 @@ def append(spark: SparkSession, frame: DataFrame, table: str, branch: str, prope
     _writer(frame, table, branch, properties).append()
 
 
-def publish(spark: SparkSession, table: str, branch: str, tag: str = "") -> int:
+def publish(spark: SparkSession, table: str, branch: str, tag: str = "", expect: int | None = None) -> int:
     """Make a branch the new main, tag it and remove the branch, in ONE metadata commit; returns the snapshot id.
 
-    Raises: PublishConflict when main moved since the branch was cut; every reference is then as it was.
+    Args:
+        expect: the snapshot that was audited; None publishes what the branch shows.
+    Raises: PublishConflict when main moved since the branch was cut, or the branch since it was audited; every reference is then as it was.
+        Other errors of Java, a full disk say, as they come.
     """
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
@@ -297,6 +306,14 @@ def publish(spark: SparkSession, table: str, branch: str, tag: str = "") -> int:
     target = iceberg.snapshot(name)
     if target is None:
         raise UpstreamMissing(f"no branch {name} on {table}", expected=name, found=", ".join(references(spark, table)), where=table)
+    if expect is not None and int(target.snapshotId()) != expect:  # another try of the same run wrote it or cut it anew
+        raise PublishConflict(
+            f"{name} of {table} moved since it was audited",
+            expected=f"snapshot {expect}",
+            found=str(target.snapshotId()),
+            where=f"{table} {name}",
+            next_command="run the stage again",
+        )
     if tag and iceberg.refs().containsKey(_checked_reference(tag)):
         raise ContractError(
             f"tag {tag} of {table} exists and is never moved", expected="a tag that is not there yet", found=tag, where=table, next_command="sid releases"
@@ -307,7 +324,9 @@ def publish(spark: SparkSession, table: str, branch: str, tag: str = "") -> int:
             change = change.createTag(tag, target.snapshotId())
         change.removeBranch(name).commit()
     except (Py4JJavaError, PySparkException) as error:
-        found = str(getattr(error, "java_exception", None) or error).splitlines()[0]
+        kinds, found = _java_causes(error)
+        if not CONFLICTS & set(kinds):
+            raise
         raise PublishConflict(
             f"main of {table} moved while {name} was audited",
             expected="main as it was when the branch was cut",
@@ -317,6 +336,17 @@ def publish(spark: SparkSession, table: str, branch: str, tag: str = "") -> int:
         ) from error
     logger.info("published table=%s branch=%s tag=%s snapshot=%d", table, name, tag or "-", target.snapshotId())
     return int(target.snapshotId())
+
+
+def _java_causes(error: Exception) -> tuple[list[str], str]:
+    """(class names of the Java exception behind an error and of its causes, without packages; its first line)."""
+    thrown = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
+    first = str(thrown if thrown is not None else error).splitlines()[0]
+    kinds: list[str] = []
+    while thrown is not None and len(kinds) < MAX_CAUSES:
+        kinds.append(str(thrown.getClass().getSimpleName()))
+        thrown = thrown.getCause()
+    return kinds, first
 
 
 def _writer(frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> Any:
@@ -340,10 +370,11 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """A data or delete file: bytes, and the values of its partition as text, e.g. ("2026-11-20",)."""
+    """A data or delete file: bytes, the values of its partition as text, e.g. ("2026-11-20",), and the snapshot that added it."""
 
     bytes: int
     partition: tuple[str, ...]
+    added: int | None = None
 
 
 def history(home: Home, lake: Lake, table: str) -> History:
@@ -359,14 +390,45 @@ def history(home: Home, lake: Lake, table: str) -> History:
     return History(committed=committed, branches=kinds["branch"], tags=kinds["tag"])
 
 
+@dataclass(frozen=True)
+class Commit:
+    """A snapshot of main.
+
+    Args:
+        at: when it was written, milliseconds since 1970.
+        origin: what it says of the stage that wrote it (`sid.*`), among other things.
+    """
+
+    at: int
+    origin: Mapping[str, str]
+
+
+def main_commits(home: Home, lake: Lake, table: str) -> list[Commit]:
+    """The snapshots of main that are kept, newest first, without a JVM.
+
+    Raises: UpstreamMissing when the table does not exist yet.
+    """
+    iceberg = open_table(home, lake, table)
+    commits, found = [], iceberg.current_snapshot()
+    while found is not None:
+        commits.append(Commit(at=found.timestamp_ms, origin=found.summary.additional_properties if found.summary else {}))
+        found = iceberg.snapshot_by_id(found.parent_snapshot_id) if found.parent_snapshot_id else None
+    return commits
+
+
 def files_at(home: Home, lake: Lake, table: str, snapshot_ids: Iterable[int]) -> dict[str, StoredFile]:
     """Path -> file of everything that any of the snapshots shows, without a JVM; each manifest is read once."""
     iceberg = open_table(home, lake, table)
     shown = [found for one in snapshot_ids if (found := iceberg.snapshot_by_id(one)) is not None]
     manifests = {manifest.manifest_path: manifest for one in shown for manifest in one.manifests(iceberg.io)}
-    entries = (entry.data_file for manifest in manifests.values() for entry in manifest.fetch_manifest_entry(iceberg.io, discard_deleted=True))
+    entries = (entry for manifest in manifests.values() for entry in manifest.fetch_manifest_entry(iceberg.io, discard_deleted=True))
     days = [field.field_type.__class__.__name__ == "DateType" for field in iceberg.spec().partition_type(iceberg.schema()).fields]
-    return {entry.file_path: StoredFile(bytes=int(entry.file_size_in_bytes), partition=_partition(entry.partition, days)) for entry in entries}
+    return {
+        entry.data_file.file_path: StoredFile(
+            bytes=int(entry.data_file.file_size_in_bytes), partition=_partition(entry.data_file.partition, days), added=entry.snapshot_id
+        )
+        for entry in entries
+    }
 
 
 def _partition(record: Any, days: Sequence[bool]) -> tuple[str, ...]:
@@ -383,6 +445,26 @@ def create_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> N
     if _checked_reference(tag) in references(spark, table):
         raise ContractError(f"tag {tag} of {table} exists and is never moved", expected="a tag that is not there yet", found=tag, where=table)
     _loaded(spark, table).manageSnapshots().createTag(tag, int(snapshot_id)).commit()
+
+
+def put_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None:
+    """Make a tag point at a snapshot, one commit, or none when it does already; for what follows from a release, never for a release's own tag.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
+    from py4j.protocol import Py4JJavaError
+
+    found = references(spark, table).get(_checked_reference(tag))
+    if found == snapshot_id:
+        return
+    change = _loaded(spark, table).manageSnapshots()
+    try:
+        (change.createTag if found is None else change.replaceTag)(tag, int(snapshot_id)).commit()
+    except Py4JJavaError as error:
+        kinds, said = _java_causes(error)
+        if "CommitFailedException" not in kinds:
+            raise
+        raise PublishConflict(f"{table} was committed to while it was tagged {tag}", expected="nobody else", found=said, where=table) from error
 
 
 def drop_references(spark: SparkSession, table: str, *, tags: Iterable[str] = (), branches: Iterable[str] = ()) -> None:
@@ -485,16 +567,40 @@ def _server(properties: tuple[tuple[str, str], ...]) -> Catalog:
     return load_catalog(CATALOG, **dict(properties))
 
 
-def read_arrow(home: Home, lake: Lake, table: str, *, snapshot_id: int | None = None, columns: Sequence[str] = ("*",), where: str = "") -> pa.Table:
+def read_arrow(
+    home: Home,
+    lake: Lake,
+    table: str,
+    *,
+    snapshot_id: int | None = None,
+    columns: Sequence[str] = ("*",),
+    where: str = "",
+    among: Mapping[str, Iterable[str]] | None = None,
+) -> pa.Table:
     """Rows of a table at a snapshot (None = main now) as Arrow.
 
     Args:
         where: PyIceberg row filter; empty reads all rows.
+        among: column -> its values of the rows to keep; however many, only those rows are held in memory. Texts and lists are then of Arrow's large types.
     """
     from pyiceberg.expressions import AlwaysTrue
 
     scan = open_table(home, lake, table).scan(row_filter=where or AlwaysTrue(), selected_fields=tuple(columns), snapshot_id=snapshot_id)
-    return scan.to_arrow()
+    return scan.to_arrow() if among is None else _kept(scan.to_arrow_batch_reader(), among)
+
+
+def _kept(reader: pa.RecordBatchReader, among: Mapping[str, Iterable[str]]) -> pa.Table:
+    """The rows whose columns have one of the values, batch by batch."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = {name: pa.array(sorted(set(wanted)), reader.schema.field(name).type) for name, wanted in among.items()}
+
+    def kept() -> Iterator[pa.RecordBatch]:
+        for batch in reader:
+            yield batch.filter(reduce(pc.and_, (pc.is_in(batch.column(name), value_set=wanted) for name, wanted in values.items())))
+
+    return pa.Table.from_batches(kept(), reader.schema)
 
 
 def current_snapshot(home: Home, lake: Lake, table: str) -> int | None:

@@ -38,14 +38,19 @@ class Judgement:
     severity: str
     observed: float | None
     passed: bool
+    settings: tuple[str, ...] = ()  # section.key of the profile that the bounds come from
 
-    def __str__(self) -> str:
-        """The expectation as a person reads it."""
+    @property
+    def rule(self) -> str:
+        """The expectation as a person reads it, with the setting to change where a profile sets the bound."""
         bounds = " and ".join(
             text for text in (f">= {self.minimum:g}" if self.minimum is not None else "", f"<= {self.maximum:g}" if self.maximum is not None else "") if text
         )
-        shown = "missing" if self.observed is None else f"{self.observed:g}"
-        return f"{self.metric} {bounds} (observed {shown})"
+        return f"{self.metric} {bounds}" + "".join(f" from {setting}" for setting in self.settings)
+
+    def __str__(self) -> str:
+        """The expectation and what was observed."""
+        return f"{self.rule} (observed {'missing' if self.observed is None else f'{self.observed:g}'})"
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def audit(
     Args:
         frame: the branch.
         known: metrics the job already has; they join the frame that is judged.
-    Raises: GateFailed when an expectation of severity `fail` does not hold.
+    Raises: GateFailed, with all metrics, when an expectation of severity `fail` does not hold.
     """
     contract = read_expectations(table)
     metrics = {**_aggregate(_slice(frame, table, dates, equal), contract["metrics"]), **{name: float(value) for name, value in known.items()}}
@@ -78,19 +83,27 @@ def audit(
         logger.warning("expectation table=%s branch=%s %s", table, branch, warning)
     failed = result.failures()
     if failed:
-        raise GateFailed(
+        error = GateFailed(
             f"{len(failed)} expectation(s) on {table} do not hold; main is untouched",
-            expected="; ".join(str(judgement).split(" (observed")[0] for judgement in failed),
+            expected="; ".join(judgement.rule for judgement in failed),
             found="; ".join(map(str, failed)),
             where=f"{table}, branch {branch} ({reason})",
             next_command=f"sid inspect {branch}",
         )
+        error.metrics = metrics
+        raise error
     return result
 
 
-def observe(frame: DataFrame, table: str, *, dates: Sequence[date], config: Config) -> tuple[Judgement, ...]:
-    """Each expectation that the rows alone can answer, judged without raising; for people who look at a branch."""
+def observe(frame: DataFrame, table: str, *, dates: Sequence[date], config: Config, known: Mapping[str, float]) -> tuple[Judgement, ...]:
+    """Each expectation of a branch judged without raising; for people who look at it.
+
+    Args:
+        known: the metrics that the gate judged; without them the rows are measured again, and what only the job could measure stays out.
+    """
     contract = read_expectations(table)
+    if known:
+        return judge(known, contract["expect"], config, table)
     metrics = _aggregate(_slice(frame, table, dates, {}), contract["metrics"])
     return judge(metrics, [rule for rule in contract["expect"] if rule["metric"] in metrics], config, table)
 
@@ -105,7 +118,15 @@ def judge(metrics: Mapping[str, float], expectations: Sequence[Mapping[str, Any]
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     passed = _great_expectations(finite, [(rule["metric"], low, high) for rule, (low, high) in zip(present, bounds, strict=True) if rule["metric"] in finite])
     return tuple(
-        Judgement(rule["metric"], low, high, rule.get("severity", "fail"), metrics.get(rule["metric"]), passed.get((rule["metric"], low, high), False))
+        Judgement(
+            metric=rule["metric"],
+            minimum=low,
+            maximum=high,
+            severity=rule.get("severity", "fail"),
+            observed=metrics.get(rule["metric"]),
+            passed=passed.get((rule["metric"], low, high), False),
+            settings=_settings(rule),
+        )
         for rule, (low, high) in zip(present, bounds, strict=True)
     )
 
@@ -158,6 +179,11 @@ def _bound(value: Any, config: Config, table: str) -> float | None:
             f"expectation names an unknown setting {value!r}", expected="$section.key", found=value, where=f"sql/{table.replace('.', '/')}/expectations.json"
         )
     return float(found)
+
+
+def _settings(rule: Mapping[str, Any]) -> tuple[str, ...]:
+    """section.key of each bound that is written `$section.key`."""
+    return tuple(str(rule[side]).removeprefix("$") for side in ("min", "max") if isinstance(rule.get(side), str))
 
 
 def _great_expectations(

@@ -22,7 +22,7 @@ class Stage:
     summary: str
     engine: Engine
     group: Literal["refresh", "consumers", "maintenance", "rollback"]
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()  # pinned in this order: a marker before the rows it vouches for, so that it is never newer than they are
     outputs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()  # order that no table shows
     gpu: bool = False
@@ -122,7 +122,7 @@ STAGES: tuple[Stage, ...] = (
         summary="decayed popularity, percentile and stratum per item as of the cutoff",
         engine="spark",
         group="refresh",
-        inputs=("raw.interaction", "raw.item", "raw.source_file", "feature.item_day_stat"),
+        inputs=("raw.source_file", "raw.interaction", "raw.item", "feature.item_day_stat"),
         outputs=("feature.item_day_stat", "feature.item_popularity"),
     ),
     Stage(
@@ -192,13 +192,14 @@ STAGES: tuple[Stage, ...] = (
         engine="spark",
         group="refresh",
         inputs=(
-            "raw.item",
             "raw.source_file",
+            "raw.item",
             "feature.item_popularity",
             "feature.item_content_vector",
             "feature.item_behavior_vector",
             "feature.item_feature",
             "sid.generation",
+            "sid.release",
         ),
         outputs=("feature.item_feature",),
     ),
@@ -249,7 +250,7 @@ STAGES: tuple[Stage, ...] = (
         summary="labelled ranking examples around one release",
         engine="spark",
         group="consumers",
-        inputs=("raw.interaction", "raw.source_file", "sid.release", "sid.item_sid", "feature.item_popularity"),
+        inputs=("raw.source_file", "raw.interaction", "sid.release", "sid.item_sid", "feature.item_popularity"),
         outputs=("rank.rank_example",),
     ),
     Stage(

@@ -50,7 +50,7 @@ class SourceSpec:
         event_rules: (reason code, expression that is true for a BAD row), the first match names the row's reason; null counts as false.
         item_rules: the same for catalogue rows; with `from_events` there are none, items come from the rows that were accepted as events.
         event_key: our columns; rows of one file equal on them are duplicates, one is kept.
-        image_root: folder or URI that relative image_uri values are joined to; empty = image_uri is complete.
+        image_root: folder or URI that relative image_uri values are joined to, and that complete ones begin with; empty = the set has no images.
         catalogue: snapshot | delta | from_events.
         first_date: first day with a file.
         last_date: last regular day known now; None = unknown.
@@ -232,6 +232,18 @@ def _json_keys(line: str, path: Path) -> list[str]:
     if not isinstance(row, dict):
         raise ContractError("a file is not JSON Lines", expected="one JSON object a line", found=f"a {type(row).__name__}", where=str(path))
     return list(row)
+
+
+def has_rows(path: Path, file_format: FileFormat) -> bool:
+    """Whether a file whose columns were checked holds more than its header; text files are read up to their first row."""
+    if file_format == "parquet":
+        import pyarrow.parquet as pq
+
+        return bool(pq.read_metadata(path).num_rows)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        if file_format == "csv":
+            next(csv.reader(stream), None)
+        return any(line.strip() for line in stream)
 
 
 def _first_line(path: Path) -> str:

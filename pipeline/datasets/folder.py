@@ -204,11 +204,33 @@ def _vector(column: str, fmt: FileFormat) -> str:
 def image_root(root: Path, given: str) -> str:
     """Folder or URI that relative image paths are joined to; a folder must lie below `root`.
 
-    Raises: ConfigError for a folder elsewhere.
+    Raises: ConfigError for a folder elsewhere, or an address of a protocol that cannot be read here.
     """
     if "://" in given:
-        return given
+        return image_address(given)
     path = (root / given).resolve()
     if not path.is_relative_to(root):
         raise ConfigError("the image folder leaves the data folder", expected=f"a folder below {root}, or a URI", found=str(path), where="source.image_root")
     return str(path)
+
+
+def image_address(given: str) -> str:
+    """The address of an image store, when fsspec has a driver for its protocol; said before Spark starts, not by its workers.
+
+    Raises: ConfigError for a protocol of this machine's files, an unknown one, or one whose driver is not installed.
+    """
+    import fsspec
+
+    scheme = given.partition("://")[0]
+    try:
+        if scheme in ("file", "local"):
+            raise ValueError("a local folder is written without a protocol, below source.path")
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            "images cannot be read from this address",
+            expected="a protocol of fsspec with its driver installed, e.g. https, s3, gs",
+            found=f"{scheme}: {error}",
+            where="source.image_root",
+        ) from error
+    return given

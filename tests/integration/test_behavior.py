@@ -70,7 +70,7 @@ class Lake:
     def __init__(self, **tables: pa.Table) -> None:
         self.tables = {name.replace("__", "."): table for name, table in tables.items()}
 
-    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "") -> pa.Table:
+    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "", at: int | None = None) -> pa.Table:
         return self.tables[table].select(list(columns))
 
     def model(self, uri: str) -> Path:
@@ -112,7 +112,7 @@ def second_night(tmp_path: Path, config: profile.Config, users: dict[str, list[s
         feature__user_sequence=data["feature.user_sequence"],
         feature__item_popularity=data["feature.item_popularity"],
         feature__item_feature=features,
-        sid__generation=pa.table({"generation": [1], "encoder_uri": [str(base)]}),
+        sid__generation=pa.table({"generation": [1], "logical_date": [D1], "encoder_uri": [str(base)]}),
     )
     night = plan(D2, parent=Release(tag="d20260105", logical_date=D1, revision=1, generation=1, snapshot_id=1), new=False)
     return job.run(lake, config.train_behavior_encoder, context(Home(tmp_path), config, "train_behavior_encoder", night, "run2"))
@@ -197,7 +197,7 @@ def test_a_second_generation_is_brought_back_to_the_first(tmp_path: Path, config
     lake = Lake(
         feature__user_sequence=data["feature.user_sequence"],
         feature__item_popularity=data["feature.item_popularity"],
-        sid__generation=pa.table({"generation": [1], "encoder_uri": [str(base)]}),
+        sid__generation=pa.table({"generation": [1], "logical_date": [D1], "encoder_uri": [str(base)]}),
     )
     night = plan(D2, generation=2, parent=Release(tag="d20260105", logical_date=D1, revision=1, generation=1, snapshot_id=1))
     result = job.run(lake, config.train_behavior_encoder, context(Home(tmp_path), config, "train_behavior_encoder", night))
@@ -275,7 +275,7 @@ def night_of(tmp_path: Path, config: profile.Config, users: dict[str, list[str]]
     night = plan(day)
     if base is not None:
         folder, features = base
-        lake.tables |= {"feature.item_feature": features, "sid.generation": pa.table({"generation": [1], "encoder_uri": [str(folder)]})}
+        lake.tables |= {"feature.item_feature": features, "sid.generation": pa.table({"generation": [1], "logical_date": [D1], "encoder_uri": [str(folder)]})}
         night = plan(day, parent=Release(tag="d20260105", logical_date=D1, revision=1, generation=1, snapshot_id=1), new=False)
     ctx = context(Home(tmp_path), config, "train_behavior_encoder", night, f"run{day.day}")
     write_json(ctx.staging / "content_embedding.json", {"status": "done", "outputs": {"text_encoder_id": "e", "image_encoder_id": None}})

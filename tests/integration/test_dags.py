@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.context import ROOT, Context, Home
-from pipeline.errors import ConfigError, ContractError, GateFailed, PublishConflict, SidError, UpstreamMissing, VersionMismatch
+from pipeline.errors import ConfigError, ContractError, GateFailed, PublishConflict, ResourceLost, SidError, StageFailed, UpstreamMissing, VersionMismatch
 from pipeline.stages import BY_NAME, STAGES, group, upstream
 
 pytestmark = pytest.mark.airflow
@@ -183,7 +183,7 @@ def execute(stage: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, 
     return returned, seen[0]
 
 
-@pytest.mark.parametrize("kind", [ConfigError, ContractError, GateFailed, VersionMismatch, PublishConflict, UpstreamMissing])
+@pytest.mark.parametrize("kind", [ConfigError, ContractError, GateFailed, VersionMismatch, StageFailed, PublishConflict, ResourceLost, UpstreamMissing])
 def test_an_error_fails_for_good_or_asks_for_a_retry_as_its_class_says(kind: type[SidError], airflow: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
@@ -191,7 +191,7 @@ def test_an_error_fails_for_good_or_asks_for_a_retry_as_its_class_says(kind: typ
     with pytest.raises(AirflowException if error.retry else AirflowFailException) as caught:
         execute("ingest", context(), monkeypatch, error)
     assert isinstance(caught.value, AirflowFailException) is not error.retry
-    assert str(caught.value) == str(error), "the log ends in what to type next"
+    assert str(caught.value) == error.message("tiny"), "the log ends in what to type next, for the profile of the run"
     assert caught.value.__cause__ is error
 
 

@@ -6,9 +6,11 @@ import json
 from datetime import date, timedelta
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from jobs import ingest, item_popularity, runner
+from jobs import ingest, item_popularity, plan_night, runner
 from jobs.inputs import Inputs
 from pipeline import config, lakehouse
 from pipeline.context import Context, Home, Plan, write_json
@@ -31,6 +33,16 @@ def write_csv(path, header, rows):
 
 def event(user="u1", item="a", moment=f"{D} 10:00:00", kind="click", value="1", session="s1"):
     return [user, item, moment, kind, value, session]
+
+
+def stop_at(name):
+    """A runner.step that ends the process there, as far as a test can see."""
+
+    def step(ctx, reached):
+        if reached == name:
+            raise KeyboardInterrupt
+
+    return step
 
 
 class Nights:
@@ -187,6 +199,57 @@ def test_many_days_are_one_load_and_columns_are_matched_by_name(files):
     assert (metrics["files_loaded"], metrics["files_declared_empty"]) == (3, 5)
 
 
+def test_files_load_all_their_rows_whatever_their_path(spark, tmp_path):
+    odd = "dt={date} (a+b) 100% %20 \u00fcml\u00e4ut @1,&'"
+    home = Home(tmp_path / "home")
+    nights = Nights(spark, home, tmp_path / "M\u00fcller & S\u00f6hne+[1]", events_pattern=f"{odd}/x.csv", items_pattern=f"items {odd}.csv")
+    write_csv(nights.root / odd.replace("{date}", str(D)) / "x.csv", EVENT_HEADER, [event(), event(user="u2")])
+    write_csv(nights.root / f"items {odd.replace('{date}', str(D))}.csv", ITEM_HEADER, [["a", "A", "", "", ""]])
+    nights.judge()
+    assert nights.rows("raw.source_file", "kind", "rows_in", "rejected") == [("events", 2, 0), ("items", 1, 0)]
+    assert [len(nights.rows(table, "1")) for table in ("raw.interaction", "raw.item")] == [2, 1]
+
+
+def test_a_file_whose_rows_spark_skips_is_refused(files):
+    files.source(events_pattern="_{date}.csv", absent="declared_empty", catalogue="from_events", items_pattern="", item_columns={"title": "event_type"})
+    path = files.root / f"_{D}.csv"
+    write_csv(path, EVENT_HEADER, [event()])
+    with pytest.raises(ContractError, match="a file with rows gave none") as caught:
+        files.judge()
+    assert caught.value.where == str(path)
+    write_csv(path, EVENT_HEADER, [])
+    files.judge()
+    assert files.rows("raw.source_file", "rows_in", "status") == [(0, "loaded")]
+
+
+def test_a_file_of_ours_is_read_from_any_folder(spark, tmp_path):
+    folder = tmp_path / "a b+c [1] {x} 100% \u00fc"
+    folder.mkdir()
+    pq.write_table(pa.table({"x": [1, 2]}), folder / "rows.parquet")
+    assert spark.read.parquet(ingest.literal_path(folder / "rows.parquet")).count() == 2
+
+
+def test_an_archived_file_keeps_its_rows_and_half_an_ingest_is_seen(nights, monkeypatch):
+    nights.events(event())
+    nights.items(["a", "A", "", "", ""])
+    nights.load()
+    nights.load(kinds=())  # nothing planned: the files were archived
+    assert nights.rows("raw.interaction", "user_id") == [("u1",)]
+    assert plan_night.half_ingests(nights.home, nights.config) == set()
+    nights.events(event(user="right"))
+    going_on = runner.step
+    monkeypatch.setattr(runner, "step", stop_at("after_publish_1"))
+    with pytest.raises(KeyboardInterrupt):
+        nights.load()
+    monkeypatch.setattr(runner, "step", going_on)
+    assert nights.rows("raw.interaction", "user_id") == [("right",)]
+    assert plan_night.half_ingests(nights.home, nights.config) == {D}
+    nights.load()
+    assert plan_night.half_ingests(nights.home, nights.config) == set()
+    nights.load(D + timedelta(days=1), kinds=("items",), changed={"status": "declared_empty"})
+    assert plan_night.half_ingests(nights.home, nights.config) == set()
+
+
 def test_repeated_and_conflicting_catalogue_rows(files):
     files.events(event())
     files.items(
@@ -207,20 +270,19 @@ def test_unusable_images_are_quarantined_and_their_items_go_on(files):
     files.source(image_root="img")
     files.limits(max_rejected_share=0.0, max_image_bytes=10)
     files.events(event())
-    files.items(*([name, "T", "", "", uri] for name, uri in (("a", "ok.jpg"), ("b", "big.jpg"), ("c", "none.jpg"), ("d", "../secret"), ("e", ""), ("f", "."))))
+    named = [("a", "ok.jpg"), ("b", "big.jpg"), ("c", "none.jpg"), ("d", "../secret"), ("e", ""), ("f", "."), ("g", "x" * 300), ("h", "gs://b/x.jpg")]
+    files.items(*([name, "T", "", "", uri] for name, uri in named))
     metrics = files.judge()
     assert files.rows("raw.rejected_row", "reason", "get_json_object(row, '$.item_id')") == [
-        ("image_missing", "c"), ("image_missing", "f"), ("image_outside_root", "d"), ("image_too_large", "b"),
+        ("image_missing", "c"), ("image_missing", "f"), ("image_missing", "g"),
+        ("image_outside_root", "d"), ("image_outside_root", "h"), ("image_too_large", "b"),
     ]  # fmt: skip
-    assert files.rows("raw.item", "item_id", "image_hash IS NOT NULL") == [("a", True), ("b", False), ("c", False), ("d", False), ("e", False), ("f", False)]
+    assert files.rows("raw.item", "item_id", "image_hash IS NOT NULL") == [(name, name == "a") for name in "abcdefgh"]
     assert metrics["rows_rejected"] == 0
-    assert metrics["rejected/image_missing"] == 2
+    assert metrics["rejected/image_missing"] == 3
 
 
 def test_formats_give_the_same_rows(files, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [event(), event(user="u2", value="2.5"), event(user=""), event(user="u3", session="")]
     digests, records = [], [dict(zip(EVENT_HEADER, row, strict=True)) for row in rows]
     for suffix in ("csv", "jsonl", "parquet"):

@@ -24,6 +24,7 @@ TABLES = {
     "feature.item_behavior_vector": "logical_date date, item_id string, generation int, norm float, evidence_count bigint, evidence_bucket int",
     "feature.item_feature": "logical_date date, item_id string, generation int, behavior_date date, evidence_count bigint, evidence_bucket int,"
     " richness float, strength float, status string, content_hash string",
+    "sid.release": "tag string, logical_date date, revision int",
     "sid.generation": "generation int, logical_date date, richness_reference string",
 }
 
@@ -31,7 +32,7 @@ TABLES = {
 class Frames(Inputs):
     """Tables given as rows instead of snapshots."""
 
-    def frame(self, table):
+    def frame(self, table, *, at=None):
         return self.spark.createDataFrame(self.lake.get(table, []), TABLES[table])
 
 

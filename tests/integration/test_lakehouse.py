@@ -61,6 +61,28 @@ def test_two_branches_of_one_main_never_lose_a_day(spark, lake_home):
     assert set(main(spark)) == {(D1, "a"), (D2, "a")}
 
 
+def test_only_the_audited_snapshot_is_published(spark, lake_home):
+    base = lakehouse.cut_branch(spark, TABLE, "audit_x")
+    lakehouse.replace(spark, rows(spark, D1, {"a": 1}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
+    audited = lakehouse.snapshot(spark, TABLE, "audit_x")
+    lakehouse.cut_branch(spark, TABLE, "audit_x")  # another try of the same run: the name now shows main, which publishes without a word
+    with pytest.raises(PublishConflict, match="moved since it was audited"):
+        lakehouse.publish(spark, TABLE, "audit_x", "d20260101", expect=audited)
+    assert lakehouse.references(spark, TABLE) == {"main": base, "audit_x": base}
+    lakehouse.append(spark, rows(spark, D1, {}), TABLE, "audit_x", {})
+    appended = lakehouse.snapshot(spark, TABLE, "audit_x")
+    assert appended != base, "an empty write is a snapshot of its own"
+    lakehouse.replace(spark, rows(spark, D1, {}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
+    assert lakehouse.snapshot(spark, TABLE, "audit_x") not in (base, appended)
+
+
+def test_a_tag_beside_a_release_may_be_put_elsewhere(spark, lake_home):
+    first, second = put(spark, D1, {"a": 1}, "audit_1"), put(spark, D1, {"a": 2}, "audit_2")
+    for snapshot_id in (first, second, second):
+        lakehouse.put_tag(spark, TABLE, "d20260101", snapshot_id)
+        assert lakehouse.references(spark, TABLE)["d20260101"] == snapshot_id
+
+
 def test_an_existing_tag_is_never_moved(spark, lake_home):
     first = put(spark, D1, {"a": 1}, "audit_1", "d20260101")
     with pytest.raises(ContractError, match="never moved"):

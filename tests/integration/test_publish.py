@@ -131,7 +131,7 @@ def first_night(spark, home, config, model, run_id="run1"):
 
 def parent_of(spark, tag):
     row = release_rows(spark)[tag]
-    return Release(**{name: row[name] for name in Release.model_fields})
+    return Release(**{name: row[name] for name in Release.model_fields if name in row})
 
 
 def test_two_nights(spark, lake_home, config, model):
@@ -191,11 +191,14 @@ def vectors_of(spark, day):
 
 def test_the_same_rows_again_are_reused_and_other_rows_are_a_revision(spark, lake_home, config, model):
     first_night(spark, lake_home, config, model)
-    run(lake_home, config, "assign_sid", night(D1), model, "again")
-    again = run(lake_home, config, "publish_release", night(D1), model, "again")
+    other = night(D1, fingerprint="other inputs, same rows")
+    assigned = run(lake_home, config, "assign_sid", other, model, "again")
+    again = run(lake_home, config, "publish_release", other, model, "again")
     assert again["status"] == "reused"
     assert again["outputs"]["tag"] == "d20260105"
     assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}, "the branch is gone, there is no second tag"
+    assert release_rows(spark)["d20260105"]["input_fingerprint"] == other.input_fingerprint, "so that the next rerun is reused before it begins"
+    assert lakehouse.references(spark, "feature.item_feature")["d20260105"] == assigned["read"]["feature.item_feature"]
 
     fill(spark, D1, names(ITEMS + 1), trained=D1, moved=names(ITEMS + 1))
     run(lake_home, config, "assign_sid", night(D1, fingerprint="f2"), model, "more")
@@ -215,7 +218,7 @@ def test_a_kill_between_tag_and_row_rolls_forward(spark, lake_home, config, mode
     assert release_rows(spark)["d20260105"]["snapshot_id"] == tagged
 
 
-def test_main_that_moved_is_met_by_writing_the_audited_rows_again(spark, lake_home, config, model):
+def test_main_that_moved_is_met_by_writing_the_audited_rows_again(spark, lake_home, config, model, monkeypatch):
     fill(spark, D1, names(ITEMS))
     assigned = run(lake_home, config, "assign_sid", night(D1), model, "run1")
     held = assigned["outputs"]["held"]["sid.item_sid"]
@@ -224,11 +227,22 @@ def test_main_that_moved_is_met_by_writing_the_audited_rows_again(spark, lake_ho
     from pyspark.sql import functions as F
 
     put(spark, "sid.item_sid", frame.withColumn("logical_date", F.lit(other)), [other])
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lakehouse, "replace", killed)  # a new branch is cut, and nothing is on it yet
+        with pytest.raises(KeyboardInterrupt):
+            run(lake_home, config, "publish_release", night(D1), model, "run1")
+    assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", held["branch"], f"{held['branch']}_again"}, "nothing was published"
+    lakehouse.cut_branch(spark, "sid.item_sid", held["branch"])  # and another try of assign_sid begins anew on the same name
     done = run(lake_home, config, "publish_release", night(D1), model, "run1")
     row = release_rows(spark)[done["outputs"]["tag"]]
     assert row["snapshot_id"] != held["snapshot_id"]
     assert lakehouse.rows_digest(publish_release.rows_at(spark, row["snapshot_id"], D1)) == assigned["outputs"]["rows_digest"]
     assert spark.table("lake.sid.item_sid").where(f"logical_date = '{other}'").count() == 3
+    assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}
     assert publish_release.snapshot_properties(spark, row["snapshot_id"])["sid.stage"] == "assign_sid"
 
 

@@ -87,6 +87,12 @@ def test_a_judgement_reads_as_a_sentence() -> None:
     assert str(missing) == "m <= 1 (observed missing)"
 
 
+def test_a_judgement_names_the_setting_that_its_bound_comes_from() -> None:
+    (found,) = quality.judge({"share": 0.5}, [{"metric": "share", "min": 0, "max": "$ingest.max_rejected_share"}], TINY, "raw.item")
+    assert found.rule == "share >= 0 and <= 0.05 from ingest.max_rejected_share"
+    assert str(found) == f"{found.rule} (observed 0.5)"
+
+
 # ---------------------------------------------------------------- the shipped documents
 
 
@@ -201,8 +207,9 @@ def test_what_the_job_knows_is_judged_with_what_the_rows_say(spark: Any, own_tab
     table = own_table({"metrics": {"rows": "count(1)"}, "expect": [{"metric": "churn", "max": 0.1}]})
     frame = events(spark, (DAY, "a", 1.0))
     assert audit(frame, table, known={"churn": 0.05}).metrics == {"rows": 1.0, "churn": 0.05}
-    with pytest.raises(GateFailed, match=r"observed 0\.2"):
+    with pytest.raises(GateFailed, match=r"observed 0\.2") as caught:
         audit(frame, table, known={"churn": 0.2})
+    assert caught.value.metrics == {"rows": 1.0, "churn": 0.2}, "what was measured goes with the error"
     with pytest.raises(GateFailed, match="observed missing"):
         audit(frame, table)
 
@@ -210,8 +217,11 @@ def test_what_the_job_knows_is_judged_with_what_the_rows_say(spark: Any, own_tab
 @pytest.mark.spark
 def test_looking_at_a_branch_judges_what_the_rows_can_answer_and_raises_nothing(spark: Any, own_table: Any) -> None:
     table = own_table({"metrics": METRICS, "expect": [{"metric": "rows", "min": 5}, {"metric": "known to the job", "max": 0}]})
-    found = quality.observe(events(spark, (DAY, "a", 1.0)), table, dates=(DAY,), config=TINY)
+    frame = events(spark, (DAY, "a", 1.0))
+    found = quality.observe(frame, table, dates=(DAY,), config=TINY, known={})
     assert [(judgement.metric, judgement.observed, judgement.passed) for judgement in found] == [("rows", 1.0, False)]
+    found = quality.observe(frame, table, dates=(DAY,), config=TINY, known={"rows": 9.0, "known to the job": 3.0})
+    assert [(judgement.metric, judgement.observed, judgement.passed) for judgement in found] == [("rows", 9.0, True), ("known to the job", 3.0, False)]
 
 
 def test_a_table_without_a_document_is_not_judged_and_a_strange_document_is_refused(own_table: Any) -> None:

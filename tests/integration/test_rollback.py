@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from jobs import pins, plan_night, runner, views
+from jobs import derived, item_feature, pins, plan_night, runner, views
+from jobs.inputs import Inputs
 from pipeline import config, lakehouse, tracking
-from pipeline.context import ROOT, Context, Home
-from pipeline.errors import ContractError
+from pipeline.context import ROOT, Context, Home, read_json
+from pipeline.errors import ContractError, UpstreamMissing
 
 pytestmark = pytest.mark.spark
 TINY = config.load("tiny")
@@ -38,7 +39,7 @@ def next_night(home: Home, day: date) -> Any:
     """The manifest of the next night, as plan_night makes it from sid.release."""
     releases = lakehouse.read_releases(home, TINY.lake).to_pylist()
     ctx = Context(config=TINY, home=home, stage="plan_night", logical_date=day, run_id="next")
-    return plan_night.make_plan(ctx, TINY.plan_night, (), [], releases, [{"generation": 1, "input_fingerprint": "x"}])
+    return plan_night.make_plan(ctx, TINY.plan_night, (), [], releases, [{"generation": 1, "input_fingerprint": "x"}], [row["tag"] for row in releases])
 
 
 @pytest.mark.usefixtures("_without_mlflow")
@@ -77,6 +78,61 @@ def test_one_commit_restores_a_release_and_no_reader_of_a_tag_notices(spark: Any
     assert next_night(lake_home, D4).parent.tag == "d20260106"
     redone = next_night(lake_home, D3)
     assert (redone.tag, redone.parent.tag, redone.reuse) == ("d20260107_r2", "d20260106", ""), "a withdrawn night is made again, under a new tag"
+
+
+def manifest(shelf: Any, day: date, bucket: int) -> None:
+    """The night's item_feature behind a release of the shelf; `bucket` tells the rows of two revisions apart."""
+    shelf.put(
+        plan_night.MANIFEST,
+        [(day, f"i{row:02d}", 1, "c", "h", None, "enc", None, day, 8, bucket, 0.5, 0.5, 1.0, "head", "live", day, None) for row in range(6)],
+        [day],
+    )
+
+
+def buckets(spark: Any, home: Home, parent: Any, at: int | None) -> list[set[int]]:
+    """Evidence buckets of the parent's rows as item_feature and as train_behavior_encoder read them."""
+    plan = next_night(home, D2).model_copy(update={"parent": parent.model_copy(update={"manifest": at})})
+    inputs = Inputs(home, TINY.lake, {plan_night.MANIFEST: lakehouse.current_snapshot(home, TINY.lake, plan_night.MANIFEST)}, spark)
+    rows = item_feature.parent_rows(inputs, plan).collect()
+    arrow = inputs.arrow(plan_night.MANIFEST, columns=("evidence_bucket",), where=f"logical_date == '{D1}' and generation == 1", at=at)
+    return [{row.evidence_bucket for row in rows}, set(arrow["evidence_bucket"].to_pylist())]
+
+
+@pytest.mark.usefixtures("_without_mlflow")
+def test_the_night_after_a_rollback_copies_from_the_manifest_of_the_restored_revision(
+    spark: Any, lake_home: Home, shelf: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lake, second = (lake_home, TINY), "d20260105_r2"
+    manifest(shelf, D1, bucket=3)
+    first = shelf.release(D1)
+    shelf.save()
+    assert plan_night.manifest_of(lake, shelf.rows, first) == lakehouse.snapshot(spark, plan_night.MANIFEST), "main, and no tag, on a night as any other"
+    again = Context(config=TINY, home=lake_home, stage="item_feature", logical_date=D1, run_id="again")
+    for _ in range(2):  # a killed try, then another
+        item_feature.keep_replaced(Inputs(lake_home, TINY.lake, {"sid.release": None}, spark), again)
+        manifest(shelf, D1, bucket=5)
+    shelf.rows[0]["status"] = "superseded"
+    shelf.release(D1, revision=2)
+    shelf.save()
+
+    def unreachable(*args: Any) -> None:
+        raise UpstreamMissing("MLflow cannot be reached")
+
+    monkeypatch.setattr(derived, "align", unreachable)
+    done = back(lake_home, first, D1)
+    assert (done["status"], shelf.status()) == ("done", {first: "current", second: "withdrawn"})
+    assert "took effect" in caplog.text
+    assert read_json(lake_home.run_folder(f"rollback__{first}") / "rollback.json")["outputs"]["changes"] == done["outputs"]["changes"]
+
+    releases, parent = lakehouse.read_releases(lake_home, TINY.lake).to_pylist(), next_night(lake_home, D2).parent
+    assert parent.tag == first
+    assert buckets(spark, lake_home, parent, plan_night.manifest_of(lake, releases, first)) == [{3}, {3}]
+    assert buckets(spark, lake_home, parent, plan_night.manifest_of(lake, releases, second)) == [{5}, {5}], "main is the last revision's"
+
+    lakehouse.drop_references(spark, plan_night.MANIFEST, tags=[first])  # a lake of before
+    assert plan_night.manifest_of(lake, releases, first) is None
+    lakehouse.delete_partitions(spark, plan_night.MANIFEST, [D1], {})
+    assert plan_night.manifest_of(lake, releases, second) is None
 
 
 def test_a_kill_before_the_alias_is_repaired(spark: Any, lake_home: Home, shelf: Any, tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,15 +11,16 @@ import subprocess
 import sys
 from datetime import date, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobs import runner, views
-from pipeline import config, lakehouse
+from pipeline import config, lakehouse, tracking
 from pipeline.context import ROOT, Context, Home, read_json, write_json
 from pipeline.datasets import dataset
-from pipeline.errors import ContractError, GateFailed, PublishConflict, UpstreamMissing
+from pipeline.errors import ContractError, GateFailed, PublishConflict, ResourceLost, StageFailed, UpstreamMissing
 from pipeline.stages import BY_NAME, StageResult, Write
 
 pytestmark = pytest.mark.spark
@@ -80,6 +82,7 @@ def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark
     planned = run(home, "plan_night", day)
     assert (planned["status"], planned["outputs"]["tag"], planned["outputs"]["start"]) == ("done", f"d{day:%Y%m%d}", "cold")
     loaded = run(home, "ingest", day, reason="for the test")
+    assert loaded["plan"] == planned["outputs"]["input_fingerprint"]
     _check_outcome(home, loaded)
     _check_traceable(spark, home, loaded)
     before = digests(home)
@@ -89,11 +92,11 @@ def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark
 
     publish, moved = lakehouse.publish, []
 
-    def publish_late(session: Any, table: str, branch: str, tag: str = "") -> int:
+    def publish_late(session: Any, table: str, branch: str, tag: str = "", expect: int | None = None) -> int:
         if table == "raw.source_file" and not moved:  # three tables are published already
             moved.append(table)
             session.table(f"lake.{table}").limit(0).writeTo(f"lake.{table}").append()
-        return publish(session, table, branch, tag)
+        return publish(session, table, branch, tag, expect)
 
     monkeypatch.setattr(lakehouse, "publish", publish_late)
     outcome = run(home, "ingest", day, "again")
@@ -142,20 +145,46 @@ def test_a_gate_that_fails_leaves_main_untouched_and_the_branch_for_inspection(s
     run(home, "plan_night", day, "night", strict)
     with pytest.raises(GateFailed) as caught:
         run(home, "ingest", day, "night", strict)
-    assert "rejected_share <= 0 (observed 0.0" in caught.value.found
+    assert "rejected_share <= 0 from ingest.max_rejected_share (observed 0.0" in caught.value.found
     assert counts(home) == dict.fromkeys(TABLES, 0)
     failed = read_json(home.folder("staging") / "night" / "ingest.json")
     assert (failed["status"], failed["retry"], failed["error"]["class"], failed["snapshots"]) == ("failed", False, "GateFailed", {})
     branch = caught.value.next_command.removeprefix("sid inspect ")
     assert branch in references(home)["raw.source_file"]
 
+    reasons = {name.removeprefix("rejected/"): value for name, value in failed["metrics"].items() if name.startswith("rejected/")}
+    assert failed["metrics"]["rows_rejected"] > 0
+    assert failed["metrics"]["raw.item/retired_share"] == 0, "what only the job could measure was judged, too"
+
     looked = views.branch((home, config.load("tiny", (strict,))), branch)
     broken = {row["check"]: row["observed"] for row in looked if not row["holds"]}
-    assert broken["rejected_share <= 0"] > 0
+    assert broken["rejected_share <= 0 from ingest.max_rejected_share"] == failed["metrics"]["raw.source_file/rejected_share"] > 0
     assert {row["table"]: row["observed"] for row in looked if row["check"] == "rows on main"}["raw.source_file"] == 0
+    assert {row["check"].partition(",")[0].removeprefix("refused as "): row["observed"] for row in looked if "refused as" in row["check"]} == reasons
+    shown = next(row["check"] for row in looked if row["check"].startswith("retired_share"))
+    assert shown == "retired_share <= 0.05 from ingest.max_retired_share", "a metric of the job"
+    write_json(home.folder("staging") / "night" / "ingest.json", {**failed, "branch": "another"})
+    again = views.branch((home, config.load("tiny", (strict,))), branch)
+    assert {row["check"] for row in looked} - {row["check"] for row in again} == {shown}, "without the document the rows are measured again"
+    write_json(home.folder("staging") / "night" / "ingest.json", failed)
 
     with pytest.raises(UpstreamMissing, match="ingest failed"):
         Context(config=TINY, home=home, stage="item_popularity", logical_date=day, run_id="night").outcome("ingest")
+
+
+def test_rows_that_came_after_the_audit_are_not_published(spark: Any, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, day = "feature.item_day_stat", date(2026, 1, 5)
+    frame = spark.createDataFrame([(day, day, "i1", 1, "sha")], spark.table(f"lake.{table}").schema)
+    ctx = Context(config=TINY, home=home, stage="item_popularity", logical_date=day, run_id="night")
+
+    def audit(*args: Any, **kwargs: Any) -> Any:
+        lakehouse.append(spark, frame, table, ctx.branch, {})  # a try that was given up for dead writes on
+        return SimpleNamespace(metrics={})
+
+    monkeypatch.setattr(runner.quality, "audit", audit)
+    with pytest.raises(PublishConflict, match="moved since it was audited"):
+        runner._write_all(spark, ctx, (Write(table=table, frame=frame, dates=(day,)),), {}, runner.Ledger())
+    assert spark.table(f"lake.{table}").count() == 0
 
 
 # ---------------------------------------------------------------- outcomes without rows
@@ -200,7 +229,7 @@ def test_a_table_that_was_not_declared_is_not_written(spark: Any, home: Home, da
     assert references(home)["raw.source_file"] == {"main"}
 
 
-def test_an_old_success_does_not_outlive_a_defect(home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_success_does_not_outlive_a_defect(home: Home, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from jobs import maintain
 
     day = first_day(data)
@@ -208,9 +237,70 @@ def test_an_old_success_does_not_outlive_a_defect(home: Home, data: Path, monkey
     assert run(home, "maintain", day, params=(("dry_run", "true"),))["status"] == "skipped"
     assert path.is_file()
     monkeypatch.setattr(maintain, "run", lambda inputs, params, ctx: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(StageFailed, match="ZeroDivisionError: division by zero") as caught:
         run(home, "maintain", day)
-    assert not path.exists()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert "1 / 0" in caplog.text, "the traceback is in the log"
+    failed = read_json(path)
+    assert (failed["status"], failed["retry"], failed["error"]["class"]) == ("failed", False, "StageFailed")
+    assert caught.value.next_command == failed["error"]["next_command"] == f"sid run maintain --date {day} --run-id night"
+    assert "FAILED" in {found.status for found in tracking.runs_of(home, "night")}, "MLflow knows of it"
+
+
+def test_a_full_disk_may_be_tried_again_even_when_the_failure_cannot_be_written_down(home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import maintain
+
+    def full(*given: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(maintain, "run", full)
+    with pytest.raises(ResourceLost, match="No space left"):
+        run(home, "maintain", first_day(data))
+    assert read_json(home.folder("staging") / "night" / "maintain.json")["retry"] is True
+    monkeypatch.setattr(runner, "write_json", full)
+    with pytest.raises(ResourceLost, match="No space left"):
+        run(home, "maintain", first_day(data))
+
+
+def test_only_a_conflict_is_called_one(spark: Any, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metadata file that cannot be written is no conflict; main that moved is one."""
+    table, folder = "raw.item", home.folder("lake") / "raw" / "item" / "metadata"
+    for branch in ("fill", "late"):
+        lakehouse.cut_branch(spark, table, branch)
+        spark.table(f"lake.{table}").limit(0).writeTo(f"lake.{table}.branch_{branch}").append()
+    moved_away = folder.with_name("elsewhere")
+    monkeypatch.setattr(lakehouse, "references", lambda session, name: {})
+    folder.rename(moved_away)
+    folder.write_text("a file where the folder was: nothing can be written below it")
+    try:
+        with pytest.raises(Exception) as caught:  # whatever Java says
+            lakehouse.publish(spark, table, "fill")
+    finally:
+        folder.unlink()
+        moved_away.rename(folder)
+    assert not isinstance(caught.value, PublishConflict)
+    monkeypatch.undo()
+    lakehouse.publish(spark, table, "fill")
+    with pytest.raises(PublishConflict):
+        lakehouse.publish(spark, table, "late")
+    lakehouse.drop_branch(spark, table, "late")
+
+
+@pytest.mark.parametrize(
+    ("run_id", "given", "shown"),
+    [
+        ("cli__tiny__2026-03-02", "sid run assign_sid --date D", "sid run assign_sid --date 2026-03-02"),
+        ("night 1", "sid run assign_sid --date D", "sid run assign_sid --date 2026-03-02 --run-id 'night 1'"),
+        ("night", "sid run ingest --date 2026-03-01", "sid run ingest --date 2026-03-01"),
+        ("night", "sid run refresh --date D --set plan_night.policy=cold", "sid run refresh --date 2026-03-02 --set plan_night.policy=cold"),
+        ("night", "sid run train_ranker --date D", "sid run train_ranker --date 2026-03-02"),
+        ("night", "sid repair", "sid repair"),
+    ],
+)
+def test_the_next_command_is_completed_with_the_date_and_the_run(tmp_path: Path, run_id: str, given: str, shown: str) -> None:
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="publish_release", logical_date=date(2026, 3, 2), run_id=run_id)
+    assert runner.completed(given, ctx) == shown
+    assert runner.completed(shown, ctx) == shown
 
 
 # ---------------------------------------------------------------- killed

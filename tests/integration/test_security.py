@@ -119,7 +119,8 @@ def test_somebody_is_told_which_table_branch_and_expectation_failed_and_what_to_
     assert alert["table"] == "raw.source_file"
     assert alert["audit_branch"].startswith("audit_ingest_20260302_")
     assert any("rejected_share" in expectation and "observed" in expectation for expectation in alert["failed_expectations"])
-    assert alert["next_command"] == f"sid inspect {alert['audit_branch']}"
+    assert alert["next_command"] == f"sid inspect {alert['audit_branch']} --profile tiny"
+    assert any("from ingest.max_rejected_share" in expectation for expectation in alert["failed_expectations"]), "the setting to change is named"
 
 
 @pytest.mark.spark
@@ -181,11 +182,24 @@ def test_a_hostile_override_is_refused_or_stays_a_string(text: str) -> None:
     assert loaded.source.path in (text, text.strip())
 
 
-@pytest.mark.parametrize("name", ["password", "s3.secret-access-key", "token", "jdbc.password", "credential", "s3.access-key-id"])
+@pytest.mark.parametrize("name", [
+    "password", "s3.secret-access-key", "token", "jdbc.password", "credential", "s3.access-key-id", "header.Authorization", "adls.auth.shared-key.account.key",
+    "adls.account-key", "header.X-Api-Key", "adls.sas.account", "client.cookie",
+])  # fmt: skip
 def test_a_secret_has_no_place_in_a_profile(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load("tiny", (f'lake.properties={{"{name}"="{PASSWORD}"}}',))
     assert PASSWORD not in str(caught.value)
+
+
+def test_properties_that_are_no_secrets_have_one() -> None:
+    plain = {
+        "io-impl": "org.apache.iceberg.aws.s3.S3FileIO",
+        "header.X-Iceberg-Access-Delegation": "vended-credentials",
+        "s3.endpoint": "http://127.0.0.1:9",
+        "client.region": "x",
+    }
+    assert config.Lake(properties=plain).properties == plain
 
 
 @pytest.mark.parametrize("text", ["/etc/passwd", "../{date}.csv", "a/../../{date}.csv", "{date}/../../../x"])

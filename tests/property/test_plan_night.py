@@ -48,7 +48,7 @@ generations = st.lists(st.integers(1, 6), unique=True, max_size=4).map(lambda nu
 
 def plan_of(releases: list[dict[str, Any]], known: list[dict[str, Any]], loaded: config.Config = TINY) -> Plan:
     ctx = Context(config=loaded, home=Home(Path("unused")), stage="plan_night", logical_date=DAY, run_id="r")
-    return make_plan(ctx, loaded.plan_night, FILES, (), releases, known)
+    return make_plan(ctx, loaded.plan_night, FILES, (), releases, known, [row["tag"] for row in releases])
 
 
 @given(histories(), generations)

@@ -83,7 +83,7 @@ def test_a_failed_gate_says_table_branch_expectations_and_what_to_type(home: Hom
     assert alerts.failure(context()) == {
         "event": "task_failed", "dag": "sid_refresh", "task": "ingest", "run_id": RUN, "try": 2, "date": "2026-03-01", "profile": "tiny",
         "table": "raw.source_file", "audit_branch": "audit_ingest_20260301_1a2b3c4d",
-        "failed_expectations": ["a <= 1 (observed 3)", "b >= 2 (observed 0)"], **GATE.fields(),
+        "failed_expectations": ["a <= 1 (observed 3)", "b >= 2 (observed 0)"], **GATE.fields(), "next_command": f"{GATE.next_command} --profile tiny",
     }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_without_a_document_the_exception_speaks(home: Home) -> None:
     behind = RuntimeError("wrapped")
     behind.__cause__ = UpstreamMissing("no file", next_command="sid run ingest")
     found = alerts.failure(context(exception=behind))
-    assert (found["class"], found["headline"], found["next_command"]) == ("UpstreamMissing", "no file", "sid run ingest")
+    assert (found["class"], found["headline"], found["next_command"]) == ("UpstreamMissing", "no file", "sid run ingest --profile tiny")
     (home.run_folder(f"{RUN}__sid_refresh") / "ingest.json").write_text("{")
     assert alerts.failure(context())["headline"] == "a document of the run is damaged"
     assert alerts.failure(context(exception=None, ti=SimpleNamespace(dag_id="d", task_id="t", try_number=1)))["headline"] == "the process ended"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-from pipeline import catalog, lakehouse, spark
+from pipeline import catalog, config, lakehouse, spark
 from pipeline.config import Lake, Launch
 from pipeline.context import Home
 from pipeline.errors import ConfigError, UpstreamMissing
@@ -103,6 +104,35 @@ def test_a_table_of_a_server_is_found_or_missing_and_nothing_is_made_by_looking(
     rows = pa.table({"tag": ["d20260301"], "logical_date": ["2026-03-01"], "revision": [1]})
     maker.create_table("sid.release", rows.schema).append(rows)
     assert lakehouse.read_releases(home, lake)["tag"].to_pylist() == ["d20260301"]
+    maker.engine.dispose()
+
+
+def test_some_items_are_read_without_the_others_and_main_tells_its_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    from pyiceberg.catalog import load_catalog
+
+    from jobs import views
+
+    monkeypatch.setenv("SID_CATALOG_URI", f"jdbc:sqlite:{tmp_path}/lake.db")
+    monkeypatch.setenv("SID_WAREHOUSE", (tmp_path / "lake").as_uri())
+    home, configured = Home(tmp_path / "home"), config.load("tiny", ("lake.catalog=jdbc",))
+    maker = load_catalog("lake", type="sql", uri=f"sqlite:///{tmp_path}/lake.db", warehouse=(tmp_path / "lake").as_uri())
+    maker.create_namespace("raw")
+    for day in (1, 2, 3):
+        names = ["i1", "it's", "i3"][:day]
+        rows = {"item_id": names, "title": [f"{name} {day}" for name in names], "image_uri": pa.nulls(day, pa.string())}
+        rows |= {"file_date": pa.array([date(2026, 3, day)] * day)}
+        table = maker.create_table("raw.item", pa.table(rows).schema) if day == 1 else maker.load_table("raw.item")
+        table.append(pa.table(rows), snapshot_properties={"sid.record_key": str(day)})
+    full = lakehouse.read_arrow(home, configured.lake, "raw.item")
+    some = lakehouse.read_arrow(home, configured.lake, "raw.item", among={"item_id": ["it's", "nobody"]})
+    assert (len(full), some["title"].to_pylist(), some.column_names) == (6, ["it's 3", "it's 2"], full.column_names)
+    assert len(lakehouse.read_arrow(home, configured.lake, "raw.item", among={"item_id": []})) == 0
+    shown = views.titles((home, configured), date(2026, 3, 2), ["it's", "i3"])
+    assert shown.select(["item_id", "title"]).to_pylist() == [{"item_id": "it's", "title": "it's 2"}], "newest up to the day"
+    commits = lakehouse.main_commits(home, configured.lake, "raw.item")
+    assert [commit.origin["sid.record_key"] for commit in commits] == ["3", "2", "1"]
+    assert commits[0].at >= commits[-1].at > 0
     maker.engine.dispose()
 
 

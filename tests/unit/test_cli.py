@@ -12,9 +12,10 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from jobs import cli, launchers
+from jobs import cli, launchers, profiles
 from jobs.launchers import Request
-from pipeline.context import Context
+from pipeline import config
+from pipeline.context import Context, Home
 from pipeline.errors import ConfigError, ContractError
 from pipeline.stages import STAGES, group
 
@@ -219,6 +220,87 @@ def test_the_first_stage_that_fails_ends_the_run_with_its_code(monkeypatch: pyte
     assert ended(["run", "refresh", "--date", "2026-03-01", "-p", "tiny"], monkeypatch) == 64
     assert seen == ["plan_night", "ingest", "item_popularity"]
     assert "no such day" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the profile that made the lake
+
+
+def made_with(home: Path, profile: str) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    profiles.remember(Home(home), profile)
+
+
+def config_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Profile that `sid run train_ranker` runs with."""
+    (ctx,) = launched(monkeypatch, ["run", "train_ranker", "--date", "2026-03-01", *arguments])
+    return ctx.config.name
+
+
+def test_a_command_without_a_profile_takes_the_one_that_made_the_lake_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    assert config_of(monkeypatch) == "demo"
+    assert "profile" not in capsys.readouterr().err, "nothing is known yet"
+    made_with(home, "tiny")
+    assert config_of(monkeypatch) == "tiny"
+    assert f"profile tiny, as {home / 'profile.json'} says" in capsys.readouterr().err
+    assert config_of(monkeypatch, "--profile", "shop") == "shop"
+    monkeypatch.setenv("SID_PROFILE", "shop")
+    assert config_of(monkeypatch) == "shop"
+
+
+def test_the_first_ingest_is_remembered_and_a_later_one_changes_nothing(monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path) -> None:
+    from jobs import runner
+
+    monkeypatch.setattr(runner, "run_stage", lambda ctx: {"stage": ctx.stage, "status": "done", "seconds": 0.0})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text((config.PROFILES / "tiny.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    assert ended(["run", "plan_night", "--date", "2026-03-01", "-p", "mine.toml"], monkeypatch) == 0
+    assert profiles.remembered(Home(home)) == "", "a plan of a mistyped profile has loaded nothing"
+    for profile in ("mine.toml", "tiny"):
+        assert ended(["run", "ingest", "--date", "2026-03-01", "-p", profile], monkeypatch) == 0
+        assert profiles.remembered(Home(home)) == str(tmp_path / "mine.toml")
+    assert config_of(monkeypatch) == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["maintain"],
+        ["maintain", "--dry-run"],
+        ["run", "maintenance", "--date", "2026-03-01"],
+        ["rollback", "--to", "d20260301", "--reason", "why"],
+        ["pin", "d20260301", "--by", "me"],
+        ["backfill", "--start", "2026-03-01", "--end", "2026-03-01", "--reason", "why"],
+    ],
+)
+def test_what_cannot_be_undone_is_refused_with_a_profile_of_the_environment_that_is_not_the_lakes(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    made_with(home, "nightly")
+    monkeypatch.setenv("SID_PROFILE", "tiny")
+    assert ended(arguments, monkeypatch) == 64
+    shown = capsys.readouterr().err
+    assert "ConfigError" in shown
+    assert all(words in shown for words in ("nightly", "tiny", "SID_PROFILE", "profile.json"))
+    assert launched(monkeypatch, ["run", "maintenance", "--date", "2026-03-01", "--profile", "tiny"]), "typed, it is meant"
+    monkeypatch.setenv("SID_PROFILE", "nightly")
+    assert launched(monkeypatch, ["run", "maintenance", "--date", "2026-03-01"])
+
+
+def test_the_next_command_of_an_error_carries_the_profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(["show", "50", "--profile", "tiny"], monkeypatch) == 75
+    assert "next      sid releases --profile tiny" in capsys.readouterr().err
+    assert ended(["show", "50"], monkeypatch) == 75
+    assert "--profile" not in capsys.readouterr().err
+
+
+def test_a_stage_after_a_plan_that_failed_is_planned_anew(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    manifest = home / "staging" / "r" / "plan_night.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"status": "failed"}')
+    words = ["run", "ingest", "--date", "2026-03-01", "-p", "tiny", "--run-id", "r"]
+    assert [ctx.stage for ctx in launched(monkeypatch, words)] == ["plan_night", "ingest"]
 
 
 # ---------------------------------------------------------------- small parts

@@ -106,6 +106,19 @@ def test_the_plan_survives_its_document(tmp_path: Path) -> None:
     assert make(tmp_path, attempt=3, stage="assign_sid").plan() == plan
 
 
+def test_an_outcome_serves_only_the_plan_it_was_made_under(tmp_path: Path) -> None:
+    ctx = make(tmp_path)
+    write_json(ctx.staging / "assign_sid.json", {"status": "done", "plan": "f", "outputs": {"tag": "x"}})
+    assert ctx.outcome("assign_sid")["outputs"] == {"tag": "x"}, "a run without a manifest has nothing to compare with"
+    write_json(ctx.staging / "plan_night.json", {"outputs": a_plan().model_dump(mode="json")})
+    assert ctx.outcome("assign_sid")["outputs"] == {"tag": "x"}
+    write_json(ctx.staging / "plan_night.json", {"outputs": a_plan(input_fingerprint="g").model_dump(mode="json")})
+    with pytest.raises(ContractError, match="planned anew from other inputs") as caught:
+        ctx.outcome("assign_sid")
+    assert (caught.value.found, caught.value.next_command) == ("of f", "sid run refresh --date 2026-03-01")
+    assert ctx.plan().input_fingerprint == "g"
+
+
 def test_a_plan_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     ctx = make(tmp_path)
     write_json(ctx.staging / "plan_night.json", {"outputs": {**a_plan().model_dump(mode="json"), "extra": 1}})

@@ -241,6 +241,9 @@ def test_folder_without_a_mapping_takes_columns_that_bear_our_names(user_folder:
         ({"options": {"event_type": "'; drop"}}, "click, cart"),
         ({"options": {"items": 5}}, "time_format"),
         ({"image_root": "../pictures"}, "source.image_root"),
+        ({"image_root": "file:///pictures"}, "without a protocol"),
+        ({"image_root": "abc://pictures"}, "Protocol not known: abc"),
+        ({"image_root": "simplecache::file:///pictures"}, "source.image_root"),
     ],
 )
 def test_folder_refuses_what_it_cannot_use(user_folder: Path, changes: dict[str, object], message: str):
@@ -256,10 +259,8 @@ def test_folder_refuses_links_that_lead_out(user_folder: Path, tmp_path: Path):
 
 
 def test_folder_keeps_image_addresses_and_reads_items_from_events(user_folder: Path):
-    spec = folder_spec(
-        user_source(user_folder, image_root="s3://bucket/pictures", catalogue="from_events", item_columns={"item_id": "sku", "text_vector": "v"})
-    )
-    assert spec.image_root == "s3://bucket/pictures"
+    spec = folder_spec(user_source(user_folder, image_root="memory://pictures", catalogue="from_events", item_columns={"item_id": "sku", "text_vector": "v"}))
+    assert spec.image_root == "memory://pictures"
     assert spec.items_path is None
     assert spec.kinds == ("events",)
     assert spec.event_columns == ("who", "sku", "when", "v")
@@ -336,6 +337,25 @@ def test_headers_that_are_accepted(tmp_path: Path):
     assert check_header(path, "jsonl", wanted) is None
     pq.write_table(pa.table({"who": [1], "a, b": [2]}), path)
     assert check_header(path, "parquet", wanted) is None
+
+
+def test_an_image_store_without_its_driver_is_refused_before_anything_is_read(user_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match="s3fs"):
+        folder_spec(user_source(user_folder, image_root="s3://bucket/pictures"))
+
+
+def test_a_file_with_rows_is_told_from_one_with_a_header_only(tmp_path: Path):
+    path = tmp_path / "day"
+    for text, fmt, rows_there in [
+        ("a,b\n", "csv", False), ("a,b", "csv", False), ("a,b\r\n\r\n  \n", "csv", False), ('"a\nc",b\n', "csv", False), ("a,b\n,\n", "csv", True),
+        ("", "jsonl", False), ("\n\n", "jsonl", False), ("\n{}\n", "jsonl", True),
+    ]:  # fmt: skip
+        path.write_text(text, newline="")
+        assert base.has_rows(path, fmt) is rows_there, text
+    for rows_there in (0, 3):
+        pq.write_table(pa.table({"a": pa.array(range(rows_there))}), path)
+        assert base.has_rows(path, "parquet") is bool(rows_there)
 
 
 def test_online_retail_reads_the_users_folder(tmp_path: Path):

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
 from pipeline import errors
-from pipeline.errors import ConfigError, ContractError, GateFailed, PublishConflict, SidError, UpstreamMissing, VersionMismatch, from_fields
+from pipeline.errors import (
+    ConfigError,
+    ContractError,
+    GateFailed,
+    PublishConflict,
+    ResourceLost,
+    SidError,
+    StageFailed,
+    UpstreamMissing,
+    VersionMismatch,
+    for_profile,
+    from_fields,
+    unforeseen,
+)
 
-KINDS = (ConfigError, ContractError, GateFailed, VersionMismatch, PublishConflict, UpstreamMissing)
+KINDS = (ConfigError, ContractError, GateFailed, VersionMismatch, StageFailed, PublishConflict, ResourceLost, UpstreamMissing)
 
 
 def example(kind: type[SidError]) -> SidError:
@@ -47,8 +61,14 @@ def test_fields_survive_json(kind: type[SidError]) -> None:
 
 
 def test_exit_codes_say_whether_a_retry_helps() -> None:
-    assert {kind.__name__ for kind in KINDS if example(kind).exit_code == 75} == {"PublishConflict", "UpstreamMissing"}
-    assert {kind.__name__ for kind in KINDS if example(kind).exit_code == 64} == {"ConfigError", "ContractError", "GateFailed", "VersionMismatch"}
+    assert {kind.__name__ for kind in KINDS if example(kind).exit_code == 75} == {"PublishConflict", "ResourceLost", "UpstreamMissing"}
+    assert {kind.__name__ for kind in KINDS if example(kind).exit_code == 64} == {
+        "ConfigError",
+        "ContractError",
+        "GateFailed",
+        "VersionMismatch",
+        "StageFailed",
+    }
     assert all(example(kind).retry == (example(kind).exit_code == 75) for kind in KINDS)
 
 
@@ -58,3 +78,68 @@ def test_an_unknown_class_is_not_retried_and_makes_no_other_object(fields: dict[
     assert type(error) is SidError
     assert error.exit_code == 64
     assert error.headline
+
+
+class Speechless(Exception):
+    """Like an exception of Java whose JVM has gone: asking for its text raises another one."""
+
+    def __str__(self) -> str:
+        raise ConnectionRefusedError
+
+
+def caused(error: Exception, by: Exception) -> Exception:
+    error.__cause__ = by
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (ZeroDivisionError("division by zero"), StageFailed, "ZeroDivisionError: division by zero"),
+        (OSError(errno.ENOSPC, "No space left on device"), ResourceLost, "OSError: [Errno 28] No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), StageFailed, "FileNotFoundError: [Errno 2] No such file"),
+        (MemoryError(), ResourceLost, "MemoryError"),
+        (TimeoutError("read"), ResourceLost, "TimeoutError: read"),
+        (RuntimeError("Job aborted\nExecutorLostFailure (executor 2 exited)"), ResourceLost, "RuntimeError: Job aborted"),
+        (caused(ValueError("cannot read"), ConnectionResetError("peer")), ResourceLost, "ValueError: cannot read"),
+        (Speechless(), StageFailed, "test_errors.Speechless: <exception str() failed>"),
+    ],
+)
+def test_a_foreign_exception_says_what_it_is_and_is_retried_where_another_try_may_help(error: Exception, kind: type[SidError], told: str) -> None:
+    known = unforeseen(error, where="ingest", next_command="sid run ingest --date D")
+    assert type(known) is kind
+    assert known.headline == f"the stage was ended by {type(error).__name__}"
+    assert known.found.endswith(told.removeprefix("test_errors."))
+    assert (known.where, known.next_command) == ("ingest", "sid run ingest --date D")
+
+
+def test_a_secret_in_a_foreign_exception_is_blotted_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SID_CATALOG_PASSWORD", "c4n4ry-password")
+    assert "c4n4ry" not in str(unforeseen(ValueError("login c4n4ry-password"), where="ingest", next_command=""))
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("sid run refresh --date D", "sid run refresh --date D --profile nightly"),
+        (
+            "sid run ingest --date D1; sid run ingest --date D2  (or close days)",
+            "sid run ingest --date D1 --profile nightly; sid run ingest --date D2 --profile nightly  (or close days)",
+        ),
+        ("sid run consumers --date D, to train", "sid run consumers --date D --profile nightly, to train"),
+        ("sid inspect audit_x_20260301_abc", "sid inspect audit_x_20260301_abc --profile nightly"),
+        ("sid run refresh --date D --profile tiny", "sid run refresh --date D --profile tiny"),
+        ("sid stages", "sid stages"),
+        ("rm -r folder", "rm -r folder"),
+        ("see the task's log", "see the task's log"),
+        ("", ""),
+    ],
+)
+def test_the_next_command_is_one_for_the_profile(command: str, shown: str) -> None:
+    assert for_profile(command, "nightly") == shown
+    assert for_profile(command, "demo") == for_profile(command, "") == command
+
+
+def test_a_message_names_the_profile_and_a_path_with_a_space_is_quoted() -> None:
+    assert example(GateFailed).message("my nights.toml").splitlines()[-1].endswith("sid releases --profile 'my nights.toml'")
+    assert str(example(GateFailed)).endswith("sid releases")

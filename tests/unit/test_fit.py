@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import tokenizer_contract as contract
 import torch
@@ -225,10 +227,14 @@ class Lake:
     def __init__(self, tables: dict[str, pa.Table]) -> None:
         self.tables = tables
         self.asked: dict[str, str] = {}
+        self.among: dict[str, dict[str, Iterable[str]]] = {}
 
-    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "") -> pa.Table:
-        self.asked[table] = where
-        return self.tables[table]
+    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "", **among: Iterable[str]) -> pa.Table:
+        self.asked[table], self.among[table] = where, among
+        rows = self.tables[table]
+        for name, values in among.items():
+            rows = rows.filter(pc.is_in(rows[name], value_set=pa.array(sorted(values), rows[name].type)))
+        return rows.set_column(3, "vector", rows["vector"].cast(pa.large_list(pa.float32()))) if among else rows
 
 
 def night(tmp_path: Path, *, new_generation: bool, tokenizer: str) -> Context:
@@ -280,6 +286,7 @@ def test_the_job_fits_a_new_generation(tmp_path, tokenizer):
     assert (tuple(done.outputs["slots"]), tuple(done.outputs["codebook_sizes"])) == (again.slots, again.codebook_sizes)
     assert "status == 'live'" in tables.asked["feature.item_feature"]
     assert tables.asked["feature.item_behavior_vector"] == "logical_date in ('2026-01-02')"
+    assert tables.among["feature.item_content_vector"] == {"encoder_id": {"e"}, "content_hash": {f"i{row:03}" for row in range(60)}}
     assert done.model.example_output["codes"].shape == (2, len(again.slots))
     assert 0.0 <= done.metrics["tokenizer/collision_rate"] <= 1.0
     assert json.dumps([dict(figure.data) for figure in done.figures.values()])

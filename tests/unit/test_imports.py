@@ -93,7 +93,7 @@ def test_dag_files_load_airflow_and_nothing_else_that_is_heavy(tmp_path: Path) -
     assert "airflow" in packages(found)
     assert packages(found) & (HEAVY - {"airflow"}) == set()
     assert packages(found) & {"numpy", "pyarrow"} == set()
-    assert {name for name in found if name.startswith("jobs.")} == {"jobs.airflow_task", "jobs.alerts"}, "a DAG file knows no job"
+    assert {name for name in found if name.startswith("jobs.")} == {"jobs.airflow_task", "jobs.alerts", "jobs.profiles"}, "a DAG file knows no job"
 
 
 # ---------------------------------------------------------------- what the files say

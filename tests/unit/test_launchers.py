@@ -103,7 +103,7 @@ def test_a_process_of_a_named_run_keeps_the_nights_manifest(tmp_path: Path, monk
 @pytest.mark.parametrize("kind", sorted(COMMANDS))
 @pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
 def test_a_command_is_a_list_of_words_that_ends_in_the_stages_arguments(tmp_path: Path, kind: str, stage: str) -> None:
-    ctx = context(tmp_path, stage, "launch.image=sidmill:1.2.3")
+    ctx = context(tmp_path, stage, "launch.image=sidmill:1.2.3", "launch.volume_claim=home")
     request = Request(profile="tiny", overrides=("seed=3",))
     for command in COMMANDS[kind](ctx, request):
         assert all(isinstance(word, str) for word in command)
@@ -143,7 +143,7 @@ def test_torchrun_starts_several_processes_only_for_stages_that_join_a_process_g
 @pytest.mark.parametrize("image", ["", "sidmill:latest", "registry.example/sidmill:latest"])
 def test_an_image_that_may_change_is_refused(tmp_path: Path, image: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        kubernetes_manifest(context(tmp_path, "ingest", f"launch.image={image}"), Request(profile="tiny"))
+        kubernetes_manifest(context(tmp_path, "ingest", f"launch.image={image}", "launch.volume_claim=home"), Request(profile="tiny"), 1)
     assert "launch.image" in caught.value.expected
     assert caught.value.found == (image or "nothing")
 
@@ -152,9 +152,11 @@ def test_the_manifest_is_one_non_root_container_without_retries_or_secrets(tmp_p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
     monkeypatch.setenv("SOME_PASSWORD", "hunter2")
     monkeypatch.delenv("SID_HOME", raising=False)
-    ctx = context(tmp_path, "train_tokenizer", "launch.image=sidmill@sha256:0123")
-    manifest = kubernetes_manifest(ctx, Request(profile="tiny"))
+    monkeypatch.setenv("SID_JARS", "postgresql.jar")
+    ctx = context(tmp_path, "train_tokenizer", "launch.image=sidmill@sha256:0123", "launch.volume_claim=home")
+    manifest = kubernetes_manifest(ctx, Request(profile="tiny"), 1)
     assert manifest["spec"]["backoffLimit"] == 0, "retries are Airflow's"
+    assert manifest["spec"]["ttlSecondsAfterFinished"] > 0, "finished Jobs go away by themselves"
     pod = manifest["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
@@ -165,32 +167,42 @@ def test_the_manifest_is_one_non_root_container_without_retries_or_secrets(tmp_p
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment["MLFLOW_TRACKING_URI"] == "http://mlflow.example"
     assert environment["SID_HOME"] == str(ctx.home.root), "the outcome file is read from the launcher's own home"
+    assert environment["SID_JARS"] == "postgresql.jar"
+    assert pod["volumes"] == [{"name": "home", "persistentVolumeClaim": {"claimName": "home"}}]
+    assert container["volumeMounts"] == [{"name": "home", "mountPath": str(ctx.home.root)}]
     assert "hunter2" not in json.dumps(manifest)
-    assert (
-        kubernetes_manifest(context(tmp_path, "ingest", "launch.image=sidmill:1.2"), Request(profile="tiny"))["spec"]["template"]["spec"]["containers"][0][
-            "resources"
-        ]
-        == {}
-    )
+    other = context(tmp_path, "ingest", "launch.image=sidmill:1.2", "launch.volume_claim=home")
+    assert kubernetes_manifest(other, Request(profile="tiny"), 1)["spec"]["template"]["spec"]["containers"][0]["resources"] == {}
+
+
+def test_a_job_without_a_volume_for_the_home_is_refused_because_its_outcome_could_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.volume_claim"):
+        kubernetes_manifest(context(tmp_path, "ingest", "launch.image=sidmill:1.2"), Request(profile="tiny"), 1)
 
 
 @pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
 def test_a_job_name_is_a_valid_label_and_differs_by_try(tmp_path: Path, stage: str) -> None:
     import re
 
-    name = job_name(context(tmp_path, stage, attempt=12))
+    name = job_name(context(tmp_path, stage), 12)
     assert re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])", name)
-    assert name != job_name(context(tmp_path, stage, attempt=13))
+    assert name != job_name(context(tmp_path, stage), 13)
 
 
 def test_the_job_is_created_from_the_staged_manifest_followed_and_waited_for(tmp_path: Path) -> None:
-    ctx = context(tmp_path, "ingest", "launch.image=sidmill:1.2", "launch.namespace=night")
+    ctx = context(tmp_path, "ingest", "launch.image=sidmill:1.2", "launch.volume_claim=home", "launch.namespace=night")
     create, follow, wait = COMMANDS["kubernetes"](ctx, Request(profile="tiny"))
     assert all(command[:3] == ["kubectl", "--namespace", "night"] for command in (create, follow, wait))
-    assert json.loads(Path(create[-1]).read_text())["metadata"]["name"] == job_name(ctx)
+    assert json.loads(Path(create[-1]).read_text())["metadata"]["name"] == job_name(ctx, 1)
     assert (follow[3], wait[3]) == ("logs", "wait")
-    assert f"job/{job_name(ctx)}" in follow
-    assert f"job/{job_name(ctx)}" in wait
+    assert f"job/{job_name(ctx, 1)}" in follow
+    assert f"job/{job_name(ctx, 1)}" in wait
+
+
+def test_the_same_stage_run_again_by_hand_makes_another_job(tmp_path: Path) -> None:
+    ctx = context(tmp_path, "ingest", "launch.image=sidmill:1.2", "launch.volume_claim=home", attempt=1)
+    made = [json.loads(Path(COMMANDS["kubernetes"](ctx, Request(profile="tiny"))[0][-1]).read_text())["metadata"]["name"] for _ in range(3)]
+    assert made == [job_name(ctx, number) for number in (1, 2, 3)]
 
 
 # ---------------------------------------------------------------- outcomes

@@ -70,6 +70,12 @@ def test_days_go_below_the_oldest_young_release_where_no_release_lives() -> None
     assert maintain.dropped_days(days, ROWS, set(), alive) == [], "with nothing young there is no line to draw"
 
 
+def test_a_day_that_was_written_lately_is_known_by_the_snapshot_that_added_its_files() -> None:
+    history = History(committed={1: NOW - timedelta(days=40), 2: NOW - timedelta(days=1)}, branches={"main": 2}, tags={})
+    files = [StoredFile(bytes=1, partition=(day,), added=added) for day, added in (("2026-01-01", 1), ("2026-01-02", 1), ("2026-01-02", 2), ("2026-01-03", 7))]
+    assert maintain.changed_days(files, history, NOW - timedelta(days=14)) == {date(2026, 1, 2)}, "snapshot 7 has expired, so it is old"
+
+
 def test_a_snapshot_stays_while_it_is_young_or_pointed_at() -> None:
     history = History(
         committed={number: NOW - timedelta(days=100 - 10 * number) for number in range(1, 10)}, branches={"main": 9, "audit_x": 3}, tags={"t": 2, "u": 4}

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from jobs.plan_night import check_held, make_plan, parent_release, planned, tag_name
+from jobs.plan_night import LEDGER, RAW, check_finished, check_held, check_manifest, last_revision, make_plan, parent_release, planned, tag_name, unfinished
 from pipeline import config
 from pipeline.context import Context, Home, Plan, PlannedFile
 from pipeline.datasets.base import EVENT_COLUMNS, SourceSpec, file_digest
 from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.lakehouse import Commit
+from pipeline.stages import STAGES
 
 DAY = date(2026, 3, 2)  # a Monday
 YESTERDAY = DAY - timedelta(days=1)
@@ -44,7 +46,8 @@ def a_generation(number: int = 1, fingerprint: str = "inputs of the first night"
 
 
 def plan_of(ctx: Context, releases: tuple[dict[str, Any], ...] = (), generations: tuple[dict[str, Any], ...] = (), **given: Any) -> Plan:
-    return make_plan(ctx, ctx.config.plan_night, given.get("files", (a_file(),)), given.get("ledger", ()), releases, generations)
+    held = given.get("held", [row["tag"] for row in releases])
+    return make_plan(ctx, ctx.config.plan_night, given.get("files", (a_file(),)), given.get("ledger", ()), releases, generations, held)
 
 
 # ---------------------------------------------------------------- policy
@@ -105,6 +108,22 @@ def test_an_expired_parent_is_refused() -> None:
         check_held("d20260301", {"d20260302": 7})
 
 
+def test_a_night_copies_nothing_from_a_parent_whose_manifest_is_gone(tmp_path: Path) -> None:
+    frozen = plan_of(context(tmp_path), (a_release(),), (a_generation(1),))
+    check_manifest(frozen, 7)
+    with pytest.raises(ContractError, match="manifest that d20260301 was made from is gone") as caught:
+        check_manifest(frozen, None)
+    assert caught.value.next_command.startswith("sid backfill --start 2026-03-01 --end 2026-03-01 ")
+    check_manifest(plan_of(context(tmp_path, "plan_night.policy=cold"), (a_release(),), (a_generation(1),)), None)
+    check_manifest(plan_of(context(tmp_path)), None)
+
+
+def test_the_last_revision_of_a_date_is_the_one_published_last_whatever_became_of_it() -> None:
+    rows = [a_release(revision=2, status="withdrawn"), a_release(), a_release(DAY, 3)]
+    assert last_revision(rows, YESTERDAY) == rows[0]
+    assert last_revision(rows, DAY - timedelta(days=9)) is None
+
+
 def test_settings_of_readers_and_of_housekeeping_change_no_night(tmp_path: Path) -> None:
     plain = plan_of(context(tmp_path)).input_fingerprint
     assert plan_of(context(tmp_path, "train_ranker.dim=32", "maintain.release_days=30", "launch.threads=2")).input_fingerprint == plain
@@ -144,6 +163,14 @@ def test_an_unfinished_withdrawn_or_other_night_is_not_reused(tmp_path: Path, ch
     again = plan_of(ctx, (today,), (a_generation(1, first.input_fingerprint),))
     assert again.reuse == ""
     assert (again.tag, again.revision) == ("d20260302_r2", 2)
+
+
+def test_a_night_whose_rows_were_swept_away_is_made_again(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    first = plan_of(ctx)
+    today = a_release(DAY, input_fingerprint=first.input_fingerprint)
+    again = plan_of(ctx, (today,), (a_generation(1, first.input_fingerprint),), held=["d20260301"])
+    assert (again.reuse, again.tag, again.generation) == ("", "d20260302_r2", 1)
 
 
 def test_revisions_count_on_from_the_highest(tmp_path: Path) -> None:
@@ -269,3 +296,64 @@ def test_a_file_of_a_later_day_changes_nothing(tmp_path: Path) -> None:
     before = planned(spec, ctx, [])
     put(tmp_path, f"{DAY + timedelta(days=1)}.csv")
     assert planned(spec, ctx, []) == before
+
+
+@pytest.mark.parametrize("source", ["source.absent=missing", "source.absent=declared_empty", "source.closed_weekdays=['monday']"])
+def test_a_loaded_file_that_was_archived_keeps_its_rows(tmp_path: Path, source: str) -> None:
+    put(tmp_path, f"{DAY}.csv")
+    ledger = [a_ledger_row(a_file(day, kind=kind)) for day in (YESTERDAY, DAY) for kind in ("events", "items")]
+    spec, ctx = a_source(tmp_path, first_date=DAY), context(tmp_path, source)
+    assert [(file.file_date, file.kind) for file in planned(spec, ctx, ledger)] == [(DAY, "events")], "the items of the day stay as they were loaded"
+    (tmp_path / f"{DAY}.csv").unlink()
+    assert planned(spec, ctx, ledger) == ()
+    assert planned(spec, context(tmp_path, source, day=YESTERDAY), ledger[:2]) == (), "a night before the first file that is left"
+    (tmp_path / f"items-{DAY}.csv").touch()
+    assert [(file.kind, file.status, file.bytes) for file in planned(spec, ctx, ledger)] == [("items", "present", 0)], "an empty file empties its day"
+
+
+# ---------------------------------------------------------------- half an ingest
+
+
+def a_commit(at: int, key: str, day: date = YESTERDAY, stage: str = "ingest") -> Commit:
+    return Commit(at=at, origin={"sid.stage": stage, "sid.record_key": key, "sid.logical_date": str(day)})
+
+
+def histories(ledger: list[Commit], **tables: list[Commit]) -> dict[str, list[Commit]]:
+    made = Commit(at=1, origin={})
+    return {LEDGER: [*ledger, made], **{table: [*tables.get(table.split(".")[1], ledger), made] for table in RAW}}
+
+
+def test_an_ingest_without_its_marker_is_unfinished() -> None:
+    first, again = a_commit(10, "n1/ingest-1"), a_commit(20, "n1/ingest-1.1")
+    assert unfinished(histories([])) == set()
+    assert unfinished(histories([first])) == set()
+    assert unfinished(histories([first], interaction=[again, first])) == {YESTERDAY}
+    assert unfinished(histories([first], interaction=[a_commit(20, "n1/ingest-1"), first])) == {YESTERDAY}, "a try that was never recorded has its name again"
+    assert unfinished(histories([], item=[first])) == {YESTERDAY}, "the first of all"
+    assert unfinished(histories([again, first])) == set(), "run again to its end"
+
+
+def test_what_other_stages_write_and_what_the_ledger_forgot_is_finished() -> None:
+    first, later = a_commit(10, "n1/ingest-1"), a_commit(20, "n2/ingest-1", DAY)
+    refused = a_commit(30, "n2/content_embedding-1", DAY, stage="content_embedding")
+    assert unfinished(histories([later, first], interaction=[first], rejected_row=[refused, later, first])) == set(), "a night that only brought items"
+    forgotten = histories([later], interaction=[first])
+    forgotten[LEDGER] = [later]  # housekeeping expired the rest; the newest snapshot of a table always stays
+    assert unfinished(forgotten) == set()
+
+
+def test_a_night_waits_for_half_an_ingest_unless_its_own_files_replace_it() -> None:
+    check_finished(set(), (), DAY)
+    check_finished({DAY}, (), YESTERDAY)
+    check_finished({DAY, YESTERDAY}, (a_file(), a_file(YESTERDAY)), DAY)
+    with pytest.raises(UpstreamMissing) as caught:
+        check_finished({YESTERDAY}, (a_file(),), DAY)
+    assert f"sid run ingest --date {YESTERDAY}" in caught.value.next_command
+    with pytest.raises(UpstreamMissing):
+        check_finished({DAY}, (), DAY)
+
+
+def test_the_ledger_is_pinned_before_the_rows_it_vouches_for() -> None:
+    """The other way round a file loaded in between would count as read while its old rows were."""
+    for stage in (stage for stage in STAGES if LEDGER in stage.inputs and stage.group != "maintenance"):
+        assert next(name for name in stage.inputs if name.startswith("raw.")) == LEDGER, stage.name

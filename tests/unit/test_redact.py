@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
 
 import pytest
 
 from pipeline import redact
+from pipeline.config import Config
+from pipeline.context import Context, Home
 from pipeline.errors import UpstreamMissing
 
 CANARY = "c4n4ry/with+odd=chars&more"
@@ -40,6 +45,12 @@ def test_only_the_password_of_an_address_goes(text: str, clean: str) -> None:
 def test_the_password_inside_another_variables_address_is_a_secret_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://sid:hunter%2F22@db/x")
     assert redact.scrub("failed with hunter/22") == "failed with ***"
+
+
+def test_the_reason_of_a_run_is_clean_before_it_reaches_a_snapshot_or_mlflow(tmp_path: Path) -> None:
+    ctx = Context(config=Config(), home=Home(tmp_path), stage="ingest", logical_date=date(2026, 3, 1), run_id="r", reason=f"login {CANARY} was changed")
+    assert ctx.reason == "login *** was changed"
+    assert replace(ctx, reason=CANARY).reason == "***"
 
 
 @pytest.mark.parametrize("name", ["SID_UP_PASSWORD_FILE", "AWS_ACCESS_KEY_ID", "TOKENIZERS_PARALLELISM", "HOME"])

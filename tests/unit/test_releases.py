@@ -93,7 +93,9 @@ def test_show_orders_neighbours_by_shared_codes_and_never_counts_masked_slots():
         item("retired", (1, 2, 4), status="retired"),
     ]
     titles = pa.table({"item_id": ["me", "both"], "title": ["My film", "Its twin"]})
-    shown = releases.show_item(sid_table(rows), "me", SIZES, titles=titles)
+    asked: list[list[str]] = []
+    shown = releases.show_item(sid_table(rows), "me", SIZES, titles=lambda item_ids: asked.append(item_ids) or titles)
+    assert asked == [["me", "both", "heavy", "light"]], "the catalogue is asked for what is shown only"
     assert shown["codes"] == [1, 2, None]
     assert shown["title"] == "My film"
     assert [(near["item_id"], near["shared"], near["positions"]) for near in shown["neighbours"]] == [("both", 2, [0, 1]), ("heavy", 1, [0]), ("light", 1, [1])]
@@ -136,8 +138,27 @@ def test_a_night_planned_before_a_rollback_is_not_published_after_it():
     ],
 )
 def test_decision(rows, tags, expected):
-    decision = publish_release.decide(plan(), rows, "same", tags)
+    decision = publish_release.decide(plan(), rows, "same", tags, {row["tag"] for row in rows})
     assert (decision.action, decision.tag, decision.revision) == expected
+
+
+def test_a_release_that_has_expired_is_published_again_under_the_next_revision():
+    rows = [release_row("d20260105", D, digest="same")]
+    assert publish_release.decide(plan(), rows, "same", {}, {"d20260105"}).action == "reused"
+    decision = publish_release.decide(plan(), rows, "same", {}, {"d20260104"})
+    assert (decision.action, decision.tag, decision.revision) == ("publish", "d20260105_r2", 2)
+
+
+def test_the_same_rows_on_a_repaired_parent_are_no_longer_superseded():
+    day = D - timedelta(days=1)
+    rows = [release_row("d20260104", day, status="superseded"), release_row("d20260104_r2", day, 2), release_row("d20260105", D, parent="d20260104")]
+    assert releases.stale_tags(rows) == {"d20260105"}
+    repaired = Release(tag="d20260104_r2", logical_date=day, revision=2, generation=1, snapshot_id=2)
+    night = plan().model_copy(update={"parent": repaired, "input_fingerprint": "g"})
+    decision = publish_release.Decision(action="reused", tag="d20260105", revision=1, snapshot_id=1)
+    again = publish_release.reaffirmed(rows, decision, night)
+    assert again == [*rows[:2], {**rows[2], "parent_tag": "d20260104_r2", "input_fingerprint": "g"}]
+    assert releases.stale_tags(again) == set()
 
 
 def test_only_the_newest_date_becomes_current_for_consumers():

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from jobs import report_page
 from pipeline import report
+from pipeline.context import Home
 from pipeline.report import FIGURES, ReportContent, draw, gate_light, perplexity, to_svg, write_report
 
 SLOTS = ["shared_0", "text_0", "image_0", "behavior_0", "behavior_1", "behavior_2"]
@@ -71,6 +73,46 @@ def figure_data(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
         "differences": {"rows": [{"name": "one", "difference": 0.01, "low": 0.002, "high": 0.02, "verdict": "kept"}], "label": "recall@50"},
         "by_stratum": {"arms": {"ada_sid": {"all": 0.13, "tail": 0.04}, "plain": {"all": 0.12, "tail": None}}, "rows": {"all": 9000, "tail": 800}},
     }
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with a small picture and a large one; a picture of somebody else lies beside it."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"small")
+    (folder / "big.png").write_bytes(b"x" * (report_page.MAX_PICTURE_BYTES + 1))
+    (tmp_path / "private.png").write_bytes(b"not for this page")
+    (folder / "link.png").symlink_to(tmp_path / "private.png")
+    return folder
+
+
+def test_only_small_pictures_of_the_image_folder_are_embedded(pictures: Path) -> None:
+    private = pictures.parent / "private.png"
+    assert report_page.picture(str(pictures), "a.png") == "data:image/png;base64," + base64.b64encode(b"small").decode()
+    for uri in (
+        str(private),
+        f"file://{private}",
+        "../private.png",
+        "link.png",
+        "big.png",
+        "none.png",
+        "a.txt",
+        "x" * 300 + ".png",
+        "http://127.0.0.1:9/a.png",
+        "",
+        None,
+    ):
+        assert report_page.picture(str(pictures), uri) == "", uri
+    assert report_page.picture("", str(private)) == "", "without a folder no file is ours to show"
+    assert report_page.picture("s3://bucket", "a.png") == "", "a page is written without the network"
+
+
+def test_the_commands_of_a_page_hold_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://mlflow:hunter22@db/mlflow")
+    shown = str(report_page.commands(Home(tmp_path), "d20260301"))
+    assert "hunter22" not in shown
+    assert "postgresql://mlflow:***@db/mlflow" in shown
 
 
 def poster(rng: np.random.Generator) -> str:
