@@ -309,9 +309,9 @@ def report(
     sets: Sets = None,
 ) -> None:
     """Write one self-contained HTML page about a release."""
-    from jobs import views
+    from jobs import report_page
 
-    console.print(str(views.write_report(_lake(profile, sets), tag, out)), soft_wrap=True)
+    console.print(str(report_page.write(_lake(profile, sets), tag, out)), soft_wrap=True)
 
 
 @app.command(epilog="sid equations")

@@ -147,10 +147,10 @@ def _consumers(story: Story) -> None:
 
 
 def _summary(story: Story) -> None:
-    from jobs import views
+    from jobs import report_page, views
 
     lake = (story.home, story.loaded)
-    page = views.write_report(lake, story.release, None)
+    page = report_page.write(lake, story.release, None)
     story.console.rule("[bold]what came out")
     _seconds(story)
     _releases(story, lake)

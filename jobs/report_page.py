@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import mimetypes
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import views
 from jobs.ingest import read_image
+from jobs.releases import resolve
 from pipeline import lakehouse
 from pipeline.config import Config
 from pipeline.context import Home, read_json
@@ -33,6 +35,15 @@ GATES = {
     "budget_churn_head": ("max", "publish_release.max_head_churn", "the same among the most popular items"),
     "budget_churn_refit": ("max", "publish_release.max_refit_churn", "items whose codes an anchored refit changed"),
 }
+
+
+def write(lake: Lake, tag: str, out: Path | None) -> Path:
+    """The HTML page of a release; without `out` it goes to reports/<tag>.html of the home."""
+    from pipeline import report
+
+    home, config = lake
+    release = resolve(lakehouse.read_releases(home, config.lake), tag)
+    return report.write_report(out or home.folder("reports") / f"{release['tag']}.html", content(lake, release))
 
 
 def content(lake: Lake, release: Row) -> ReportContent:

@@ -168,16 +168,6 @@ def lineage(lake: Lake, tag: str) -> list[Row]:
     return rows
 
 
-def write_report(lake: Lake, tag: str, out: Path | None) -> Path:
-    """The HTML page of a release; without `out` it goes to reports/<tag>.html of the home."""
-    from jobs import report_page
-    from pipeline import report
-
-    home, config = lake
-    release = resolve(lakehouse.read_releases(home, config.lake), tag)
-    return report.write_report(out or home.folder("reports") / f"{release['tag']}.html", report_page.content(lake, release))
-
-
 # ---------------------------------------------------------------- equations
 
 
