@@ -76,7 +76,7 @@ def run(home: Home, *, airflow: int, mlflow: int, say: Say) -> None:
     with _interrupts(), _started(services(home, airflow, mlflow, password_file), home.folder("logs"), say) as running:
         _wait_until_ready(running, say)
         say(f"Airflow   http://{LOOPBACK}:{airflow}   (DAGs are paused until you switch them on)")
-        say(f"MLflow    {f'http://{LOOPBACK}:{mlflow}' if _local(home) else home.tracking_uri}")
+        say(f"MLflow    {f'http://{LOOPBACK}:{mlflow}/#/experiments' if _local(home) else home.tracking_uri}")
         say(f"user      {USER}, password in {password_file}")
         say(f"logs      {home.folder('logs')}")
         say("stop with Ctrl-C")

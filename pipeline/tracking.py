@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.context import ROOT, Context, Home, read_json, write_json
 from pipeline.errors import ContractError, SidError, UpstreamMissing
+from pipeline.stages import BY_NAME
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -157,6 +158,7 @@ def _header(ctx: Context) -> dict[str, Any]:
         "experiment": f"sid/{ctx.config.name}",
         "run_id": run_id,
         "stage": ctx.stage,
+        "group": BY_NAME[ctx.stage].group if ctx.stage in BY_NAME else ctx.stage,
         "attempt": ctx.attempt,
         "attempt_key": f"{run_id}/{ctx.stage}",
         "record_key": record_key(ctx),
@@ -274,8 +276,8 @@ def _experiment(client: MlflowClient, home: Home, name: str) -> str:
     """Id of the experiment, made on first use; with a SQLite store its artifacts lie in the home folder."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        local = home.tracking_uri.startswith("sqlite:")
-        return str(client.create_experiment(name, artifact_location=(home.folder("mlartifacts") / _filename(name)).as_uri() if local else None))
+        place = (home.folder("mlartifacts") / _filename(name)).as_uri() if home.tracking_uri.startswith("sqlite:") else None
+        return str(client.create_experiment(name, artifact_location=place))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
@@ -287,7 +289,8 @@ def _parent(client: MlflowClient, experiment: str, document: dict[str, Any]) -> 
     if found and "sid.configured" in found[0].data.tags:
         return str(found[0].info.run_id)
     tags = {"sid.kind": "run"} | _common_tags(document)
-    run_id = found[0].info.run_id if found else client.create_run(experiment, document["started_ms"], tags, document["run_id"]).info.run_id
+    name = f"{document['logical_date']} {document['group']}"  # the interface cuts names short; the run's identity is a tag
+    run_id = found[0].info.run_id if found else client.create_run(experiment, document["started_ms"], tags, name).info.run_id
     _log_params(client, run_id, document["params"])
     client.log_dict(run_id, document["config"], CONFIG)
     client.set_tag(run_id, "sid.configured", "true")
