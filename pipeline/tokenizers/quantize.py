@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SEED_POINTS = 32  # points per seed that k-means++ draws from, at most
 CHUNK = 1 << 24  # distances held in memory at once
 
 
@@ -166,7 +167,12 @@ def kmeans(
 
 
 def _plus_plus(points_ND: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Seeds drawn one by one with probability proportional to the squared distance to the seeds so far."""
+    """Seeds drawn one by one with probability proportional to the squared distance to the seeds so far, from `SEED_POINTS` points per seed at most.
+
+    Source: k-means++ (Arthur and Vassilvitskii 2007); differs: of a large set a sample is looked at, because every seed costs a pass over all points.
+    """
+    if len(points_ND) > SEED_POINTS * size:
+        points_ND = points_ND[torch.randperm(len(points_ND), generator=generator)[: SEED_POINTS * size].sort().values.to(points_ND.device)]
     draws_K = torch.rand(size, generator=generator, dtype=torch.float64)
     rows = torch.zeros(size, dtype=torch.int64, device=points_ND.device)
     rows[0] = int(draws_K[0] * len(points_ND))
