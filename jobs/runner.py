@@ -16,7 +16,7 @@ import shlex
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -176,11 +176,21 @@ def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: Sta
         _check_declared(stage, result.writes)
         with lakehouse.table_locks(ctx.home, ctx.config.lake, [write.table for write in result.writes]):
             _write_all(spark, ctx, result.writes, snapshots, ledger)
+    if spark is not None:
+        _sweep(spark, stage, ctx, {write.table for write in result.writes})
     if result.model is not None:
         uri = tracking.log_model(ctx, result.model)
         step(ctx, "after_model")
         result = StageResult(**{**vars(result), "outputs": {**result.outputs, "model_uri": uri}})
     return result
+
+
+def _sweep(spark: SparkSession, stage: Stage, ctx: Context, written: Container[str]) -> None:
+    """Drop what an earlier try of this run left on tables that this one had nothing to write to, because another run wrote the same rows meanwhile."""
+    for table in stage.outputs:
+        if table not in written and ctx.branch in lakehouse.history(ctx.home, ctx.config.lake, table).branches:
+            with lakehouse.table_locks(ctx.home, ctx.config.lake, [table]):
+                lakehouse.drop_branch(spark, table, ctx.branch)
 
 
 def _write_all(spark: SparkSession, ctx: Context, writes: tuple[Write, ...], snapshots: Mapping[str, int | None], ledger: Ledger) -> None:

@@ -105,6 +105,8 @@ def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark
     assert digests(home) == before, "the same rows after a conflict and a second try"
     assert all(names == {"main"} for names in references(home).values()), "no audit branch is left"
 
+    _check_sweep(spark, home, day)
+
     moved.clear()
     monkeypatch.setattr(runner, "TRIES", 1)
     with pytest.raises(PublishConflict):
@@ -112,6 +114,16 @@ def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark
     failed = read_json(home.folder("staging") / "again" / "ingest.json")
     assert (failed["status"], failed["retry"], failed["error"]["class"]) == ("failed", True, "PublishConflict")
     assert digests(home) == before
+
+
+def _check_sweep(spark: Any, home: Home, day: date) -> None:
+    """A branch of an earlier try goes when the next one has nothing to write to that table."""
+    ctx = Context(config=TINY, home=home, stage="ingest", logical_date=day, run_id="raced")
+    for table in ("raw.interaction", "raw.item"):
+        lakehouse.cut_branch(spark, table, ctx.branch)
+    runner._sweep(spark, BY_NAME["ingest"], ctx, {"raw.item"})
+    assert {table: ctx.branch in names for table, names in references(home).items()} == {table: table == "raw.item" for table in TABLES}
+    lakehouse.drop_branch(spark, "raw.item", ctx.branch)
 
 
 def _check_outcome(home: Home, outcome: dict[str, Any]) -> None:
