@@ -597,6 +597,7 @@ def _kept(reader: pa.RecordBatchReader, among: Mapping[str, Iterable[str]]) -> p
     values = {name: pa.array(sorted(set(wanted)), reader.schema.field(name).type) for name, wanted in among.items()}
 
     def kept() -> Iterator[pa.RecordBatch]:
+        """Each batch without the other rows, so that they are never together in memory."""
         for batch in reader:
             yield batch.filter(reduce(pc.and_, (pc.is_in(batch.column(name), value_set=wanted) for name, wanted in values.items())))
 

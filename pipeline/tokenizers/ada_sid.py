@@ -502,6 +502,7 @@ class AdaSid(Networked[Network]):
         network = self.fitted
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            """One block of exactly `ENCODE_ROWS` items."""
             made: Pass = network(network.prepare(rows.to(network.codebook_LKD.device)), quantise=True)
             if keep is not None:
                 made = held(made, network, keep)

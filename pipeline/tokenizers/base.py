@@ -79,7 +79,7 @@ class ItemBatch:
         return replace(self, **{item.name: change(value) for item in fields(self) if (value := getattr(self, item.name)) is not None})
 
     def take(self, rows: Tensor | slice) -> ItemBatch:
-        """The items of those rows, in that order."""
+        """The items of those rows, in that order; a bool tensor takes those where it is True."""
         return self.map(lambda value: value[rows])
 
     def to(self, device: torch.device) -> ItemBatch:
@@ -268,11 +268,11 @@ def shows(items: ItemBatch, names: Iterable[str]) -> Tensor:
     return torch.stack(masks).any(0) if masks else torch.zeros_like(items.text_N)
 
 
-def masked_output(made: TokenizerOutput, shown_N: Tensor, size: int) -> TokenizerOutput:
-    """The output with the reserved code `size`, weight 0 and a zero vector for items that are not shown."""
-    shown_N1 = shown_N.to(made.codes_NL.device)[:, None]
-    codes_NL = masked_codes(made.codes_NL, shown_N1, size)
-    return TokenizerOutput(codes_NL=codes_NL, weights_NL=made.weights_NL * shown_N1, quantized_ND=made.quantized_ND * shown_N1)
+def unweighted(codes_NL: Tensor, quantized_ND: Tensor, shown_N: Tensor, size: int) -> TokenizerOutput:
+    """The output of a tokenizer without a router: weight 1, and the reserved code `size`, weight 0 and a zero vector for items that are not shown."""
+    shown_N1 = shown_N.to(codes_NL.device)[:, None]
+    weights_NL = shown_N1.float().expand(codes_NL.shape)
+    return TokenizerOutput(codes_NL=masked_codes(codes_NL, shown_N1, size), weights_NL=weights_NL, quantized_ND=quantized_ND * shown_N1)
 
 
 def items_from_arrow(table: pa.Table | pa.RecordBatch) -> ItemBatch:

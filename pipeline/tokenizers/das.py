@@ -79,6 +79,7 @@ def dual_alignment(made: Mapping[str, View], pairs: Mapping[str, Tensor], *, tem
     }
 
     def both(code: str, other: str, rival_BC: Tensor) -> Tensor:
+        """The term of a code side and a collaborative side."""
         return both_ways(made[code], made[other], temperature=temperature, world=world, rival_BC=rival_BC)
 
     return {name: both(*each) for name, each in views.items()}

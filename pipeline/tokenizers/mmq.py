@@ -424,6 +424,7 @@ class Mmq(Networked[Network]):
         network = self.fitted
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            """One block of exactly `ENCODE_ROWS` items."""
             made: Pass = network(network.inputs.prepare(rows.to(network.codebook_LKD.device)), quantise=True, keep=keep)
             codes_BL = masked_codes(made.codes_BL, made.shown_BL, self.settings.codebook_size)
             return TokenizerOutput(codes_NL=codes_BL, weights_NL=made.shown_BL.float(), quantized_ND=made.quantized_BD)

@@ -24,8 +24,8 @@ from pipeline.tokenizers.base import (
     Start,
     TokenizerOutput,
     encode_in_chunks,
-    masked_output,
     shows,
+    unweighted,
 )
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.quantize import CHUNK, deal_axes, gather_codes, hold_on, principal_axes, take_rows
@@ -152,7 +152,7 @@ class Opq:
         self.widths = items.widths()
         if not self.widths:
             raise ValueError("product quantisation needs at least one modality")
-        items = items.take(torch.nonzero(shows(items, self.widths)).flatten())  # nothing to read is no point
+        items = items.take(shows(items, self.widths))  # nothing to read is no point
         if start is None:
             self._fit_axes(items)
         else:
@@ -216,14 +216,14 @@ class Opq:
         """Codes per sub-space, weights of one, and the code rows side by side in the rotated space; an item with nothing to read is masked everywhere."""
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            """One block of exactly `ENCODE_ROWS` items."""
             spaces_LBd, codebook_LKd = self._spaces(self._inputs(rows)), self.tensors["codebook_LKd"]
             codes_BL = nearest_by_space(spaces_LBd, codebook_LKd)
             if keep is not None:
                 distance_LBK = torch.cdist(spaces_LBd, codebook_LKd).square()
                 codes_BL = torch.stack([hold_on(far_BK, kept_B, keep.margin) for far_BK, kept_B in zip(distance_LBK, keep.codes_NL.T, strict=True)], 1)
             quantized_BD = gather_codes(codes_BL, codebook_LKd).flatten(1)
-            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
-            return masked_output(made, shows(rows, self.widths), self.settings.codebook_size)
+            return unweighted(codes_BL, quantized_BD, shows(rows, self.widths), self.settings.codebook_size)
 
         if not self.tensors:
             raise ValueError("the tokenizer is not fitted: call fit or load")

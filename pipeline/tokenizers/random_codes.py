@@ -27,8 +27,8 @@ from pipeline.tokenizers.base import (
     Start,
     TokenizerOutput,
     encode_in_chunks,
-    masked_output,
     shows,
+    unweighted,
 )
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.quantize import gather_codes, take_rows
@@ -114,10 +114,10 @@ class RandomCodes:
         """
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            """One block of exactly `ENCODE_ROWS` items."""
             codes_BL = self._codes(self._words(rows))
             quantized_BD = gather_codes(codes_BL, self.codebook_LKD).sum(1)
-            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
-            return masked_output(made, shows(rows, MODALITIES), self.settings.codebook_size)
+            return unweighted(codes_BL, quantized_BD, shows(rows, MODALITIES), self.settings.codebook_size)
 
         return encode_in_chunks(items.to(torch.device("cpu")), block, keep)
 

@@ -24,8 +24,8 @@ from pipeline.tokenizers.base import (
     Start,
     TokenizerOutput,
     encode_in_chunks,
-    masked_output,
     shows,
+    unweighted,
 )
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes, take_rows
@@ -109,7 +109,7 @@ class RqKmeans:
         old_LKD = champion(start, RqKmeans, self.settings, self.widths).codebook_LKD if start else None
         if not self.widths:
             raise ValueError("residual k-means needs at least one modality")
-        items = items.take(torch.nonzero(shows(items, self.widths)).flatten())  # nothing to read is no point
+        items = items.take(shows(items, self.widths))  # nothing to read is no point
         points_ND = concatenate(items, self.widths)
         rest_ND = points_ND[sample_rows(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, seed)]
         rows, lost = [], []
@@ -137,14 +137,14 @@ class RqKmeans:
         """Codes of the residual walk, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere."""
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            """One block of exactly `ENCODE_ROWS` items."""
             points_BD = concatenate(rows, self.widths)
             if keep is None:
                 codes_BL = self._search.codes(points_BD)
                 quantized_BD = sum_of_rows(codes_BL, self.codebook_LKD)
             else:
                 codes_BL, quantized_BD = residual_codes(points_BD, self.codebook_LKD, keep.codes_NL, keep.margin)
-            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
-            return masked_output(made, shows(rows, self.widths), self.settings.codebook_size)
+            return unweighted(codes_BL, quantized_BD, shows(rows, self.widths), self.settings.codebook_size)
 
         if not self.widths:
             raise ValueError("the tokenizer is not fitted: call fit or load")

@@ -35,8 +35,8 @@ from pipeline.tokenizers.base import (
     TokenizerOutput,
     encode_in_chunks,
     masked_codes,
-    masked_output,
     shows,
+    unweighted,
 )
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.quantize import (
@@ -280,11 +280,11 @@ class Autoencoder(nn.Module):
         """
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            """One block of exactly `ENCODE_ROWS` items."""
             z_BD = self.latent(self.prepare(rows.to(self.codebook_LKD.device)))
             held = (keep.codes_NL.to(z_BD.device), keep.margin) if keep else (None, 0.0)
             codes_BL, quantized_BD = residual_codes(z_BD, self.codebook_LKD, *held)
-            made = TokenizerOutput(codes_NL=codes_BL, weights_NL=torch.ones(codes_BL.shape), quantized_ND=quantized_BD)
-            return masked_output(made, shows(rows, self.widths), self.settings.codebook_size)
+            return unweighted(codes_BL, quantized_BD, shows(rows, self.widths), self.settings.codebook_size)
 
         return encode_in_chunks(items, block, keep)
 

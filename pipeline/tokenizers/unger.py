@@ -32,8 +32,8 @@ from pipeline.tokenizers.base import (
     Tokenizer,
     TokenizerOutput,
     encode_in_chunks,
-    masked_output,
     shows,
+    unweighted,
 )
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
@@ -232,7 +232,7 @@ class Unger(Networked[Network]):
         curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
         self.network = network.eval()
         again = Start(tokenizer=old.quantiser, pull=start.pull) if old and start else None
-        self.quantiser.fit(self._halves(items.take(torch.nonzero(self.shown(items)).flatten())), seed=seed, settings=settings, start=again)
+        self.quantiser.fit(self._halves(items.take(self.shown(items))), seed=seed, settings=settings, start=again)
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True) | self._measure(items))
 
     def shown(self, items: ItemBatch) -> Tensor:
@@ -262,7 +262,9 @@ class Unger(Networked[Network]):
         """Codes of the residual walk over E_I, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere."""
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
-            return masked_output(self.quantiser.encode(self._halves(rows), keep), self.shown(rows), self.settings.codebook_size)
+            """One block of exactly `ENCODE_ROWS` items."""
+            made = self.quantiser.encode(self._halves(rows), keep)
+            return unweighted(made.codes_NL, made.quantized_ND, self.shown(rows), self.settings.codebook_size)
 
         return encode_in_chunks(items, block, keep)
 
