@@ -260,6 +260,23 @@ def test_expert_bank_runs_each_expert_on_its_own():
             close(out[b, e], slow)
 
 
+@equation("_plus_plus")
+def test_seeds_are_drawn_by_their_squared_distance_to_the_seeds_so_far():
+    points = rand(40, 3)
+    draws = torch.rand(5, generator=torch.Generator().manual_seed(7), dtype=torch.float64).numpy()
+    chosen = [int(draws[0] * 40)]
+    for draw in draws[1:]:
+        gaps = [min(float(np.square(points[n].double().numpy() - points[row].double().numpy()).sum()) for row in chosen) for n in range(40)]
+        running, mass = 0.0, draw * sum(gaps)
+        for n, gap in enumerate(gaps):
+            running += gap
+            if running >= mass:
+                chosen.append(n)
+                break
+    found = quantize._plus_plus(points, 5, torch.Generator().manual_seed(7))
+    assert torch.equal(found, points[chosen])
+
+
 def test_every_equation_has_its_loop():
     cited = {
         name
