@@ -301,12 +301,17 @@ def plain_codes(job: Job, items: ItemBatch, seed: int) -> tuple[Tensor, Tensor, 
     import torch
 
     from pipeline.tokenizers.fit import generator_for
+    from pipeline.tokenizers.prior import BehaviorPrior
     from pipeline.tokenizers.quantize import kmeans, nearest_centroid
     from pipeline.tokenizers.rq_kmeans import concatenate
 
     ada = study.tokenizer_settings(job.page, job.cell.arm).ada_sid
     widths = items.widths()
     known_N = torch.arange(len(items)) < job.world.num_known
+    if ada.behavior_prior == "content":
+        prior = BehaviorPrior(widths)
+        prior.fit(items.take(known_N))
+        items = prior.apply_to(items)
     parts = [(f"shared_{at}", concatenate(items, widths), items.text_N | items.image_N | items.behavior_N) for at in range(ada.num_shared)]
     for name, count in (("text", ada.num_text), ("image", ada.num_image), ("behavior", ada.num_behavior)):
         if name in widths and count:

@@ -350,6 +350,9 @@ class AdaSid(Section):
     strength: Literal["adaptive", "mean", "shuffled", "one", "zero", "inverted"] = Field(
         "adaptive", description="alignment strength w: adaptive is the method, the others are controls"
     )
+    behavior_prior: Literal["none", "content"] = Field(
+        "none", description="content = poor behaviour is drawn towards what content says of it, which also stands in for absent behaviour; none = as it comes"
+    )
     router: Literal["adaptive", "one"] = Field("adaptive", description="behaviour gate: adaptive is the method, one is the control")
     sparsity: Literal["bucket", "scalar", "off"] = Field("bucket", description="lambda per richness bucket, one scalar (paper), or none")
     sparsity_buckets: int = Field(8, ge=1, description="richness buckets (quantiles, frozen with the generation) that have a lambda each")

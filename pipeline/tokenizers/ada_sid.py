@@ -36,12 +36,13 @@ from pipeline.tokenizers.base import (
     masked_codes,
 )
 from pipeline.tokenizers.fit import Trainer, generator_for
+from pipeline.tokenizers.prior import CONTENT, BehaviorPrior
 from pipeline.tokenizers.quantize import deal_axes, gather_codes, held_codes, nearest_code, principal_axes, straight_through, take_rows
 from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.router import SparsityController, behavior_router, router_feature
 from pipeline.tokenizers.world import World
 
-AXES_ROWS = 262_144  # items that the principal axes of a modality are fitted on at most
+AXES_ROWS = 262_144  # items that axes, scales and prior are fitted on at most
 WEIGHT_MAX = 2.0  # largest exported router weight, in units of the generation's mean active weight
 
 
@@ -183,6 +184,8 @@ class Network(nn.Module):
             self.register_buffer(f"mean_{name}", torch.zeros(raw_widths[name]))
             self.register_buffer(f"axes_{name}", torch.eye(raw_widths[name])[:, : self.widths[name]].contiguous())
             self.register_buffer(f"scale_{name}", torch.ones(()))
+        known = settings.behavior_prior == "content" and "behavior" in self.widths and any(name in self.widths for name in CONTENT)
+        self.prior = BehaviorPrior(self.widths) if known else None
         self.missing = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name, width in self.widths.items()})
         self.project = nn.ModuleDict({name: Mlp(width, hidden, settings.projection_dim) for name, width in self.widths.items()})
         inputs = {"shared": settings.projection_dim * len(self.modalities), **self.widths}
@@ -226,24 +229,25 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def fit_inputs(self, items: ItemBatch) -> None:
-        """Freeze the inputs' axes and one scale per modality, chosen so that an input's mean variance is 1; start the experts there; cut the richness buckets.
+        """Freeze the inputs' axes and one scale per modality, chosen so that an input's mean variance is 1, and what content says of behaviour; start the
+        experts there; cut the richness buckets.
 
         Content is centred and turned to its principal axes; behaviour is neither, because its norm carries meaning.
         """
         for name in self.modalities:
-            vectors = items.vectors(name)
-            assert vectors is not None, f"no {name} vectors"
-            rows = torch.nonzero(items.mask(name)).flatten()
-            sample_ND = vectors[rows[:: max(1, -(-len(rows) // AXES_ROWS))]]
+            sample_ND = _sample(items, name)
             if name != "behavior":
                 mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
                 self.get_buffer(f"mean_{name}").copy_(mean_D)
                 self.get_buffer(f"axes_{name}").copy_(axes_DW)
             spread = self._input(sample_ND.cpu().float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
             self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
-            bank = dict(self.expert.items()).get(name)
-            if isinstance(bank, ExpertBank):
-                bank.start_on(self._input(sample_ND.cpu().float(), name))
+        if self.prior is not None:
+            self.prior.fit(self._turned(items.take(_spread_rows(items.behavior_N))))
+        prepared = self.prepare(items)
+        for name, bank in self.expert.items():
+            if name != "shared" and isinstance(bank, ExpertBank):
+                bank.start_on(_sample(prepared, name))
         self.controller.fit_buckets(items.richness_N[items.behavior_N])
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
@@ -253,10 +257,16 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def prepare(self, items: ItemBatch) -> ItemBatch:
-        """The items as the network reads them; a modality the network knows and the items lack is masked, one it does not know is dropped.
+        """The items as the network reads them: a modality that it does not know is dropped, one that the items lack is masked; with a prior, behaviour is
+        drawn towards what content says of it.
 
         Raises: ValueError for vectors of another width than the tokenizer was fitted on.
         """
+        turned = self._turned(items)
+        return turned if self.prior is None else self.prior.apply_to(turned)
+
+    def _turned(self, items: ItemBatch) -> ItemBatch:
+        """The items with their vectors in the network's axes and scales, 0 where masked."""
         changed: dict[str, Tensor | None] = {}
         nobody = torch.zeros_like(items.text_N)
         for name in MODALITIES:
@@ -314,6 +324,19 @@ class Network(nn.Module):
             shown.append(mask_B1.expand(-1, count))
             gates.append(gate_BE * mask_B1)
         return torch.cat(shown, 1), torch.cat(gates, 1), router_BE, logit_BE
+
+
+def _spread_rows(mask_N: Tensor) -> Tensor:
+    """At most `AXES_ROWS` of the rows where the mask is True, evenly spread, (R,)."""
+    rows = torch.nonzero(mask_N).flatten()
+    return rows[:: max(1, -(-len(rows) // AXES_ROWS))]
+
+
+def _sample(items: ItemBatch, name: str) -> Tensor:
+    """Vectors of a modality of items that have it, (R, D), at most `AXES_ROWS`."""
+    vectors = items.vectors(name)
+    assert vectors is not None, f"no {name} vectors"
+    return vectors[_spread_rows(items.mask(name))]
 
 
 def _experts(settings: profile.AdaSid, modalities: tuple[str, ...]) -> dict[str, int]:
@@ -477,7 +500,7 @@ class AdaSid(Networked[Network]):
         """
         network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
         prepared = network.prepare(items)
-        strength_N = controlled_strength(items.strength_N, prepared.behavior_N, self.settings.strength, generator=generator_for(seed, "strength"))
+        strength_N = controlled_strength(items.strength_N, items.behavior_N, self.settings.strength, generator=generator_for(seed, "strength"))
         prepared = replace(prepared, strength_N=strength_N)
         network.to(best_device())
         training = Training(network)
@@ -535,7 +558,7 @@ class AdaSid(Networked[Network]):
 
         Raises: RuntimeError if the tensors do not fit the configuration.
         """
-        tokenizer = cls(profile.AdaSid(**config["settings"]))
+        tokenizer = cls(profile.AdaSid(**{"behavior_prior": "none", **config["settings"]}))  # tokenizers from before there was a prior
         tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
         tokenizer.network.load_state_dict(state)
         return tokenizer

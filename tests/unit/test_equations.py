@@ -10,10 +10,10 @@ import pytest
 import torch
 from draws import rand
 
-from pipeline.tokenizers import ada_sid, alignment, quantize, router
+from pipeline.tokenizers import ada_sid, alignment, prior, quantize, router
 from pipeline.tokenizers.world import World
 
-MODULES = (ada_sid, alignment, quantize, router)
+MODULES = (ada_sid, alignment, prior, quantize, router)
 TESTED: set[str] = set()
 
 
@@ -258,6 +258,13 @@ def test_expert_bank_runs_each_expert_on_its_own():
             straight = [sum(float(x[b, i] * bank.direct_EDD[e, i, d]) for i in range(3)) for d in range(4)]
             slow = [straight[d] + sum(hidden[j] * float(bank.second_EHD[e, j, d]) for j in range(5)) + float(bank.second_ED[e, d]) for d in range(4)]
             close(out[b, e], slow)
+
+
+@equation("shrunk")
+def test_poor_behaviour_is_drawn_towards_the_guess():
+    behavior, guess, richness = rand(4, 3), rand(4, 3, seed=1), torch.tensor([0.0, 0.25, 0.5, 1.0])
+    slow = [[float(richness[n] * behavior[n, d] + (1 - richness[n]) * guess[n, d]) for d in range(3)] for n in range(4)]
+    close(prior.shrunk(behavior, guess, richness), slow)
 
 
 @equation("_plus_plus")
