@@ -308,10 +308,10 @@ def plain_codes(job: Job, items: ItemBatch, seed: int) -> tuple[Tensor, Tensor, 
     ada = study.tokenizer_settings(job.page, job.cell.arm).ada_sid
     widths = items.widths()
     known_N = torch.arange(len(items)) < job.world.num_known
-    if ada.behavior_prior == "content":
+    if ada.behavior_prior != "none":
         prior = BehaviorPrior(widths)
         prior.fit(items.take(known_N))
-        items = prior.apply_to(items)
+        items = prior.apply_to(items, shrink=ada.behavior_prior == "poor")
     parts = [(f"shared_{at}", concatenate(items, widths), items.text_N | items.image_N | items.behavior_N) for at in range(ada.num_shared)]
     for name, count in (("text", ada.num_text), ("image", ada.num_image), ("behavior", ada.num_behavior)):
         if name in widths and count:

@@ -350,8 +350,8 @@ class AdaSid(Section):
     strength: Literal["adaptive", "mean", "shuffled", "one", "zero", "inverted"] = Field(
         "adaptive", description="alignment strength w: adaptive is the method, the others are controls"
     )
-    behavior_prior: Literal["none", "content"] = Field(
-        "none", description="content = poor behaviour is drawn towards what content says of it, which also stands in for absent behaviour; none = as it comes"
+    behavior_prior: Literal["none", "absent", "poor"] = Field(
+        "none", description="what content says of behaviour: absent = stands in where there is none; poor = draws poor behaviour towards it, too; none = unused"
     )
     router: Literal["adaptive", "one"] = Field("adaptive", description="behaviour gate: adaptive is the method, one is the control")
     sparsity: Literal["bucket", "scalar", "off"] = Field("bucket", description="lambda per richness bucket, one scalar (paper), or none")

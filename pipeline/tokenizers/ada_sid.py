@@ -184,7 +184,7 @@ class Network(nn.Module):
             self.register_buffer(f"mean_{name}", torch.zeros(raw_widths[name]))
             self.register_buffer(f"axes_{name}", torch.eye(raw_widths[name])[:, : self.widths[name]].contiguous())
             self.register_buffer(f"scale_{name}", torch.ones(()))
-        known = settings.behavior_prior == "content" and "behavior" in self.widths and any(name in self.widths for name in CONTENT)
+        known = settings.behavior_prior != "none" and "behavior" in self.widths and any(name in self.widths for name in CONTENT)
         self.prior = BehaviorPrior(self.widths) if known else None
         self.missing = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name, width in self.widths.items()})
         self.project = nn.ModuleDict({name: Mlp(width, hidden, settings.projection_dim) for name, width in self.widths.items()})
@@ -257,13 +257,13 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def prepare(self, items: ItemBatch) -> ItemBatch:
-        """The items as the network reads them: a modality that it does not know is dropped, one that the items lack is masked; with a prior, behaviour is
-        drawn towards what content says of it.
+        """The items as the network reads them: a modality that it does not know is dropped, one that the items lack is masked; with a prior, what
+        content says of behaviour takes the place of absent or poor behaviour.
 
         Raises: ValueError for vectors of another width than the tokenizer was fitted on.
         """
         turned = self._turned(items)
-        return turned if self.prior is None else self.prior.apply_to(turned)
+        return turned if self.prior is None else self.prior.apply_to(turned, shrink=self.settings.behavior_prior == "poor")
 
     def _turned(self, items: ItemBatch) -> ItemBatch:
         """The items with their vectors in the network's axes and scales, 0 where masked."""

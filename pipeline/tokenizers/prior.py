@@ -84,14 +84,18 @@ class BehaviorPrior(nn.Module):
         self.map_XD.copy_(ridge(design_NX, target_ND, weight_N, best).float())
         self.error.fill_(errors[best])
 
-    def apply_to(self, items: ItemBatch) -> ItemBatch:
-        """The items with behaviour shrunk towards the guess; an item with content alone gets the guess, one without content keeps what it has."""
+    def apply_to(self, items: ItemBatch, *, shrink: bool) -> ItemBatch:
+        """The items, those with content alone with the guess as their behaviour; an item without content keeps what it has.
+
+        Args:
+            shrink: draw behaviour towards the guess as far as it is poor; else it stays as it comes.
+        """
         guessed_N = shows(items, self.content)
         behavior_ND = items.behavior_ND
         assert behavior_ND is not None, "no behavior vectors"
         own_ND = torch.where(items.behavior_N[:, None], behavior_ND.float(), 0.0)
-        richness_N = torch.where(items.behavior_N, items.richness_N, 0.0)
-        mixed_ND = torch.where(guessed_N[:, None], shrunk(own_ND, self._design(items) @ self.map_XD, richness_N), own_ND)
+        trust_N = torch.where(items.behavior_N, items.richness_N if shrink else 1.0, 0.0)
+        mixed_ND = torch.where(guessed_N[:, None], shrunk(own_ND, self._design(items) @ self.map_XD, trust_N), own_ND)
         return replace(items, behavior_ND=mixed_ND, behavior_N=items.behavior_N | guessed_N)
 
 

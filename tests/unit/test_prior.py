@@ -50,18 +50,25 @@ def test_the_richest_item_keeps_its_vector_and_an_item_without_behaviour_gets_th
     items = linear_items(0.0)
     none_N = torch.arange(400) < 50
     known = replace(items, behavior_N=~none_N, richness_N=torch.where(none_N, 0.0, items.richness_N))
-    seen = fitted(known).apply_to(known)
+    seen = fitted(known).apply_to(known, shrink=True)
     assert seen.behavior_N.all()
     torch.testing.assert_close(seen.behavior_ND[-1], items.behavior_ND[-1])
     gap = (seen.behavior_ND[:50] - items.behavior_ND[:50]).norm() / items.behavior_ND[:50].norm()
     assert float(gap) < 0.1, "the guess stands in for vectors that were hidden"
 
 
+def test_without_shrinking_behaviour_stays_as_it_comes():
+    items = tiny_items()
+    seen = fitted(items).apply_to(items, shrink=False)
+    torch.testing.assert_close(seen.behavior_ND[items.behavior_N], items.behavior_ND[items.behavior_N])
+    assert (seen.behavior_N & ~items.behavior_N).any()
+
+
 def test_an_item_without_content_keeps_what_it_has():
     items = tiny_items()
     nobody = torch.zeros(96, dtype=torch.bool)
     bare = replace(items, text_N=nobody, image_N=nobody)
-    seen = fitted(items).apply_to(bare)
+    seen = fitted(items).apply_to(bare, shrink=True)
     assert torch.equal(seen.behavior_N, items.behavior_N)
     assert torch.equal(seen.behavior_ND, torch.where(items.behavior_N[:, None], items.behavior_ND, 0.0))
 
@@ -78,12 +85,12 @@ def test_what_lies_behind_a_mask_changes_nothing():
     dirt = {name: torch.where(items.mask(name)[:, None], items.vectors(name), 1e6) for name in WIDTHS}
     dirty = replace(items, **{f"{name}_ND": value for name, value in dirt.items()})
     assert torch.equal(fitted(items).map_XD, fitted(dirty).map_XD)
-    assert torch.equal(fitted(items).apply_to(items).behavior_ND, fitted(items).apply_to(dirty).behavior_ND)
+    assert torch.equal(fitted(items).apply_to(items, shrink=True).behavior_ND, fitted(items).apply_to(dirty, shrink=True).behavior_ND)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> AdaSid:
-    made = AdaSid(ada_settings(behavior_prior="content"))
+    made = AdaSid(ada_settings(behavior_prior="poor"))
     made.fit(tiny_items(), seed=1, settings=training())
     return made
 
@@ -125,6 +132,6 @@ def test_a_tokenizer_from_before_the_prior_loads_without_one():
 
 
 def test_without_content_there_is_no_prior():
-    made = AdaSid(ada_settings(behavior_prior="content"))
+    made = AdaSid(ada_settings(behavior_prior="poor"))
     made.fit(tiny_items(modalities=("behavior",), gaps=False), seed=0, settings=training(max_epochs=3))
     assert made.fitted.prior is None
