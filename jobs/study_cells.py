@@ -280,14 +280,14 @@ def _fitted(
     import torch
 
     from pipeline.log import progress
-    from pipeline.tokenizers.base import History
+    from pipeline.tokenizers.base import FitOptions, History
     from pipeline.tokenizers.registry import named
 
     settings = study.tokenizer_settings(job.page, job.cell.arm)
     tokenizer = named(name)(getattr(settings, name))
     offsets, events, _ = job.world.train()
     history = History(index_T=torch.from_numpy(events), offset_U=torch.from_numpy(offsets)) if getattr(tokenizer, "needs_history", False) else None
-    report = tokenizer.fit(items.take(slice(0, job.world.num_known)), seed=seed, settings=settings, progress=progress, history=history)
+    report = tokenizer.fit(items.take(slice(0, job.world.num_known)), FitOptions(seed=seed, settings=settings, progress=progress, history=history))
     made = tokenizer.encode(items)
     curves = {each: list(values) for each, values in report.curves.items() if each in ("loss/total", "held_out/score")}
     return made.codes_NL, made.weights_NL, tokenizer.codebook_sizes, tokenizer.slots, {f"fit/{each}": value for each, value in report.metrics.items()}, curves

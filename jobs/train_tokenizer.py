@@ -43,15 +43,14 @@ def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
     plan = ctx.plan()
     if not plan.new_generation:
         return StageResult(status="skipped", outputs={"generation": plan.generation})
-    from pipeline.tokenizers.base import items_from_arrow
+    from pipeline.tokenizers.base import FitOptions, items_from_arrow
     from pipeline.tokenizers.registry import named
 
     vectors = read_vectors(inputs, ctx)
     items = items_from_arrow(vectors)
     tokenizer: Tokenizer = named(params.tokenizer)(getattr(params, params.tokenizer))
     with processes() as rank:
-        report = tokenizer.fit(
-            items,
+        options = FitOptions(
             seed=derive_seed(plan.seed, "tokenizer", plan.logical_date),
             settings=params,
             checkpoint=FileCheckpoint(ctx.staging / "train_tokenizer.checkpoint.safetensors"),
@@ -59,6 +58,7 @@ def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
             start=begin_at(inputs, plan, params),
             history=read_history(inputs, ctx, strings(vectors["item_id"])) if tokenizer.needs_history else None,
         )
+        report = tokenizer.fit(items, options)
     if rank:
         raise SystemExit(0)  # a helper process: process 0 logs the model and writes the outcome
     if plan.start == "anchored":

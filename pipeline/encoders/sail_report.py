@@ -21,7 +21,7 @@ from pipeline import evaluation
 from pipeline.config import RqKmeans as Levels
 from pipeline.config import TrainTokenizer
 from pipeline.encoders.sail_pairs import PairSet
-from pipeline.tokenizers.base import ItemBatch
+from pipeline.tokenizers.base import FitOptions, ItemBatch
 from pipeline.tokenizers.fit import generator_for
 from pipeline.tokenizers.metrics import collision_rate, tuple_ids
 from pipeline.tokenizers.quantize import kmeans, nearest_centroid
@@ -163,7 +163,7 @@ def sids(vectors_ND: Tensor, sizes: Sequence[int], levels: int, *, seed: int) ->
     found = {}
     for name, (depth, size) in shapes.items():
         tokenizer = RqKmeans(Levels(num_levels=depth, codebook_size=max(2, min(size, len(vectors_ND) // 2))))
-        tokenizer.fit(items, seed=seed, settings=TrainTokenizer())
+        tokenizer.fit(items, FitOptions(seed=seed, settings=TrainTokenizer()))
         found[name] = tokenizer.encode(items).codes_NL
     return found
 

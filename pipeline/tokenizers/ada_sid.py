@@ -23,14 +23,11 @@ from pipeline.tokenizers import metrics, parallel
 from pipeline.tokenizers.alignment import alignment_v2, alignment_v3, controlled_strength, view
 from pipeline.tokenizers.base import (
     MODALITIES,
-    Checkpoint,
+    FitOptions,
     FitReport,
-    History,
     ItemBatch,
     Keep,
     Networked,
-    ProgressBar,
-    Start,
     TokenizerOutput,
     encode_in_chunks,
     masked_codes,
@@ -482,29 +479,19 @@ class AdaSid(Networked[Network]):
         """K per position."""
         return (self.settings.codebook_size,) * len(self.slots)
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
 
         With `start` the network, the axes of its inputs and its richness buckets begin as the champion's.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
-        network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
+        network = begin(self, Network, lambda network: network.fit_inputs(items), options, items.widths())
         prepared = network.prepare(items)
-        strength_N = controlled_strength(items.strength_N, items.behavior_N, self.settings.strength, generator=generator_for(seed, "strength"))
+        strength_N = controlled_strength(items.strength_N, items.behavior_N, self.settings.strength, generator=generator_for(options.seed, "strength"))
         prepared = replace(prepared, strength_N=strength_N)
         network.to(best_device())
         training = Training(network)
-        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
+        curves = Trainer(training, prepared, options).run()
         self.network = network.eval()
         self._freeze_export(prepared)
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))

@@ -163,6 +163,27 @@ class Checkpoint(Protocol):
         """Keep tensors and document as one unit: a reader sees the old or the new state, never half of one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How a tokenizer is fitted to a catalogue.
+
+    Args:
+        seed: of everything that is drawn.
+        settings: the [train_tokenizer] section.
+        checkpoint: where the state is kept after each epoch; None = nowhere.
+        progress: makes the epochs visible.
+        start: a champion to begin at; None = cold.
+        history: users' sequences, for variants whose `needs_history` is True.
+    """
+
+    seed: int
+    settings: TrainTokenizer
+    checkpoint: Checkpoint | None = None
+    progress: ProgressBar | None = None
+    start: Start | None = None
+    history: History | None = None
+
+
 class Tokenizer(Protocol):
     """Maps item vectors to code tuples; positions are named by `slots`, position l has codes [0, codebook_sizes[l])."""
 
@@ -176,18 +197,8 @@ class Tokenizer(Protocol):
     def slots(self) -> tuple[str, ...]:
         """Name per position."""
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
-        """Fit on a catalogue; the same arguments give the same tokenizer. `history` comes to variants whose `needs_history` is True."""
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
+        """Fit on a catalogue; the same arguments give the same tokenizer."""
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes and weights; an item's row depends on that item (and its kept codes) alone."""

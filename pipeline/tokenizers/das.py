@@ -23,7 +23,7 @@ from pipeline import config as profile
 from pipeline.device import best_device
 from pipeline.tokenizers import histories
 from pipeline.tokenizers.alignment import View, both_ways, view
-from pipeline.tokenizers.base import ENCODE_ROWS, Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, shows
+from pipeline.tokenizers.base import ENCODE_ROWS, FitOptions, FitReport, History, ItemBatch, Keep, Networked, TokenizerOutput, shows
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import take_rows
@@ -279,33 +279,22 @@ class Das(Networked[Network]):
         """K per level."""
         return self.fitted.item.sizes
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue and its users, then code the users of the history as well.
 
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError without content or behaviour; ContractError without enough history or for a champion of other sizes.
         """
-        history = histories.check(history, len(items), who="DAS")
+        history = histories.check(options.history, len(items), who="DAS")
         events = histories.events(history, len(items), who="DAS")
         taken = self._taken(history, most=PEOPLE)
-        network = begin(self, Network, lambda network: network.fit_inputs(items, taken), seed=seed, start=start, raw_widths=items.widths())
+        network = begin(self, Network, lambda network: network.fit_inputs(items, taken), options, items.widths())
         source = network.source(items)
         device = torch.device(best_device())
         people = network.prepare(network.user, pooled(source, *taken)).to(device)
         catalogue = Catalogue(source.to(device), network.prepare(network.item, source).to(device), people, _log_popularity(items, events).to(device))
         training = Training(network.to(device), events, catalogue)
-        kept = histories.part(checkpoint, "dual", events.digest)
-        curves = Trainer(training, catalogue.items, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
+        curves = Trainer(training, catalogue.items, histories.part(options, "dual", events.digest)).run()
         for side in (network.item, network.user):
             side.usage_LK.zero_()
         self.network = network.eval()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.config import TrainTokenizer
 from pipeline.context import derive_seed
 from pipeline.device import deterministic
-from pipeline.tokenizers.base import Checkpoint, ItemBatch, ProgressBar, Start
+from pipeline.tokenizers.base import FitOptions, ItemBatch
 from pipeline.tokenizers.world import World
 
 logger = logging.getLogger(__name__)
@@ -112,28 +112,17 @@ class Trainer:
     Args:
         model: what is trained, already initialised from the seed.
         items: the catalogue as the model wants it.
-        settings: steps, rates, precision, patience.
-        checkpoint: where to keep the state after each epoch; None = nowhere.
-        progress: wraps the epochs to make them visible.
-        start: a champion whose state the network holds already: no warm-up, codes stay, and their rows are pulled towards where they are now.
+        options: steps, rates, precision, patience and the rest. With `start` the network holds the champion's state already: no warm-up, codes stay, and
+            their rows are pulled towards where they are now.
     """
 
-    def __init__(
-        self,
-        model: Trainable,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: TrainTokenizer,
-        checkpoint: Checkpoint | None,
-        progress: ProgressBar | None,
-        start: Start | None = None,
-    ) -> None:
-        self.model, self.seed, self.settings, self.checkpoint, self.progress = model, seed, settings, checkpoint, progress
+    def __init__(self, model: Trainable, items: ItemBatch, options: FitOptions) -> None:
+        settings, start = options.settings, options.start
+        self.model, self.seed, self.settings, self.checkpoint, self.progress = model, options.seed, settings, options.checkpoint, options.progress
         self.world = World()
         self.device = next(model.network.parameters()).device
         self.items = items
-        self.rows, self.held = hold_out(len(items), settings.valid_share, seed)
+        self.rows, self.held = hold_out(len(items), settings.valid_share, self.seed)
         self.monitor = torch.arange(0, len(items), max(1, math.ceil(len(items) / MONITOR_ITEMS)))
         self.warmup = min(model.warmup_epochs, settings.max_epochs // 2) if start is None else -1  # a short run must still reach its codes
         self.rate = settings.refit_rate if start else 1.0
@@ -144,7 +133,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         self.best: dict[str, Tensor] = {}
         self.state = Run()
-        self.start = fingerprint(items, model.network, settings.model_dump_json(), str(seed), str(self.pull)) if checkpoint else ""
+        self.start = fingerprint(items, model.network, settings.model_dump_json(), str(self.seed), str(self.pull)) if self.checkpoint else ""
 
     def run(self) -> dict[str, list[float]]:
         """The curves, name -> one value per epoch; the network is left at its best epoch."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ContractError
-from pipeline.tokenizers.base import Checkpoint, History
+from pipeline.tokenizers.base import Checkpoint, FitOptions, History
 from pipeline.tokenizers.world import World
 
 LEAST_QUESTIONS = 16  # questions below which there is nothing to learn from
@@ -253,6 +253,6 @@ class Part:
         return found[0], found[1]["parts"]
 
 
-def part(checkpoint: Checkpoint | None, name: str, digest: str) -> Part | None:
-    """The named part of a checkpoint, None without one."""
-    return Part(checkpoint, name, digest) if checkpoint is not None else None
+def part(options: FitOptions, name: str, digest: str) -> FitOptions:
+    """The options of one named run of a fit: its checkpoint is a part of the whole one, if there is one."""
+    return replace(options, checkpoint=Part(options.checkpoint, name, digest)) if options.checkpoint is not None else options

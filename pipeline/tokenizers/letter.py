@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline import config as profile
 from pipeline.device import best_device
-from pipeline.tokenizers.base import Checkpoint, FitReport, History, ItemBatch, Keep, Networked, ProgressBar, Start, TokenizerOutput, shows
+from pipeline.tokenizers.base import FitOptions, FitReport, ItemBatch, Keep, Networked, TokenizerOutput, shows
 from pipeline.tokenizers.fit import NOISE_COLUMNS, Trainer, generator_for
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import balanced_codes, kmeans, take_rows
@@ -232,26 +232,16 @@ class Letter(Networked[Network]):
         """K per level."""
         return self.fitted.autoencoder.sizes
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
 
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError if no item has content; ContractError if the champion reads other vectors or has other sizes.
         """
-        network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
-        prepared = network.prepare(items if self.settings.collaborative == "own" else shuffled_behaviour(items, seed))
+        network = begin(self, Network, lambda network: network.fit_inputs(items), options, items.widths())
+        prepared = network.prepare(items if self.settings.collaborative == "own" else shuffled_behaviour(items, options.seed))
         training = Training(network.to(best_device()))
-        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
+        curves = Trainer(training, prepared, options).run()
         network.autoencoder.usage_LK.zero_()
         self.network = network.eval()
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))

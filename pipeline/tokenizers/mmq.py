@@ -12,7 +12,7 @@ Suffixes: B batch, N items, R distinct items of a batch, D width, T places of a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,14 +25,11 @@ from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
 from pipeline.tokenizers.ada_sid import Decoder, ExpertBank, Mlp, fuse, reconstruction_error, softmax_gate
 from pipeline.tokenizers.base import (
-    Checkpoint,
+    FitOptions,
     FitReport,
-    History,
     ItemBatch,
     Keep,
     Networked,
-    ProgressBar,
-    Start,
     TokenizerOutput,
     encode_in_chunks,
     masked_codes,
@@ -368,54 +365,32 @@ class Mmq(Networked[Network]):
         """K per position."""
         return (self.settings.codebook_size,) * len(self.slots)
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Stage one, then stage two unless `tune_epochs` is 0; curves of stage two are named `tune/...`.
 
         Raises: ValueError without content; ContractError if stage two lacks histories, or for a champion of other sizes.
         """
-        events = histories.events(history, len(items), who="MMQ's tuning") if self.settings.tune_epochs else None
+        events = histories.events(options.history, len(items), who="MMQ's tuning") if self.settings.tune_epochs else None
         widths = {name: width for name, width in items.widths().items() if name in CONTENT}
-        network = begin(self, Network, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=widths)
+        network = begin(self, Network, lambda network: network.fit_inputs(items), options, widths)
         prepared = network.inputs.prepare(items)
         network.to(best_device())
         training, digest = Training(network), events.digest if events else ""
-        kept = histories.part(checkpoint, "content", digest)
-        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
+        curves = Trainer(training, prepared, histories.part(options, "content", digest)).run()
         if events is not None:
-            kept = histories.part(checkpoint, "tuning", digest)
-            curves |= self._tune(network, events, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start)
+            curves |= self._tune(network, events, prepared, histories.part(options, "tuning", digest))
         self.network = network.eval()
         network.usage_LK.zero_()
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
 
-    def _tune(
-        self,
-        network: Network,
-        events: histories.Events,
-        prepared: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None,
-        progress: ProgressBar | None,
-        start: Start | None,
-    ) -> dict[str, list[float]]:
+    def _tune(self, network: Network, events: histories.Events, prepared: ItemBatch, options: FitOptions) -> dict[str, list[float]]:
         """Stage two on the network, in place; its curves. With `start` code rows are pulled towards where stage one left them."""
-        settings = settings.model_copy(update={"max_epochs": self.settings.tune_epochs, "learning_rate": self.settings.tune_rate * settings.learning_rate})
+        rate = self.settings.tune_rate * options.settings.learning_rate
+        settings = options.settings.model_copy(update={"max_epochs": self.settings.tune_epochs, "learning_rate": rate})
         with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(seed, "tune"))
+            torch.manual_seed(derive_seed(options.seed, "tune"))
             tuned = Tuned(network).to(network.codebook_LKD.device)
-        trainer = Trainer(Tuning(tuned, events, prepared), prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start)
+        trainer = Trainer(Tuning(tuned, events, prepared), prepared, replace(options, settings=settings))
         return {f"tune/{name}": values for name, values in trainer.run().items()}
 
     @torch.no_grad()

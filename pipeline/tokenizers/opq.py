@@ -15,13 +15,10 @@ from torch import Tensor
 from pipeline import config as profile
 from pipeline.tokenizers import metrics
 from pipeline.tokenizers.base import (
-    Checkpoint,
+    FitOptions,
     FitReport,
-    History,
     ItemBatch,
     Keep,
-    ProgressBar,
-    Start,
     TokenizerOutput,
     encode_in_chunks,
     shows,
@@ -133,23 +130,13 @@ class Opq:
         """K per sub-space."""
         return (self.settings.codebook_size,) * self.settings.num_positions
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Alternate code rows and rotation; `checkpoint` is not used, a fit takes seconds.
 
         With `start` axes, rotation and rows begin as the champion's, and a row is the mean of its points and of `pull` equal shares of them at its old row.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
-        self.widths = items.widths()
+        self.widths, seed, start, progress = items.widths(), options.seed, options.start, options.progress
         if not self.widths:
             raise ValueError("product quantisation needs at least one modality")
         items = items.take(shows(items, self.widths))  # nothing to read is no point

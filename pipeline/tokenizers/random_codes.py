@@ -18,13 +18,10 @@ from pipeline.context import derive_seed
 from pipeline.tokenizers import metrics
 from pipeline.tokenizers.base import (
     MODALITIES,
-    Checkpoint,
+    FitOptions,
     FitReport,
-    History,
     ItemBatch,
     Keep,
-    ProgressBar,
-    Start,
     TokenizerOutput,
     encode_in_chunks,
     shows,
@@ -83,27 +80,17 @@ class RandomCodes:
         """K per position."""
         return (self.settings.codebook_size,) * self.settings.num_positions
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Draw the hash and rows to stand for the codes; with `start` both are the champion's. There is nothing to learn, so nothing to resume.
 
         Raises: ContractError if the champion reads other vectors or has other sizes.
         """
         self.widths = items.widths()
-        if start is None:
-            self.salt_L = torch.tensor([derive_seed(seed, "salt", position) for position in range(self.settings.num_positions)], dtype=torch.int64)
-            self.codebook_LKD = torch.randn(self.codebook_LKD.shape, generator=generator_for(seed, "rows"))
+        if options.start is None:
+            self.salt_L = torch.tensor([derive_seed(options.seed, "salt", position) for position in range(self.settings.num_positions)], dtype=torch.int64)
+            self.codebook_LKD = torch.randn(self.codebook_LKD.shape, generator=generator_for(options.seed, "rows"))
         else:
-            old = champion(start, RandomCodes, self.settings, self.widths)
+            old = champion(options.start, RandomCodes, self.settings, self.widths)
             self.salt_L, self.name_LK, self.codebook_LKD = old.salt_L.clone(), old.name_LK.clone(), old.codebook_LKD.clone()
         return FitReport(metrics=metrics.code_use(self.encode(items).codes_NL, self.codebook_sizes, self.slots))
 

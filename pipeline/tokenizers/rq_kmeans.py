@@ -15,13 +15,10 @@ from torch import Tensor
 from pipeline import config as profile
 from pipeline.tokenizers import metrics
 from pipeline.tokenizers.base import (
-    Checkpoint,
+    FitOptions,
     FitReport,
-    History,
     ItemBatch,
     Keep,
-    ProgressBar,
-    Start,
     TokenizerOutput,
     encode_in_chunks,
     shows,
@@ -89,34 +86,24 @@ class RqKmeans:
         """K per level."""
         return (self.settings.codebook_size,) * self.settings.num_levels
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """K-means level by level on what the levels before left over; `checkpoint` is not used, a fit takes seconds.
 
         With `start` each level begins at the champion's rows, and a row is the mean of its points and of `pull` times as many points at the old row.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors.
         """
-        self.widths = items.widths()
+        self.widths, start, progress = items.widths(), options.start, options.progress
         old_LKD = champion(start, RqKmeans, self.settings, self.widths).codebook_LKD if start else None
         if not self.widths:
             raise ValueError("residual k-means needs at least one modality")
         items = items.take(shows(items, self.widths))  # nothing to read is no point
         points_ND = concatenate(items, self.widths)
-        rest_ND = points_ND[sample_rows(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, seed)]
+        rest_ND = points_ND[sample_rows(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, options.seed)]
         rows, lost = [], []
         levels = range(self.settings.num_levels)
         for level in progress(levels, "fit residual k-means", len(levels)) if progress else levels:
             anchor = None if old_LKD is None or start is None else (old_LKD[level], start.pull)
-            rows.append(self._level(rest_ND, generator_for(seed, "level", level), anchor))
+            rows.append(self._level(rest_ND, generator_for(options.seed, "level", level), anchor))
             rest_ND = rest_ND - rows[-1][nearest_centroid(rest_ND, rows[-1])]
             lost.append(float(rest_ND.square().sum(1).mean()))
         self.codebook_LKD = torch.stack(rows)

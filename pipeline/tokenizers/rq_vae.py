@@ -24,14 +24,11 @@ from pipeline.device import best_device
 from pipeline.tokenizers import metrics
 from pipeline.tokenizers.base import (
     MODALITIES,
-    Checkpoint,
+    FitOptions,
     FitReport,
-    History,
     ItemBatch,
     Keep,
     Networked,
-    ProgressBar,
-    Start,
     TokenizerOutput,
     encode_in_chunks,
     masked_codes,
@@ -339,26 +336,16 @@ class RqVae(Networked[Autoencoder]):
         """K per level."""
         return self.fitted.sizes
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
 
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
-        network = begin(self, Autoencoder, lambda network: network.fit_inputs(items), seed=seed, start=start, raw_widths=items.widths())
+        network = begin(self, Autoencoder, lambda network: network.fit_inputs(items), options, items.widths())
         prepared = network.prepare(items)
         training = Training(network.to(best_device()))
-        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=checkpoint, progress=progress, start=start).run()
+        curves = Trainer(training, prepared, options).run()
         network.usage_LK.zero_()
         self.network = network.eval()
         return FitReport(curves=curves, metrics=network.measure(prepared, quantise=True))

@@ -21,14 +21,11 @@ from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
 from pipeline.tokenizers.alignment import both_ways, view
 from pipeline.tokenizers.base import (
-    Checkpoint,
+    FitOptions,
     FitReport,
-    History,
     ItemBatch,
     Keep,
     Networked,
-    ProgressBar,
-    Start,
     Tokenizer,
     TokenizerOutput,
     encode_in_chunks,
@@ -37,7 +34,7 @@ from pipeline.tokenizers.base import (
 )
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
-from pipeline.tokenizers.refresh import begin, champion
+from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.rq_kmeans import RqKmeans, concatenate
 from pipeline.tokenizers.world import World
 
@@ -208,32 +205,27 @@ class Unger(Networked[Network]):
         """K per level."""
         return self.quantiser.codebook_sizes
 
-    def fit(
-        self,
-        items: ItemBatch,
-        *,
-        seed: int,
-        settings: profile.TrainTokenizer,
-        checkpoint: Checkpoint | None = None,
-        progress: ProgressBar | None = None,
-        start: Start | None = None,
-        history: History | None = None,
-    ) -> FitReport:
+    def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train the integrated vector, then code it by residual k-means; with `start` both begin at the champion's.
 
         Raises: ValueError without content or behaviour; ContractError without enough history or for a champion of other sizes.
         """
-        events = histories.events(history, len(items), who="UNGER")
-        old = champion(start, Unger, self.settings, items.widths()) if start else None
-        network = begin(self, Network, lambda network: network.inputs.fit(items), seed=seed, start=start, raw_widths=items.widths())
+        events = histories.events(options.history, len(items), who="UNGER")
+        network = begin(self, Network, lambda network: network.inputs.fit(items), options, items.widths())
         prepared = network.inputs.prepare(items)
         training = Training(network.to(best_device()), events, prepared)
-        kept = histories.part(checkpoint, "integration", events.digest)
-        curves = Trainer(training, prepared, seed=seed, settings=settings, checkpoint=kept, progress=progress, start=start).run()
+        curves = Trainer(training, prepared, histories.part(options, "integration", events.digest)).run()
         self.network = network.eval()
-        again = Start(tokenizer=old.quantiser, pull=start.pull) if old and start else None
-        self.quantiser.fit(self._halves(items.take(self.shown(items))), seed=seed, settings=settings, start=again)
+        self._quantise(items.take(self.shown(items)), options)
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True) | self._measure(items))
+
+    def _quantise(self, items: ItemBatch, options: FitOptions) -> None:
+        """Fit the residual k-means of E_I; a champion's begins at its own."""
+        start = options.start
+        if start is not None:
+            assert isinstance(start.tokenizer, Unger), "`begin` has looked"
+            start = replace(start, tokenizer=start.tokenizer.quantiser)
+        self.quantiser.fit(self._halves(items), FitOptions(seed=options.seed, settings=options.settings, start=start))
 
     def shown(self, items: ItemBatch) -> Tensor:
         """True for items that show anything UNGER reads, (N,)."""

@@ -33,7 +33,7 @@ from pipeline.datasets.shop import Shop
 from pipeline.encoders import CONTENT_ENCODERS, sasrec
 from pipeline.encoders.base import EncoderOptions
 from pipeline.encoders.image import decode_image
-from pipeline.tokenizers.base import ItemBatch, TokenizerOutput
+from pipeline.tokenizers.base import FitOptions, ItemBatch, TokenizerOutput
 from pipeline.tokenizers.registry import named
 
 BLOCK = 1024  # queries scored at once: a catalogue of 20,000 items would fill the memory otherwise
@@ -168,7 +168,7 @@ def run_world(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     for arm in (*STRENGTHS, "rq_kmeans"):
         settings = TrainTokenizer(max_epochs=args.epochs, ada_sid=AdaSid(strength=arm if arm in STRENGTHS else "adaptive"))
         tokenizer = named(name := "ada_sid" if arm in STRENGTHS else arm)(getattr(settings, name))
-        tokenizer.fit(items.batch, seed=derive_seed(seed, "tokenizer"), settings=settings)
+        tokenizer.fit(items.batch, FitOptions(seed=derive_seed(seed, "tokenizer"), settings=settings))
         arms[arm] = measured(tokenizer.encode(items.batch), tokenizer.slots, items)
     return {"seed": seed, "seconds": time.perf_counter() - started, "facts": items.facts, "arms": arms}
 

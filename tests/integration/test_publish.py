@@ -19,7 +19,7 @@ from pipeline import config as profile
 from pipeline import lakehouse, tracking
 from pipeline.context import Context, Plan, Release, read_json, write_json
 from pipeline.errors import GateFailed
-from pipeline.tokenizers.base import codebook_digest, items_from_arrow
+from pipeline.tokenizers.base import FitOptions, codebook_digest, items_from_arrow
 from pipeline.tokenizers.rq_kmeans import RqKmeans
 
 pytestmark = pytest.mark.spark
@@ -55,7 +55,7 @@ def model(tmp_path):
     )
     torch.set_num_threads(1)
     tokenizer = RqKmeans(profile.RqKmeans(num_levels=2, codebook_size=4, iterations=5, balanced=False))
-    tokenizer.fit(items_from_arrow(rows), seed=3, settings=profile.TrainTokenizer())
+    tokenizer.fit(items_from_arrow(rows), FitOptions(seed=3, settings=profile.TrainTokenizer()))
     (tmp_path / "config.json").write_text(json.dumps(tokenizer.config()), encoding="utf-8")
     save_file(tokenizer.state(), tmp_path / "model.safetensors")
     facts = {"tokenizer": "rq_kmeans", "codebook_sizes": [4, 4], "slots": list(tokenizer.slots), "codebook_digest": codebook_digest(tokenizer.codebooks())}

@@ -254,7 +254,7 @@ def test_a_logged_tokenizer_answers_the_codes_of_the_tokenizer(home: Home) -> No
     import torch
 
     from pipeline.config import RqKmeans, TrainTokenizer
-    from pipeline.tokenizers.base import ItemBatch
+    from pipeline.tokenizers.base import FitOptions, ItemBatch
     from pipeline.tokenizers.registry import TOKENIZERS
 
     torch.manual_seed(0)
@@ -265,7 +265,7 @@ def test_a_logged_tokenizer_answers_the_codes_of_the_tokenizer(home: Home) -> No
     items = ItemBatch(**vectors, richness_N=torch.rand(200), strength_N=torch.rand(200))
     settings = TrainTokenizer(tokenizer="rq_kmeans", rq_kmeans=RqKmeans(num_levels=3, codebook_size=8))
     tokenizer = TOKENIZERS["rq_kmeans"](settings.rq_kmeans)
-    tokenizer.fit(items, seed=1, settings=settings)
+    tokenizer.fit(items, FitOptions(seed=1, settings=settings))
     expected = tokenizer.encode(items)
     columns = {"text": text.numpy(), "behavior": np.where(masked[:, None].numpy(), np.float32(np.nan), behavior.numpy())}
     columns |= {"richness": items.richness_N.numpy(), "strength": items.strength_N.numpy()}

@@ -13,7 +13,7 @@ from pipeline.config import AdaSid as AdaSettings
 from pipeline.config import Das, Letter, Mmq, Opq, RandomCodes, RqVae, TrainTokenizer, Unger
 from pipeline.config import RqKmeans as RqSettings
 from pipeline.tokenizers import TOKENIZERS, metrics
-from pipeline.tokenizers.base import History, ItemBatch, Tokenizer
+from pipeline.tokenizers.base import FitOptions, History, ItemBatch, Tokenizer
 from pipeline.tokenizers.quantize import nearest_code
 from pipeline.tokenizers.router import behavior_router, lambda_step
 
@@ -51,7 +51,7 @@ def fitted(name: str) -> Tokenizer:
     if tokenizer.needs_history:
         index_T = torch.randint(ITEMS, (120,), generator=torch.Generator().manual_seed(1))
         history = History(index_T=index_T, offset_U=torch.arange(0, 121, 6))
-    tokenizer.fit(catalogue(), seed=0, settings=TrainTokenizer(max_epochs=3, batch_size=30), history=history)
+    tokenizer.fit(catalogue(), FitOptions(seed=0, settings=TrainTokenizer(max_epochs=3, batch_size=30), history=history))
     return tokenizer
 
 

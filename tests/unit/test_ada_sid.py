@@ -11,7 +11,7 @@ from tokenizer_items import ada_settings, tiny_items, training
 
 from pipeline.tokenizers import TOKENIZERS, from_state
 from pipeline.tokenizers.ada_sid import AdaSid, Network, Training
-from pipeline.tokenizers.base import MODALITIES, ItemBatch, codebook_digest
+from pipeline.tokenizers.base import MODALITIES, FitOptions, ItemBatch, codebook_digest
 from pipeline.tokenizers.router import behavior_router
 from pipeline.tokenizers.world import World
 
@@ -19,7 +19,7 @@ from pipeline.tokenizers.world import World
 @pytest.fixture(scope="module")
 def fitted() -> AdaSid:
     tokenizer = AdaSid(ada_settings())
-    tokenizer.fit(tiny_items(), seed=1, settings=training())
+    tokenizer.fit(tiny_items(), FitOptions(seed=1, settings=training()))
     return tokenizer
 
 
@@ -74,7 +74,7 @@ def test_weights_are_one_for_content_and_bounded_for_behaviour(fitted):
 def test_absent_modalities_lose_their_experts_and_positions(present):
     tokenizer = AdaSid(ada_settings())
     items = tiny_items(modalities=present, gaps=False)
-    report = tokenizer.fit(items, seed=0, settings=training(max_epochs=3))
+    report = tokenizer.fit(items, FitOptions(seed=0, settings=training(max_epochs=3)))
     assert {slot.rsplit("_", 1)[0] for slot in tokenizer.slots} == {"shared", *present}
     assert (tokenizer.encode(items).codes_NL < 12).all()
     assert {name for name in report.metrics if name.startswith("nmse/")} == {f"nmse/{name}" for name in present}
@@ -90,7 +90,7 @@ def test_a_batch_that_lacks_a_known_modality_is_masked_there(fitted):
 
 def test_no_modality_at_all_is_refused():
     with pytest.raises(ValueError, match="no expert"):
-        AdaSid(ada_settings()).fit(tiny_items(modalities=()), seed=0, settings=training())
+        AdaSid(ada_settings()).fit(tiny_items(modalities=()), FitOptions(seed=0, settings=training()))
 
 
 def test_vectors_of_another_width_are_refused(fitted):
@@ -102,7 +102,7 @@ def test_vectors_of_another_width_are_refused(fitted):
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_run_shorter_than_its_warm_up_still_learns_codes(epochs):
     tokenizer = AdaSid(ada_settings(warmup_epochs=50))
-    report = tokenizer.fit(tiny_items(), seed=0, settings=training(max_epochs=epochs))
+    report = tokenizer.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=epochs)))
     assert report.metrics["utilisation"] > 0.5
 
 
@@ -141,8 +141,8 @@ def test_state_and_config_rebuild_the_tokenizer(fitted):
 
 def test_the_same_seed_gives_the_same_tokenizer(fitted):
     again, other = AdaSid(ada_settings()), AdaSid(ada_settings())
-    again.fit(tiny_items(), seed=1, settings=training())
-    other.fit(tiny_items(), seed=2, settings=training())
+    again.fit(tiny_items(), FitOptions(seed=1, settings=training()))
+    other.fit(tiny_items(), FitOptions(seed=2, settings=training()))
     assert codebook_digest(again.codebooks()) == codebook_digest(fitted.codebooks())
     assert codebook_digest(other.codebooks()) != codebook_digest(fitted.codebooks())
 
@@ -215,14 +215,14 @@ def test_total_is_the_weighted_sum_of_the_terms():
 )
 def test_every_form_and_control_trains(changes):
     tokenizer = AdaSid(ada_settings(**changes))
-    report = tokenizer.fit(tiny_items(), seed=0, settings=training(max_epochs=4))
+    report = tokenizer.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=4)))
     assert all(value == value for values in report.curves.values() for value in values)
     assert tokenizer.encode(tiny_items()).codes_NL.shape == (96, len(tokenizer.slots))
 
 
 def test_router_one_gives_every_behaviour_code_the_weight_one():
     tokenizer = AdaSid(ada_settings(router="one"))
-    tokenizer.fit(tiny_items(), seed=0, settings=training(max_epochs=3))
+    tokenizer.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=3)))
     items = tiny_items()
     out = tokenizer.encode(items)
     assert (out.weights_NL[items.behavior_N, 3:] == 1).all()
@@ -232,7 +232,7 @@ def test_router_one_gives_every_behaviour_code_the_weight_one():
 def test_training_brings_the_error_down_and_uses_the_codes():
     tokenizer = AdaSid(ada_settings())
     items = tiny_items(300, gaps=False)
-    report = tokenizer.fit(items, seed=0, settings=training(max_epochs=25, patience=25, learning_rate=1e-2))
+    report = tokenizer.fit(items, FitOptions(seed=0, settings=training(max_epochs=25, patience=25, learning_rate=1e-2)))
     assert report.curves["loss/reconstruction"][-1] < 0.6 * report.curves["loss/reconstruction"][0]
     assert all(report.metrics[f"nmse/{name}"] < 0.8 for name in MODALITIES)
     assert report.metrics["utilisation"] > 0.9
@@ -264,7 +264,7 @@ def test_the_margin_finds_the_share_of_logits_that_shall_be_off():
 
 def test_the_controller_brings_the_active_share_to_its_target():
     tokenizer = AdaSid(ada_settings(num_behavior=4, active_share=0.5, lambda_step=1.05, lambda_init=1e-3))
-    report = tokenizer.fit(tiny_items(400, gaps=False), seed=0, settings=training(max_epochs=40, patience=40, learning_rate=1e-2, batch_size=64))
+    report = tokenizer.fit(tiny_items(400, gaps=False), FitOptions(seed=0, settings=training(max_epochs=40, patience=40, learning_rate=1e-2, batch_size=64)))
     active = {name: value for name, value in report.metrics.items() if name.startswith("active_share/")}
     gaps = [abs(value - report.metrics[name.replace("share", "target")]) for name, value in active.items()]
     assert len(gaps) == 3

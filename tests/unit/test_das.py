@@ -13,7 +13,7 @@ from tokenizer_items import das_settings, noise, tiny_history, tiny_items, train
 
 from pipeline.tokenizers import das, histories
 from pipeline.tokenizers.alignment import view
-from pipeline.tokenizers.base import History
+from pipeline.tokenizers.base import FitOptions, History
 from pipeline.tokenizers.das import Catalogue, Das, Network, Training
 from pipeline.tokenizers.world import World
 
@@ -33,7 +33,7 @@ def stage(**changes: object) -> Training:
 @pytest.fixture(scope="module")
 def fitted() -> Das:
     tokenizer = Das(das_settings())
-    tokenizer.fit(tiny_items(), seed=1, settings=training(), history=tiny_history())
+    tokenizer.fit(tiny_items(), FitOptions(seed=1, settings=training(), history=tiny_history()))
     return tokenizer
 
 

@@ -25,7 +25,7 @@ from pipeline.context import Context, Home
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 from pipeline.tokenizers import fit, from_state
 from pipeline.tokenizers.ada_sid import AdaSid
-from pipeline.tokenizers.base import ItemBatch, codebook_digest, items_from_arrow, join_vectors
+from pipeline.tokenizers.base import FitOptions, ItemBatch, codebook_digest, items_from_arrow, join_vectors
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
@@ -35,17 +35,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
 def test_a_finished_run_is_not_trained_again(tmp_path):
     items, checkpoint = tiny_items(), FileCheckpoint(tmp_path / "state.safetensors")
     first, second = AdaSid(ada_settings()), AdaSid(ada_settings())
-    first.fit(items, seed=3, settings=training(), checkpoint=checkpoint)
-    second.fit(items, seed=3, settings=training(), checkpoint=checkpoint, progress=stop_after(1))
+    first.fit(items, FitOptions(seed=3, settings=training(), checkpoint=checkpoint))
+    second.fit(items, FitOptions(seed=3, settings=training(), checkpoint=checkpoint, progress=stop_after(1)))
     assert torch.equal(first.encode(items).codes_NL, second.encode(items).codes_NL)
 
 
 def test_a_checkpoint_of_other_data_is_left_alone(tmp_path, caplog):
     checkpoint = FileCheckpoint(tmp_path / "state.safetensors")
-    AdaSid(ada_settings()).fit(tiny_items(seed=1), seed=3, settings=training(), checkpoint=checkpoint)
+    AdaSid(ada_settings()).fit(tiny_items(seed=1), FitOptions(seed=3, settings=training(), checkpoint=checkpoint))
     fresh, straight = AdaSid(ada_settings()), AdaSid(ada_settings())
-    fresh.fit(tiny_items(), seed=3, settings=training(), checkpoint=checkpoint)
-    straight.fit(tiny_items(), seed=3, settings=training())
+    fresh.fit(tiny_items(), FitOptions(seed=3, settings=training(), checkpoint=checkpoint))
+    straight.fit(tiny_items(), FitOptions(seed=3, settings=training()))
     assert "starting anew" in caplog.text
     assert torch.equal(fresh.codebooks()[0], straight.codebooks()[0])
 
@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_a_clear_error(tmp_path):
 
 
 def test_training_stops_when_nothing_gets_better():
-    report = AdaSid(ada_settings()).fit(tiny_items(), seed=0, settings=training(max_epochs=60, patience=1, learning_rate=0.3, revive_until=0.0))
+    report = AdaSid(ada_settings()).fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=60, patience=1, learning_rate=0.3, revive_until=0.0)))
     epochs = {len(values) for name, values in report.curves.items() if name.startswith(("nmse", "held_out", "loss/total"))}
     assert max(epochs) < 20
     assert len(epochs) == 1
@@ -88,7 +88,7 @@ def test_learning_rate_falls_from_the_set_rate_to_a_twentieth():
 
 def test_bfloat16_autocast_trains_and_encodes():
     tokenizer = AdaSid(ada_settings())
-    report = tokenizer.fit(tiny_items(), seed=0, settings=training(precision="bfloat16"))
+    report = tokenizer.fit(tiny_items(), FitOptions(seed=0, settings=training(precision="bfloat16")))
     assert report.curves["loss/reconstruction"][-1] < report.curves["loss/reconstruction"][0]
     assert tokenizer.state()["codebook_LKD"].dtype == torch.float32
 
@@ -97,7 +97,7 @@ def test_revival_forgets_the_optimizers_memory_of_moved_rows():
     items = tiny_items()
     torch.manual_seed(0)
     model = _training(items)
-    trainer = fit.Trainer(model, model.network.prepare(items), seed=0, settings=training(), checkpoint=None, progress=None)
+    trainer = fit.Trainer(model, model.network.prepare(items), FitOptions(seed=0, settings=training()))
     trainer._epoch(0)
     trainer._epoch(1)
     trainer._epoch(2)
@@ -129,7 +129,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     alone = AdaSid(ada_settings())
-    report = alone.fit(tiny_items(), seed=3, settings=training(max_epochs=4, batch_size=48))
+    report = alone.fit(tiny_items(), FitOptions(seed=3, settings=training(max_epochs=4, batch_size=48)))
     assert first.pop("losses").tolist() == pytest.approx(report.curves["loss/total"], abs=1e-4)
     together = from_state(alone.config(), first).encode(tiny_items()).codes_NL
     assert float((together == alone.encode(tiny_items()).codes_NL).double().mean()) >= 0.99

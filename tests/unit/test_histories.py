@@ -13,7 +13,7 @@ from tokenizer_items import Interrupted, das_settings, mmq_settings, stop_after,
 
 from pipeline.errors import ContractError
 from pipeline.tokenizers import TOKENIZERS, from_state, histories
-from pipeline.tokenizers.base import MODALITIES, History, Keep, Start, Tokenizer, codebook_digest
+from pipeline.tokenizers.base import MODALITIES, FitOptions, History, Keep, Start, Tokenizer, codebook_digest
 
 SETTINGS = {"mmq": mmq_settings, "das": das_settings, "unger": unger_settings}
 
@@ -33,7 +33,7 @@ class Memory:
 
 def fitted(name: str, *, count: int = 96, seed: int = 1, history: History | None = None, **changes: object) -> Tokenizer:
     tokenizer = TOKENIZERS[name](SETTINGS[name](**changes))
-    tokenizer.fit(tiny_items(count), seed=seed, settings=training(max_epochs=4), history=history or tiny_history(count))
+    tokenizer.fit(tiny_items(count), FitOptions(seed=seed, settings=training(max_epochs=4), history=history or tiny_history(count)))
     return tokenizer
 
 
@@ -131,7 +131,7 @@ def test_the_reader_does_not_see_empty_places():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_histories_that_cannot_be_used_are_refused(name, history, message):
     with pytest.raises(ContractError, match=message):
-        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), seed=0, settings=training(), history=history)
+        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), FitOptions(seed=0, settings=training(), history=history))
 
 
 # ---------------------------------------------------------------- checkpoints of parts
@@ -156,8 +156,8 @@ def test_a_resumed_run_gives_the_same_bits(made, name, phase):
     checkpoint, resumed = Memory(), TOKENIZERS[name](SETTINGS[name]())
     arguments = {"seed": 1, "settings": training(max_epochs=4), "checkpoint": checkpoint, "history": tiny_history()}
     with pytest.raises(Interrupted):
-        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), **arguments, progress=stop_after(3, run=phase))
-    resumed.fit(tiny_items(), **arguments)
+        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), FitOptions(**arguments, progress=stop_after(3, run=phase)))
+    resumed.fit(tiny_items(), FitOptions(**arguments))
     assert all(torch.equal(value, resumed.state()[key]) for key, value in made[name].state().items())
 
 
@@ -166,8 +166,8 @@ def test_a_checkpoint_of_another_history_is_not_resumed(made, name):
     checkpoint, again = Memory(), TOKENIZERS[name](SETTINGS[name]())
     arguments = {"seed": 1, "settings": training(max_epochs=4), "checkpoint": checkpoint}
     with pytest.raises(Interrupted):
-        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), **arguments, history=tiny_history(seed=5), progress=stop_after(1))
-    again.fit(tiny_items(), **arguments, history=tiny_history())
+        TOKENIZERS[name](SETTINGS[name]()).fit(tiny_items(), FitOptions(**arguments, history=tiny_history(seed=5), progress=stop_after(1)))
+    again.fit(tiny_items(), FitOptions(**arguments, history=tiny_history()))
     assert codebook_digest(again.codebooks()) == codebook_digest(made[name].codebooks())
 
 
@@ -215,7 +215,7 @@ def test_a_refit_begins_at_the_champion_and_a_pull_keeps_it_there(made, name):
     for pull in (0.0, 1e4):
         refit = TOKENIZERS[name](SETTINGS[name]())
         few = training(max_epochs=8, patience=8, revive_until=0.0)
-        refit.fit(tiny_items(), seed=5, settings=few, start=Start(tokenizer=base, pull=pull), history=tiny_history(seed=2))
+        refit.fit(tiny_items(), FitOptions(seed=5, settings=few, start=Start(tokenizer=base, pull=pull), history=tiny_history(seed=2)))
         ways.append(sum(float((new - old).square().sum()) for new, old in zip(refit.codebooks(), base.codebooks(), strict=True)))
     assert 0 < ways[1] < 0.5 * ways[0]
 
@@ -224,7 +224,7 @@ def test_a_refit_begins_at_the_champion_and_a_pull_keeps_it_there(made, name):
 def test_a_refit_of_other_sizes_is_refused(made, name):
     refit = TOKENIZERS[name](SETTINGS[name](codebook_size=9))
     with pytest.raises(ContractError, match="champion"):
-        refit.fit(tiny_items(), seed=5, settings=training(), start=Start(tokenizer=made[name]), history=tiny_history())
+        refit.fit(tiny_items(), FitOptions(seed=5, settings=training(), start=Start(tokenizer=made[name]), history=tiny_history()))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -251,4 +251,4 @@ def test_an_unfitted_tokenizer_says_so(name):
 def test_a_data_set_without_what_is_needed_is_refused(name, present):
     items = tiny_items(modalities=(present,), gaps=False)
     with pytest.raises(ValueError, match=name.upper()):
-        TOKENIZERS[name](SETTINGS[name]()).fit(items, seed=0, settings=training(), history=tiny_history())
+        TOKENIZERS[name](SETTINGS[name]()).fit(items, FitOptions(seed=0, settings=training(), history=tiny_history()))

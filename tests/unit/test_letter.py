@@ -14,6 +14,7 @@ from tokenizer_items import WIDTHS, tiny_items, training
 
 from pipeline.config import Letter as Settings
 from pipeline.tokenizers import letter
+from pipeline.tokenizers.base import FitOptions
 from pipeline.tokenizers.letter import Letter, Network, Training
 from pipeline.tokenizers.world import World
 
@@ -76,7 +77,7 @@ def test_behaviour_is_a_teacher_and_no_input():
     assert torch.equal(tokenizer.encode(replace(items, behavior_ND=items.behavior_ND.flip(0))).codes_NL, codes)
     assert torch.equal(tokenizer.encode(replace(items, behavior_ND=None, behavior_N=torch.zeros(96, dtype=torch.bool))).codes_NL, codes)
     with pytest.raises(ValueError, match="text or image"):
-        Letter(settings()).fit(tiny_items(modalities=("behavior",)), seed=0, settings=training())
+        Letter(settings()).fit(tiny_items(modalities=("behavior",)), FitOptions(seed=0, settings=training()))
 
 
 def test_weights_of_zero_take_the_losses_away_and_gradients_reach_what_they_should():
@@ -115,7 +116,7 @@ def test_the_control_deals_the_same_behaviour_to_other_items():
     assert float((dealt.behavior_ND[seen] == items.behavior_ND[seen]).all(1).double().mean()) < 0.2
     own, control = (Letter(settings(collaborative=whose)) for whose in ("own", "shuffled"))
     for tokenizer in (own, control):
-        tokenizer.fit(tiny_items(200), seed=0, settings=training(max_epochs=3))
+        tokenizer.fit(tiny_items(200), FitOptions(seed=0, settings=training(max_epochs=3)))
     assert not torch.equal(own.codebooks()[0], control.codebooks()[0])
 
 
@@ -123,7 +124,7 @@ def test_alignment_tells_items_apart_by_their_behaviour():
     found = {}
     for alpha in (0.0, 0.1):
         tokenizer = Letter(settings(collaborative_weight=alpha))
-        found[alpha] = tokenizer.fit(tiny_items(200), seed=0, settings=training(max_epochs=20, learning_rate=3e-3)).metrics["collaborative"]
+        found[alpha] = tokenizer.fit(tiny_items(200), FitOptions(seed=0, settings=training(max_epochs=20, learning_rate=3e-3))).metrics["collaborative"]
     assert found[0.1] < math.log(150) - 0.7 < found[0.0]
 
 

@@ -12,7 +12,7 @@ from draws import rand
 from tokenizer_items import mmq_settings, noise, tiny_history, tiny_items, training
 
 from pipeline.tokenizers import histories, mmq
-from pipeline.tokenizers.base import ItemBatch, codebook_digest
+from pipeline.tokenizers.base import FitOptions, ItemBatch, codebook_digest
 from pipeline.tokenizers.mmq import Mmq, Network, Training, Tuned, Tuning
 from pipeline.tokenizers.world import World
 
@@ -61,7 +61,7 @@ def test_soft_embedding_is_the_mean_over_shown_positions():
 
 def test_positions_masks_and_weights():
     tokenizer = Mmq(mmq_settings(tune_epochs=0))
-    tokenizer.fit(tiny_items(), seed=0, settings=training(max_epochs=3))
+    tokenizer.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=3)))
     assert tokenizer.slots == ("shared_0", "text_0", "text_1", "image_0")
     out = tokenizer.encode(tiny_items())
     for position, slot in enumerate(tokenizer.slots):
@@ -72,14 +72,14 @@ def test_positions_masks_and_weights():
 
 def test_a_data_set_without_images_has_no_image_positions():
     tokenizer = Mmq(mmq_settings(tune_epochs=0))
-    report = tokenizer.fit(tiny_items(modalities=("text", "behavior"), gaps=False), seed=0, settings=training(max_epochs=3))
+    report = tokenizer.fit(tiny_items(modalities=("text", "behavior"), gaps=False), FitOptions(seed=0, settings=training(max_epochs=3)))
     assert tokenizer.slots == ("shared_0", "text_0", "text_1")
     assert {name for name in report.metrics if name.startswith("nmse")} == {"nmse/text", "nmse_own/text"}
 
 
 def test_behaviour_vectors_are_not_read():
     tokenizer = Mmq(mmq_settings(tune_epochs=0))
-    tokenizer.fit(tiny_items(), seed=0, settings=training(max_epochs=2))
+    tokenizer.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=2)))
     items = tiny_items()
     other = replace(items, behavior_ND=items.behavior_ND * 7 + 1)
     assert torch.equal(tokenizer.encode(items).codes_NL, tokenizer.encode(other).codes_NL)
@@ -130,8 +130,8 @@ def test_the_total_of_stage_two():
 
 def test_tuning_learns_what_users_do_and_moves_codes():
     plain, tuned = Mmq(mmq_settings(tune_epochs=0)), Mmq(mmq_settings(tune_epochs=8))
-    plain.fit(tiny_items(), seed=0, settings=training(max_epochs=4))
-    report = tuned.fit(tiny_items(), seed=0, settings=training(max_epochs=4, patience=8), history=tiny_history())
+    plain.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=4)))
+    report = tuned.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=4, patience=8), history=tiny_history()))
     losses = report.curves["tune/loss/next_item"]
     assert len(losses) == 8
     assert losses[-1] < losses[0]

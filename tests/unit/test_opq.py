@@ -13,6 +13,7 @@ from tokenizer_items import tiny_items, training
 
 from pipeline.config import Opq as Settings
 from pipeline.tokenizers import opq, quantize
+from pipeline.tokenizers.base import FitOptions
 from pipeline.tokenizers.opq import Opq
 
 
@@ -79,7 +80,7 @@ def test_the_dealt_start_is_a_permutation_of_fair_hands():
 
 
 def test_each_round_of_the_alternation_loses_less():
-    report = Opq(settings(whiten=False, codebook_size=16)).fit(tiny_items(500, gaps=False), seed=0, settings=training())
+    report = Opq(settings(whiten=False, codebook_size=16)).fit(tiny_items(500, gaps=False), FitOptions(seed=0, settings=training()))
     lost = report.curves["loss/reconstruction"]
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in pairwise(lost))
     assert lost[-1] < 0.9 * lost[0]
@@ -117,7 +118,7 @@ def test_whitened_axes_have_unit_variance_and_flat_ones_count_nothing():
 
 def test_nothing_to_fit_on_is_refused():
     with pytest.raises(ValueError, match="at least one modality"):
-        Opq(settings()).fit(tiny_items(modalities=()), seed=0, settings=training())
+        Opq(settings()).fit(tiny_items(modalities=()), FitOptions(seed=0, settings=training()))
     with pytest.raises(ValueError, match="not fitted"):
         Opq(settings()).encode(tiny_items(3))
 

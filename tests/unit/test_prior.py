@@ -11,7 +11,7 @@ from draws import rand
 from tokenizer_items import ada_settings, tiny_items, training
 
 from pipeline.tokenizers.ada_sid import AdaSid
-from pipeline.tokenizers.base import ItemBatch
+from pipeline.tokenizers.base import FitOptions, ItemBatch
 from pipeline.tokenizers.prior import BehaviorPrior, ridge
 
 WIDTHS = {"text": 12, "image": 8, "behavior": 6}
@@ -91,7 +91,7 @@ def test_what_lies_behind_a_mask_changes_nothing():
 @pytest.fixture(scope="module")
 def tokenizer() -> AdaSid:
     made = AdaSid(ada_settings(behavior_prior="poor"))
-    made.fit(tiny_items(), seed=1, settings=training())
+    made.fit(tiny_items(), FitOptions(seed=1, settings=training()))
     return made
 
 
@@ -123,7 +123,7 @@ def test_it_is_stored_with_the_tokenizer(tokenizer):
 
 def test_a_tokenizer_from_before_the_prior_loads_without_one():
     old = AdaSid(ada_settings(behavior_prior="none"))
-    old.fit(tiny_items(), seed=1, settings=training(max_epochs=3))
+    old.fit(tiny_items(), FitOptions(seed=1, settings=training(max_epochs=3)))
     config = old.config()
     del config["settings"]["behavior_prior"]
     again = AdaSid.load(config, old.state())
@@ -133,5 +133,5 @@ def test_a_tokenizer_from_before_the_prior_loads_without_one():
 
 def test_without_content_there_is_no_prior():
     made = AdaSid(ada_settings(behavior_prior="poor"))
-    made.fit(tiny_items(modalities=("behavior",), gaps=False), seed=0, settings=training(max_epochs=3))
+    made.fit(tiny_items(modalities=("behavior",), gaps=False), FitOptions(seed=0, settings=training(max_epochs=3)))
     assert made.fitted.prior is None

@@ -11,7 +11,7 @@ import torch
 from tokenizer_items import tiny_items, training
 
 from pipeline.config import RandomCodes as Settings
-from pipeline.tokenizers.base import Start
+from pipeline.tokenizers.base import FitOptions, Start
 from pipeline.tokenizers.random_codes import RandomCodes, fingerprints, scramble
 
 ALL = 2**64 - 1
@@ -43,7 +43,7 @@ def test_fingerprints_see_every_bit_and_the_order_but_one_zero():
 def test_codes_are_uniform_and_positions_independent():
     tokenizer = RandomCodes(settings())
     items = tiny_items(6000, gaps=False)
-    report = tokenizer.fit(items, seed=0, settings=training())
+    report = tokenizer.fit(items, FitOptions(seed=0, settings=training()))
     codes = tokenizer.encode(items).codes_NL
     counts = torch.stack([torch.bincount(column, minlength=12) for column in codes.T]).double()
     assert float(((counts - 500).square() / 500).sum(1).max()) < 32.0  # chi-square with 11 degrees, p = .0008
@@ -57,7 +57,7 @@ def test_codes_are_uniform_and_positions_independent():
 
 def test_behaviour_names_an_item_only_where_it_has_no_content():
     items, tokenizer = tiny_items(), RandomCodes(settings())
-    tokenizer.fit(items, seed=0, settings=training())
+    tokenizer.fit(items, FitOptions(seed=0, settings=training()))
     moved = (tokenizer.encode(replace(items, behavior_ND=items.behavior_ND + 1.0)).codes_NL != tokenizer.encode(items).codes_NL).any(1)
     assert not moved[items.text_N | items.image_N].any()
     bare = replace(items, text_N=torch.zeros(96, dtype=torch.bool), image_N=torch.zeros(96, dtype=torch.bool))
@@ -77,7 +77,7 @@ def test_a_champions_hash_and_names_are_taken_over():
 
 
 def test_there_is_nothing_to_plot():
-    report = RandomCodes(settings()).fit(tiny_items(), seed=0, settings=training())
+    report = RandomCodes(settings()).fit(tiny_items(), FitOptions(seed=0, settings=training()))
     assert report.curves == {}
     assert 0.0 <= report.metrics["collision_rate"] < 0.2
 

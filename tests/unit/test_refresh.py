@@ -11,7 +11,7 @@ from tokenizer_items import ada_settings, rq_settings, tiny_items, training
 
 from pipeline.errors import ContractError
 from pipeline.tokenizers.ada_sid import AdaSid
-from pipeline.tokenizers.base import ItemBatch, Keep, Start, Tokenizer
+from pipeline.tokenizers.base import FitOptions, ItemBatch, Keep, Start, Tokenizer
 from pipeline.tokenizers.quantize import hold_on, kmeans, residual_codes
 from pipeline.tokenizers.refresh import champion, match_codes
 from pipeline.tokenizers.rq_kmeans import RqKmeans
@@ -24,7 +24,7 @@ def moved_items(way: float) -> ItemBatch:
 
 def fitted(name: str, *, seed: int = 0, way: float = 0.0, start: Start | None = None) -> Tokenizer:
     tokenizer = AdaSid(ada_settings()) if name == "ada_sid" else RqKmeans(rq_settings(balanced=False))
-    tokenizer.fit(moved_items(way), seed=seed, settings=training(), start=start)
+    tokenizer.fit(moved_items(way), FitOptions(seed=seed, settings=training(), start=start))
     return tokenizer
 
 

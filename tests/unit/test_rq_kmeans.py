@@ -9,6 +9,7 @@ import torch
 from tokenizer_items import WIDTHS, rq_settings, tiny_items, training
 
 from pipeline.tokenizers import from_state
+from pipeline.tokenizers.base import FitOptions
 from pipeline.tokenizers.metrics import code_use
 from pipeline.tokenizers.rq_kmeans import RqKmeans, concatenate
 
@@ -16,7 +17,7 @@ from pipeline.tokenizers.rq_kmeans import RqKmeans, concatenate
 @pytest.fixture(scope="module")
 def fitted() -> RqKmeans:
     tokenizer = RqKmeans(rq_settings())
-    tokenizer.fit(tiny_items(), seed=1, settings=training())
+    tokenizer.fit(tiny_items(), FitOptions(seed=1, settings=training()))
     return tokenizer
 
 
@@ -38,7 +39,7 @@ def test_codes_weights_and_sum_of_rows(fitted):
 
 
 def test_each_level_leaves_less_over():
-    report = RqKmeans(rq_settings()).fit(tiny_items(400), seed=0, settings=training())
+    report = RqKmeans(rq_settings()).fit(tiny_items(400), FitOptions(seed=0, settings=training()))
     lost = report.curves["loss/reconstruction"]
     assert lost == sorted(lost, reverse=True)
     assert lost[-1] < 0.6 * lost[0]
@@ -50,14 +51,14 @@ def test_balanced_levels_use_their_codes_more_evenly():
     spread = []
     for balanced in (True, False):
         tokenizer = RqKmeans(rq_settings(balanced=balanced, codebook_size=40, iterations=25))
-        tokenizer.fit(items, seed=0, settings=training())
+        tokenizer.fit(items, FitOptions(seed=0, settings=training()))
         spread.append(code_use(tokenizer.encode(items).codes_NL, tokenizer.codebook_sizes, tokenizer.slots)["gini"])
     assert spread[0] < spread[1]
 
 
 def test_same_seed_same_codes_and_a_round_trip(fitted):
     again = RqKmeans(rq_settings())
-    again.fit(tiny_items(), seed=1, settings=training())
+    again.fit(tiny_items(), FitOptions(seed=1, settings=training()))
     codes = fitted.encode(tiny_items()).codes_NL
     assert torch.equal(codes, again.encode(tiny_items()).codes_NL)
     assert torch.equal(codes, from_state(fitted.config(), fitted.state()).encode(tiny_items()).codes_NL)
@@ -67,6 +68,6 @@ def test_same_seed_same_codes_and_a_round_trip(fitted):
 
 def test_nothing_to_fit_on_is_refused():
     with pytest.raises(ValueError, match="at least one modality"):
-        RqKmeans(rq_settings()).fit(tiny_items(modalities=()), seed=0, settings=training())
+        RqKmeans(rq_settings()).fit(tiny_items(modalities=()), FitOptions(seed=0, settings=training()))
     with pytest.raises(ValueError, match="not fitted"):
         RqKmeans(rq_settings()).encode(tiny_items(3))

@@ -11,6 +11,7 @@ from tokenizer_items import WIDTHS, tiny_items, training
 
 from pipeline.config import RqVae as Settings
 from pipeline.tokenizers import rq_vae
+from pipeline.tokenizers.base import FitOptions
 from pipeline.tokenizers.quantize import nearest_centroid
 from pipeline.tokenizers.rq_vae import Autoencoder, RqVae, Training
 from pipeline.tokenizers.world import World
@@ -81,7 +82,7 @@ def test_inputs_keep_the_shares_of_unit_vectors_and_masks_are_zero():
 
 
 def test_training_reconstructs_better_and_each_level_leaves_less_over():
-    report = RqVae(settings()).fit(tiny_items(400), seed=0, settings=training(max_epochs=40, learning_rate=3e-3))
+    report = RqVae(settings()).fit(tiny_items(400), FitOptions(seed=0, settings=training(max_epochs=40, learning_rate=3e-3)))
     assert report.curves["loss/reconstruction"][-1] < 0.5 * report.curves["loss/reconstruction"][0]
     left = [report.metrics[f"left_over/level_{level}"] for level in range(3)]
     assert left == sorted(left, reverse=True)

@@ -13,6 +13,7 @@ from tokenizer_items import noise, tiny_history, tiny_items, training, unger_set
 
 from pipeline import config
 from pipeline.tokenizers import histories, unger
+from pipeline.tokenizers.base import FitOptions
 from pipeline.tokenizers.rq_kmeans import RqKmeans
 from pipeline.tokenizers.unger import Network, Training, Unger
 from pipeline.tokenizers.world import World
@@ -28,7 +29,7 @@ def stage(**changes: object) -> Training:
 @pytest.fixture(scope="module")
 def fitted() -> Unger:
     tokenizer = Unger(unger_settings())
-    tokenizer.fit(tiny_items(), seed=1, settings=training(), history=tiny_history())
+    tokenizer.fit(tiny_items(), FitOptions(seed=1, settings=training(), history=tiny_history()))
     return tokenizer
 
 
@@ -92,7 +93,9 @@ def test_switches_stop_what_they_say():
 
 def test_training_aligns_content_with_behaviour():
     tokenizer = Unger(unger_settings(alignment=2.0))
-    report = tokenizer.fit(tiny_items(gaps=False), seed=0, settings=training(max_epochs=25, patience=25, learning_rate=0.01), history=tiny_history())
+    report = tokenizer.fit(
+        tiny_items(gaps=False), FitOptions(seed=0, settings=training(max_epochs=25, patience=25, learning_rate=0.01), history=tiny_history())
+    )
     assert report.curves["loss/alignment"][-1] < 0.9 * report.curves["loss/alignment"][0]
     assert report.curves["loss/next_item"][-1] < report.curves["loss/next_item"][0]
     assert 0 < report.metrics["nmse/integrated"] < 1

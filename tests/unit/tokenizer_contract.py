@@ -13,13 +13,13 @@ from tokenizer_items import Interrupted, stop_after, tiny_items, training
 from jobs.train_tokenizer import FileCheckpoint
 from pipeline.errors import ContractError
 from pipeline.tokenizers import TOKENIZERS, from_state
-from pipeline.tokenizers.base import Keep, Start, Tokenizer
+from pipeline.tokenizers.base import FitOptions, Keep, Start, Tokenizer
 
 
 def fitted(name: str, settings: Any, *, seed: int = 1, start: Start | None = None, items: Any = None) -> Tokenizer:
     """A tokenizer of that name, fitted on the tiny catalogue."""
     tokenizer = TOKENIZERS[name](settings)
-    tokenizer.fit(tiny_items() if items is None else items, seed=seed, settings=training(tokenizer=name), start=start)
+    tokenizer.fit(tiny_items() if items is None else items, FitOptions(seed=seed, settings=training(tokenizer=name), start=start))
     return tokenizer
 
 
@@ -43,10 +43,10 @@ def resumes_bit_for_bit(name: str, settings: Any, folder: Path) -> None:
     """A training that was broken off and resumed equals one that ran through: its curves and its state."""
     items, how, checkpoint = tiny_items(), training(tokenizer=name, max_epochs=8), FileCheckpoint(folder / "state.safetensors")
     straight, broken, resumed = (TOKENIZERS[name](settings) for _ in range(3))
-    report = straight.fit(items, seed=3, settings=how)
+    report = straight.fit(items, FitOptions(seed=3, settings=how))
     with pytest.raises(Interrupted):
-        broken.fit(items, seed=3, settings=how, checkpoint=checkpoint, progress=stop_after(5))
-    assert resumed.fit(items, seed=3, settings=how, checkpoint=checkpoint).curves == report.curves
+        broken.fit(items, FitOptions(seed=3, settings=how, checkpoint=checkpoint, progress=stop_after(5)))
+    assert resumed.fit(items, FitOptions(seed=3, settings=how, checkpoint=checkpoint)).curves == report.curves
     assert all(torch.equal(value, resumed.state()[key]) for key, value in straight.state().items())
 
 

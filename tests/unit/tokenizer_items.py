@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pipeline.config import AdaSid, Das, Mmq, RqKmeans, TrainTokenizer, Unger
 from pipeline.tokenizers.ada_sid import AdaSid as AdaSidTokenizer
-from pipeline.tokenizers.base import History, ItemBatch
+from pipeline.tokenizers.base import FitOptions, History, ItemBatch
 
 WIDTHS = {"text": 12, "image": 8, "behavior": 6}
 
@@ -112,7 +112,7 @@ def fit_in_one_of_several_processes(results: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     tokenizer = AdaSidTokenizer(ada_settings())
-    report = tokenizer.fit(tiny_items(), seed=3, settings=training(max_epochs=4, batch_size=48))
+    report = tokenizer.fit(tiny_items(), FitOptions(seed=3, settings=training(max_epochs=4, batch_size=48)))
     losses = torch.tensor(report.curves["loss/total"], dtype=torch.float64)
     save_file({**tokenizer.state(), "losses": losses}, results / f"{torch.distributed.get_rank()}.safetensors")
     torch.distributed.destroy_process_group()
