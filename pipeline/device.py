@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FIXED_WORKSPACE = ":4096:8"  # cuBLAS adds up in one order only with a workspace of its own per stream
+SHARE = 0.4  # of the accelerator's free memory that a data set may take: training holds about as much again
 
 
 def best_device() -> str:
     """`cuda` where there is such an accelerator, else `cpu`."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", FIXED_WORKSPACE)  # read at the first matrix product, so before it
+    return "cuda"
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether data of `size` bytes should be kept on the device: always on a CPU, where it is anyway, else within `SHARE` of the free memory."""
+    import torch
+
+    return device.type == "cpu" or size <= SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; an accelerator fetches it when its queue comes to it, and nobody waits."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A queue of its own on an accelerator, on which steps can be recorded; a CPU has none."""
+    import torch
+
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+    torch.cuda.synchronize(device)
 
 
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
-    """Random numbers from the seed and deterministic kernels inside; the process's own state is put back after."""
+    """Random numbers from the seed and deterministic kernels inside; the process's own state is put back after.
+
+    On an accelerator an operation without a deterministic kernel warns and is run; attention takes its plain form, the fused backward adds in any order.
+    """
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     switches: Any = torch.utils.deterministic
+    accelerator = best_device() != "cpu"
     before, filled = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
-    with torch.random.fork_rng():
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        if accelerator:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+        torch.use_deterministic_algorithms(True, warn_only=accelerator)
         switches.fill_uninitialized_memory = False  # a tenth of the time; nothing here reads what it has not written
         try:
             yield

@@ -370,7 +370,7 @@ def _train(model: Network, rows: RankRows, params: TrainRanker, seed: int) -> li
     losses = []
     for _ in range(params.max_epochs):
         order = generator.permutation(len(rows))
-        total = torch.zeros(())
+        total = torch.zeros((), device=best_device())
         for start in range(0, len(order), params.batch_size):
             batch = order[start : start + params.batch_size]
             label_B = torch.from_numpy(rows.label[batch]).to(best_device())
@@ -378,7 +378,7 @@ def _train(model: Network, rows: RankRows, params: TrainRanker, seed: int) -> li
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total += loss.detach().cpu() * len(batch)
+            total += loss.detach() * len(batch)
         losses.append(float(total) / len(rows))
     return losses
 

@@ -442,8 +442,8 @@ class _RowTask:
             optimizer.zero_grad()
             loss_C.sum().backward()
             optimizer.step()
-            curve.append(float(loss_C.detach().mean()))
-        return row_CF.detach().cpu(), curve
+            curve.append(loss_C.detach().mean())
+        return row_CF.detach().cpu(), torch.stack(curve).tolist()
 
     def loss(self, step: int, row_CF: Tensor) -> Tensor:
         """BPR loss of each item as a positive, plus as a negative of others' pairs, nats [C]; pairs that contradict the graph do not count."""

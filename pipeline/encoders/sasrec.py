@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from pipeline import evaluation
 from pipeline.config import SasRec as Params
-from pipeline.device import deterministic
+from pipeline.device import deterministic, sent
 from pipeline.errors import ContractError
 from pipeline.log import progress
 
@@ -195,8 +195,19 @@ def window_bounds(offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def gather(items_T: Tensor, start_B: Tensor, stop_B: Tensor, length: int, pad: int) -> Tensor:
     """Events start .. stop - 1 of each window [B, length], padded at the end."""
-    at_BL = start_B[:, None] + torch.arange(length)
+    at_BL = start_B[:, None] + torch.arange(length, device=start_B.device)
     return torch.where(at_BL < stop_B[:, None], items_T[at_BL.clamp(max=max(items_T.numel() - 1, 0))], pad)
+
+
+def places(length_B: Tensor, total: int, width: int) -> Tensor:
+    """Where the events of padded windows stand in the flattened [B, width], int64 [P], ascending.
+
+    Args:
+        total: P, the sum of the lengths; whoever made the windows knows it, so an accelerator need not be waited for.
+    """
+    row_P = torch.repeat_interleave(torch.arange(length_B.numel(), device=length_B.device), length_B, output_size=total)
+    first_B = length_B.cumsum(0) - length_B
+    return row_P * width + torch.arange(total, device=length_B.device) - first_B[row_P]
 
 
 def holdout(sequences: Sequences, max_users: int, length: int, seed: int) -> tuple[Sequences, Holdout]:
@@ -284,7 +295,7 @@ def train(
         model = SasRec(num_items, params).to(device)
         if champion is not None:
             lay(champion, model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0, fused=device != "cpu" or None)
         best = Best(model, params.patience)
         curves: dict[str, list[float]] = {"loss": [], "valid_ndcg@10": []}
         for _ in progress(range(params.max_epochs), what, params.max_epochs):
@@ -346,13 +357,16 @@ def _epoch(model: SasRec, optimizer: torch.optim.Optimizer, items_T: Tensor, sta
     """Mean loss of one pass over all windows, in a new random order."""
     model.train()
     device = model.positions.weight.device
+    order = torch.randperm(start_B.numel())
+    events = [int(part_B.sum()) for part_B in (stop_B - start_B)[order].split(params.batch_size)]
+    items_T, *bounds = items_T.to(device), *(bound_B[order].to(device).split(params.batch_size) for bound_B in (start_B, stop_B))
     losses = []
-    for rows in torch.randperm(start_B.numel()).split(params.batch_size):
-        inputs_BL = gather(items_T, start_B[rows], stop_B[rows], params.max_length, model.num_items)
-        targets_BL = gather(items_T, start_B[rows] + 1, stop_B[rows] + 1, params.max_length, model.num_items).to(device)
-        real_BL = targets_BL != model.num_items
-        hidden_PD = model(inputs_BL.to(device))[real_BL]
-        loss = _loss(hidden_PD, targets_BL[real_BL], model.output_table(), params)
+    for total, first_B, last_B in zip(events, *bounds, strict=True):
+        inputs_BL = gather(items_T, first_B, last_B, params.max_length, model.num_items)
+        targets_BL = gather(items_T, first_B + 1, last_B + 1, params.max_length, model.num_items)
+        real_P = places(last_B - first_B, total, params.max_length)
+        hidden_PD = model(inputs_BL).flatten(0, 1)[real_P]
+        loss = _loss(hidden_PD, targets_BL.flatten()[real_P], model.output_table(), params)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -363,7 +377,7 @@ def _epoch(model: SasRec, optimizer: torch.optim.Optimizer, items_T: Tensor, sta
 def _loss(hidden_PD: Tensor, targets_P: Tensor, table_ND: Tensor, params: Params) -> Tensor:
     if table_ND.shape[0] <= params.sampled_above:
         return full_softmax(hidden_PD, targets_P, table_ND)
-    negatives_S = torch.randint(table_ND.shape[0], (params.num_negatives,)).to(table_ND.device)
+    negatives_S = sent(torch.randint(table_ND.shape[0], (params.num_negatives,)), table_ND.device)
     return sampled_softmax(hidden_PD, targets_P, table_ND, negatives_S)
 
 
@@ -474,8 +488,8 @@ class _RowTask:
             optimizer.zero_grad()
             loss_M.sum().backward()
             optimizer.step()
-            curve.append(float(loss_M.detach().mean()))
-        return Rows(inputs_MD.detach().cpu(), outputs_MD.detach().cpu()), curve
+            curve.append(loss_M.detach().mean())
+        return Rows(inputs_MD.detach().cpu(), outputs_MD.detach().cpu()), torch.stack(curve).tolist()
 
     def loss(self, step: int, inputs_MD: Tensor, outputs_MD: Tensor) -> Tensor:
         """Mean cross-entropy over the positions of each item's windows of this step, nats [M]; 0 for an item without positions."""

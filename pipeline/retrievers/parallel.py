@@ -94,8 +94,8 @@ class Parallel(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Prediction:
         """The prediction of the item after every event."""
-        real_BT = targets_BT != self.pad
-        state_PD, item_P = self.encode(inputs_BT)[real_BT], targets_BT[real_BT]
+        real_P = torch.nonzero(targets_BT.flatten() != self.pad).flatten()  # the one thing in a step that an accelerator is asked for
+        state_PD, item_P = self.encode(inputs_BT).flatten(0, 1)[real_P], targets_BT.flatten()[real_P]
         code_PL = self.codes_NL[item_P]
         said = [F.pad(row_PK, (0, 1)).gather(1, code_P[:, None]).squeeze(1) for row_PK, code_P in zip(self.log_probs(state_PD), code_PL.unbind(1), strict=True)]
         return Prediction(-weighted_mean(torch.stack(said, dim=1), self.weights_NL[item_P]), item_P, state_PD)

@@ -111,26 +111,26 @@ class _Learner:
     """Optimiser and batches of one training run."""
 
     def __init__(self, model: AnyRetriever, sequences: Sequences, settings: TrainRetriever, teacher_ND: Tensor | None, device: str) -> None:
-        self.model, self.settings, self.device, self.items_T = model, settings, device, sequences.items
+        self.model, self.settings, self.items_T = model, settings, sequences.items.to(device)
         bounds = window_bounds if model.every_position else prefix_bounds
-        self.start_B, self.stop_B = bounds(sequences.offsets, settings.max_history)
+        self.start_B, self.stop_B = (bound_B.to(device) for bound_B in bounds(sequences.offsets, settings.max_history))
         if not self.start_B.numel():
             raise ContractError("no user has two events to learn from", expected="users with two events", found="none", where="feature.user_sequence")
         self.teacher_ND = None if teacher_ND is None else teacher_ND.to(device)
         width = model.table.rows.embedding_dim
         self.student = nn.Linear(width, 0 if self.teacher_ND is None else self.teacher_ND.shape[1]).to(device) if self.teacher_ND is not None else None
         parameters = [*model.parameters(), *(self.student.parameters() if self.student is not None else ())]
-        self.optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=device != "cpu" or None)
         self.parameters = parameters
 
     def epoch(self, number: int) -> float:
         """Mean loss of one pass in a new random order."""
         self.model.train()
         losses = []
-        batches = torch.randperm(self.start_B.numel()).split(self.settings.batch_size)
+        batches = torch.randperm(self.start_B.numel()).to(self.start_B.device).split(self.settings.batch_size)
         for step, rows in enumerate(batches):
             self.optimizer.param_groups[0]["lr"] = _rate(self.settings, number + step / len(batches))
-            loss = self.loss(*(part.to(self.device) for part in self.batch(rows)))
+            loss = self.loss(*self.batch(rows))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)

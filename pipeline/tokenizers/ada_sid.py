@@ -232,20 +232,22 @@ class Network(nn.Module):
         Content is centred and turned to its principal axes; behaviour is neither, because its norm carries meaning.
         """
         for name in self.modalities:
-            sample_ND = _sample(items, name)
+            sample_ND = _sample(items, name).vectors(name)
+            assert sample_ND is not None, f"no {name} vectors"
             if name != "behavior":
                 mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
                 self.get_buffer(f"mean_{name}").copy_(mean_D)
                 self.get_buffer(f"axes_{name}").copy_(axes_DW)
-            spread = self._input(sample_ND.cpu().float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
+            spread = self._input(sample_ND.float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
             self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
         if self.prior is not None:
-            self.prior.fit(self._turned(items.take(_spread_rows(items.behavior_N))))
-        prepared = self.prepare(items)
+            self.prior.fit(self._turned(_sample(items, "behavior")))
         for name, bank in self.expert.items():
             if name != "shared" and isinstance(bank, ExpertBank):
-                bank.start_on(_sample(prepared, name))
-        self.controller.fit_buckets(items.richness_N[items.behavior_N])
+                prepared = self.prepare(_sample(items, name)).vectors(name)
+                assert prepared is not None, f"no {name} vectors"
+                bank.start_on(prepared)
+        self.controller.fit_buckets(items.richness_N[items.behavior_N].cpu())
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
         if vectors_ND.shape[1] != (known := len(self.get_buffer(f"mean_{name}"))):
@@ -323,17 +325,10 @@ class Network(nn.Module):
         return torch.cat(shown, 1), torch.cat(gates, 1), router_BE, logit_BE
 
 
-def _spread_rows(mask_N: Tensor) -> Tensor:
-    """At most `AXES_ROWS` of the rows where the mask is True, evenly spread, (R,)."""
-    rows = torch.nonzero(mask_N).flatten()
-    return rows[:: max(1, -(-len(rows) // AXES_ROWS))]
-
-
-def _sample(items: ItemBatch, name: str) -> Tensor:
-    """Vectors of a modality of items that have it, (R, D), at most `AXES_ROWS`."""
-    vectors = items.vectors(name)
-    assert vectors is not None, f"no {name} vectors"
-    return vectors[_spread_rows(items.mask(name))]
+def _sample(items: ItemBatch, name: str) -> ItemBatch:
+    """At most `AXES_ROWS` of the items that have the modality, evenly spread, on the CPU."""
+    rows = torch.nonzero(items.mask(name)).flatten()
+    return items.take(rows[:: max(1, -(-len(rows) // AXES_ROWS))]).to(torch.device("cpu"))
 
 
 def _experts(settings: profile.AdaSid, modalities: tuple[str, ...]) -> dict[str, int]:
@@ -418,34 +413,41 @@ class Training:
         """Code use, NMSE per modality, router and strength by richness bucket; `score` = mean NMSE + mean distance to the sparsity targets."""
         mode = self.network.training
         self.network.eval()
-        device = self.network.codebook_LKD.device
-        parts = [self.network(block.to(device), quantise=quantise) for block in parallel.blocks(items)]
+        codes_NL, router_NE, estimate = self._read(items, quantise=quantise)
         self.network.train(mode)
-        estimate = {name: torch.cat([part.estimate[name] for part in parts]).cpu() for name in self.network.modalities}
-        codes_NL = masked_codes(torch.cat([part.codes_BL for part in parts]), torch.cat([part.shown_BL for part in parts]), self.settings.codebook_size)
-        found = metrics.code_use(codes_NL.cpu(), [self.settings.codebook_size] * codes_NL.shape[1], self.network.slots)
+        found = metrics.code_use(codes_NL, [self.settings.codebook_size] * codes_NL.shape[1], self.network.slots)
         for name, estimate_ND in estimate.items():
-            found[f"nmse/{name}"] = metrics.nmse(items.vectors(name).cpu(), estimate_ND, items.mask(name).cpu())  # type: ignore[union-attr]
-        router = self.by_bucket(items, torch.cat([part.router_BE for part in parts]))
+            found[f"nmse/{name}"] = metrics.nmse(items.vectors(name), estimate_ND, items.mask(name))  # type: ignore[arg-type]
+        router = self.by_bucket(items, router_NE)
         gaps = [abs(value - router[name.replace("share", "target")]) for name, value in router.items() if name.startswith("active_share/")]
         measured = [value for name, value in found.items() if name.startswith("nmse/") and value == value]
         found["score"] = sum(measured) / max(1, len(measured)) + sum(gaps) / max(1, len(gaps))
         return {**found, **router}
+
+    def _read(self, items: ItemBatch, *, quantise: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Masked codes, R and reconstructions of the items, where the items are; latents and code rows are dropped block by block."""
+        network, codes, router, estimates = self.network, [], [], []
+        for block in parallel.blocks(items):
+            made: Pass = network(block.to(network.codebook_LKD.device), quantise=quantise)
+            codes.append(masked_codes(made.codes_BL, made.shown_BL, self.settings.codebook_size).to(items.device))
+            router.append(made.router_BE.to(items.device))
+            estimates.append({name: part.to(items.device) for name, part in made.estimate.items()})
+        return torch.cat(codes), torch.cat(router), {name: torch.cat([part[name] for part in estimates]) for name in network.modalities}
 
     def by_bucket(self, items: ItemBatch, router_NE: Tensor) -> dict[str, float]:
         """Active share of behaviour experts, its target, mean R, mean w and lambda per richness bucket, for buckets with items."""
         controller = self.network.controller
         if not router_NE.shape[1] or controller.kind == "off":
             return {}
-        bucket_N = controller.bucket(items.richness_N.to(router_NE.device))
-        seen_N = items.behavior_N.to(router_NE.device)
+        bucket_N = controller.bucket(items.richness_N.to(controller.edge_Q.device)).to(items.device)
+        seen_N = items.behavior_N
         found = {}
         for bucket in torch.unique(bucket_N[seen_N]).tolist():
             rows = (bucket_N == bucket) & seen_N
             found[f"active_share/bucket_{bucket}"] = float((router_NE[rows] > 0).double().mean())
             found[f"active_target/bucket_{bucket}"] = 1.0 - float(controller.target_Q[bucket])
             found[f"router_weight/bucket_{bucket}"] = float(router_NE[rows].mean())
-            found[f"strength/bucket_{bucket}"] = float(items.strength_N[rows.cpu()].mean())
+            found[f"strength/bucket_{bucket}"] = float(items.strength_N[rows].mean())
             found[f"lambda/bucket_{bucket}"] = float(controller.log_lambda_Q[bucket].exp())
         return found
 
@@ -485,9 +487,11 @@ class AdaSid(Networked[Network]):
         With `start` the network, the axes of its inputs and its richness buckets begin as the champion's.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
+        items = items.settle(best_device())
         network = begin(self, Network, lambda network: network.fit_inputs(items), options, items.widths())
-        prepared = network.prepare(items)
-        strength_N = controlled_strength(items.strength_N, items.behavior_N, self.settings.strength, generator=generator_for(options.seed, "strength"))
+        prepared = network.to(items.device).prepare(items).settle(best_device())
+        known_N = items.behavior_N.to(prepared.device)
+        strength_N = controlled_strength(prepared.strength_N, known_N, self.settings.strength, generator=generator_for(options.seed, "strength"))
         prepared = replace(prepared, strength_N=strength_N)
         network.to(best_device())
         training = Training(network)
@@ -512,7 +516,7 @@ class AdaSid(Networked[Network]):
         network = self.fitted
 
         def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
-            """One block of exactly `ENCODE_ROWS` items."""
+            """One block of the one height."""
             made: Pass = network(network.prepare(rows.to(network.codebook_LKD.device)), quantise=True)
             if keep is not None:
                 made = held(made, network, keep)
@@ -522,7 +526,7 @@ class AdaSid(Networked[Network]):
             codes_BL = masked_codes(made.codes_BL, made.shown_BL, self.settings.codebook_size)
             return TokenizerOutput(codes_NL=codes_BL, weights_NL=weights_BL, quantized_ND=made.quantized_BD)
 
-        return encode_in_chunks(items, block, keep)
+        return encode_in_chunks(items, block, keep, device=network.codebook_LKD.device)
 
     @torch.no_grad()
     def relabel(self, order: Sequence[Tensor]) -> None:

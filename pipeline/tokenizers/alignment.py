@@ -52,7 +52,8 @@ def info_nce(anchor_BD: Tensor, candidate_CD: Tensor, positive_B: Tensor, candid
     Source: ADC-SID eq. (18), A(x, y); differs: masked items are no negatives.
     """
     cosine_BC = F.normalize(anchor_BD.float(), dim=-1) @ F.normalize(candidate_CD.float(), dim=-1).T
-    allowed_BC = candidate_C | F.one_hot(positive_B, len(candidate_CD)).bool()
+    own_BC = positive_B[:, None] == torch.arange(len(candidate_CD), device=positive_B.device)
+    allowed_BC = candidate_C | own_BC
     return F.cross_entropy((cosine_BC / temperature).masked_fill(~allowed_BC, -torch.inf), positive_B, reduction="none")
 
 

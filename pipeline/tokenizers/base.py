@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainTokenizer
+from pipeline.device import fits
 from pipeline.errors import ContractError
 
 MODALITIES = ("text", "image", "behavior")
 ENCODE_ROWS = 1024  # every encode runs at this height, so that the company an item keeps cannot move its code
+ENCODE_ROWS_THERE = 16_384  # the height on an accelerator, which is not busy with fewer
+CPU = torch.device("cpu")
 N = TypeVar("N", bound=nn.Module)
 ProgressBar = Callable[[Iterable[Any], str, int], Iterator[Any]]
 
@@ -82,9 +85,19 @@ class ItemBatch:
         """The items of those rows, in that order; a bool tensor takes those where it is True."""
         return self.map(lambda value: value[rows])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the items are."""
+        return self.richness_N.device
+
     def to(self, device: torch.device) -> ItemBatch:
         """The same items on a device."""
         return self.map(lambda value: value.to(device))
+
+    def settle(self, device: torch.device | str) -> ItemBatch:
+        """The same items on the device if they fit beside what training needs, else where they are."""
+        size = sum(value.nbytes for value in vars(self).values() if value is not None)
+        return self.to(torch.device(device)) if fits(size, torch.device(device)) else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,19 +263,25 @@ def codebook_digest(codebooks: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def encode_in_chunks(items: ItemBatch, encode: Callable[[ItemBatch, Keep | None], TokenizerOutput], keep: Keep | None = None) -> TokenizerOutput:
-    """The items' codes, encoded in blocks of exactly `ENCODE_ROWS` rows; the last block is filled up by repeating its last item.
+def encode_in_chunks(
+    items: ItemBatch, encode: Callable[[ItemBatch, Keep | None], TokenizerOutput], keep: Keep | None = None, *, device: torch.device = CPU
+) -> TokenizerOutput:
+    """The items' codes, encoded in blocks of one height; the last block is filled up by repeating its last item.
 
     A matrix product may round differently at another height; at one height an item gets one code, whoever else is encoded with it.
+
+    Args:
+        device: where `encode` computes; the height is `ENCODE_ROWS` on a CPU and `ENCODE_ROWS_THERE` elsewhere.
     Raises: ValueError if there are no items.
     """
     if not len(items):
         raise ValueError("nothing to encode: the batch has no items")
+    height = ENCODE_ROWS if device.type == "cpu" else ENCODE_ROWS_THERE
     outputs = []
-    for start in range(0, len(items), ENCODE_ROWS):
-        rows: Tensor | slice = slice(start, start + ENCODE_ROWS)  # a view where a block is full
-        if start + ENCODE_ROWS > len(items):
-            rows = torch.arange(start, start + ENCODE_ROWS, device=items.richness_N.device).clamp_(max=len(items) - 1)
+    for start in range(0, len(items), height):
+        rows: Tensor | slice = slice(start, start + height)  # a view where a block is full
+        if start + height > len(items):
+            rows = torch.arange(start, start + height, device=items.device).clamp_(max=len(items) - 1)
         outputs.append(encode(items.take(rows), keep.take(rows if isinstance(rows, slice) else rows.cpu()) if keep else None))
     joined = {item.name: torch.cat([getattr(output, item.name) for output in outputs])[: len(items)].cpu() for item in fields(TokenizerOutput)}
     return TokenizerOutput(**joined)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainTokenizer
 from pipeline.context import derive_seed
-from pipeline.device import deterministic
+from pipeline.device import deterministic, sent, side_stream
 from pipeline.tokenizers.base import FitOptions, ItemBatch
 from pipeline.tokenizers.world import World
 
@@ -29,6 +29,7 @@ MONITOR_ITEMS = 65_536  # items of the catalogue that an epoch's code metrics ar
 STEPS_LEAST, ITEMS_LEAST = 16, 64  # a small catalogue takes at least 16 steps an epoch, as long as a step has 64 items
 HOLD_OUT_FROM = 2_000  # catalogues below this size train on every item and stop early on them
 FINAL_RATE = 0.05  # share of the learning rate left at the end of the cosine schedule
+STEPS_BEFORE = 3  # steps taken as they come before one is recorded: the first ones allocate what later ones reuse
 
 
 class Trainable(Protocol):
@@ -106,6 +107,40 @@ def fingerprint(items: ItemBatch, network: nn.Module, *parts: str) -> str:
     return digest.hexdigest()
 
 
+def optimizer_of(network: nn.Module, rate: float, *, recorded: bool) -> torch.optim.AdamW:
+    """AdamW; on an accelerator in one kernel, with its step number and its rate there, so that a recorded step reads the rate of the day."""
+    device = next(network.parameters()).device
+    if device.type == "cpu":
+        return torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.0)
+    return torch.optim.AdamW(network.parameters(), lr=torch.tensor(rate, device=device), weight_decay=0.0, fused=True, capturable=recorded)
+
+
+Step = Callable[[ItemBatch, Tensor, bool], dict[str, Tensor]]  # items, noise, whether codes are used -> loss terms
+
+
+class Replay:
+    """A step that an accelerator has recorded; a call copies its inputs to where the recording reads them and plays it.
+
+    Args:
+        step: asks nothing of the device and launches the same kernels each time; recording it does not run it.
+    """
+
+    def __init__(self, step: Step, batch: ItemBatch, noise_BU: Tensor, quantise: bool) -> None:
+        self.batch, self.noise_BU = batch.map(torch.clone), noise_BU.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.seen = step(self.batch, self.noise_BU, quantise)
+
+    def __call__(self, batch: ItemBatch, noise_BU: Tensor) -> dict[str, Tensor]:
+        """The loss terms; the next call overwrites them."""
+        for name, value in vars(self.batch).items():
+            if value is not None:
+                value.copy_(getattr(batch, name))
+        self.noise_BU.copy_(noise_BU)
+        self.graph.replay()
+        return self.seen
+
+
 class Trainer:
     """A run of `Trainable` on a catalogue.
 
@@ -130,7 +165,12 @@ class Trainer:
         named = dict(model.network.named_parameters())
         self.anchors = {name: named[name].detach().clone() for name in model.codebook_names} if self.pull else {}
         self.steps = steps_per_epoch(len(self.rows), settings.batch_size)
-        self.optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        self.recording = settings.cuda_graph and self.device.type != "cpu"
+        self.optimizer = optimizer_of(model.network, settings.learning_rate, recorded=self.recording)
+        if self.recording and self.world.size > 1:
+            raise ValueError("a step of several processes cannot be recorded: set train_tokenizer.cuda_graph to false")
+        self.taken: dict[tuple[bool, int], int] = {}
+        self.replays: dict[tuple[bool, int], Replay] = {}
         self.best: dict[str, Tensor] = {}
         self.state = Run()
         self.start = fingerprint(items, model.network, settings.model_dump_json(), str(self.seed), str(self.pull)) if self.checkpoint else ""
@@ -138,7 +178,7 @@ class Trainer:
     def run(self) -> dict[str, list[float]]:
         """The curves, name -> one value per epoch; the network is left at its best epoch."""
         self._restore()
-        with deterministic(self.seed):
+        with deterministic(self.seed), side_stream(self.device):
             for _ in self._visible(range(self.state.epoch, self.settings.max_epochs)):
                 if self.state.finished:
                     break
@@ -157,7 +197,7 @@ class Trainer:
         if epoch == self.warmup:
             self.model.start_codes(self.items.take(self.rows), generator=generator_for(self.seed, "codes"))
             self.world.same(self.model.network.state_dict().values())
-        order = self.rows[torch.randperm(len(self.rows), generator=generator_for(self.seed, "order", epoch))]
+        order = self.rows[torch.randperm(len(self.rows), generator=generator_for(self.seed, "order", epoch))].to(self.items.device)
         sums: dict[str, Tensor] = {}
         for step, batch in enumerate(order.tensor_split(self.steps)):
             for name, value in self._step(batch, epoch, step, quantise).items():
@@ -169,12 +209,33 @@ class Trainer:
 
     def _step(self, batch: Tensor, epoch: int, step: int, quantise: bool) -> dict[str, Tensor]:
         noise = torch.rand(len(batch), NOISE_COLUMNS, generator=generator_for(self.seed, "noise", epoch, step))
-        rows, noise_BU = self.world.shard(batch), self.world.shard(noise)
+        rows, noise_BU = self.world.shard(batch), sent(self.world.shard(noise), self.device)
+        self._set_rate(self.rate * learning_rate(self.settings, (epoch * self.steps + step) / (self.settings.max_epochs * self.steps)))
+        items = self.items.take(rows).to(self.device)
+        return self._replayed(items, noise_BU, quantise) if self.recording else self._learn(items, noise_BU, quantise)
+
+    def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * learning_rate(self.settings, (epoch * self.steps + step) / (self.settings.max_epochs * self.steps))
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _replayed(self, batch: ItemBatch, noise_BU: Tensor, quantise: bool) -> dict[str, Tensor]:
+        """`_learn`, from the fourth step of this kind and size on by the recording of it."""
+        kind = (quantise, len(batch))
+        self.taken[kind] = self.taken.get(kind, 0) + 1
+        if self.taken[kind] <= STEPS_BEFORE:
+            return self._learn(batch, noise_BU, quantise)
+        if kind not in self.replays:
+            self.replays[kind] = Replay(self._learn, batch, noise_BU, quantise)
+        return self.replays[kind](batch, noise_BU)
+
+    def _learn(self, batch: ItemBatch, noise_BU: Tensor, quantise: bool) -> dict[str, Tensor]:
+        """One optimizer step; nothing in it waits for the device."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            losses = self.model.losses(self.items.take(rows).to(self.device), noise_BU.to(self.device), quantise=quantise, world=self.world)
+            losses = self.model.losses(batch, noise_BU, quantise=quantise, world=self.world)
         if self.anchors:
             losses["pull"] = self._pull()
             losses["total"] = losses["total"] + self.pull * losses["pull"]
@@ -238,9 +299,7 @@ class Trainer:
         self.model.network.load_state_dict(_part(tensors, "network."))
         self.best = {name: value.to(self.device) for name, value in _part(tensors, "best.").items()}
         for name, parameter in self.model.network.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(self.device) for key, value in _part(tensors, f"optimizer.{name}.").items() if "." not in key
-            }
+            self.optimizer.state[parameter] = {key: value.to(self.device) for key, value in _part(tensors, f"optimizer.{name}.").items() if "." not in key}
         logger.info("resumed tokenizer training epoch=%d", self.state.epoch)
 
 

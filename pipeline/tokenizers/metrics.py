@@ -6,10 +6,12 @@ The reserved code K (masked position) never counts as a code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 20  # rows looked at in float64 at once
 
 
 def code_counts(codes_N: Tensor, size: int) -> Tensor:
@@ -74,11 +76,36 @@ def nmse(target_ND: Tensor, estimate_ND: Tensor, mask_N: Tensor | None = None) -
 
     Returns: nan without items or without variance.
     """
-    if mask_N is not None:
-        target_ND, estimate_ND = target_ND[mask_N], estimate_ND[mask_N]
-    target_ND, estimate_ND = target_ND.double(), estimate_ND.double()
-    spread = (target_ND - target_ND.mean(0)).square().sum() if len(target_ND) else torch.zeros(())
-    return float((target_ND - estimate_ND).square().sum() / spread) if float(spread) > 0 else float("nan")
+    shown_N = torch.ones(len(target_ND), dtype=torch.bool, device=target_ND.device) if mask_N is None else mask_N
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of both."""
+        for target_BD, estimate_BD, mask_B in zip(target_ND.split(BLOCK), estimate_ND.split(BLOCK), shown_N.split(BLOCK), strict=True):
+            yield target_BD[mask_B], estimate_BD[mask_B]
+
+    return nmse_of(pairs)
+
+
+def nmse_of(pairs: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> float:
+    """`nmse` of rows that come in blocks of (target, estimate), so that a large catalogue needs no second copy of itself in float64.
+
+    Args:
+        pairs: makes the blocks; called twice, because the mean comes before the distances to it.
+    """
+    sums, count = [], 0
+    for target_BD, _ in pairs():
+        sums.append(target_BD.double().sum(0))
+        count += len(target_BD)
+    if not count:
+        return float("nan")
+    mean_D = torch.stack(sums).sum(0) / count
+    errors, spreads = [], []
+    for target_BD, estimate_BD in pairs():
+        target_BD, estimate_BD = target_BD.double(), estimate_BD.double()
+        spreads.append((target_BD - mean_D).square().sum())
+        errors.append((target_BD - estimate_BD).square().sum())
+    spread = torch.stack(spreads).sum()
+    return float(torch.stack(errors).sum() / spread) if float(spread) > 0 else float("nan")
 
 
 def code_use(codes_NL: Tensor, sizes: Sequence[int], slots: Sequence[str]) -> dict[str, float]:

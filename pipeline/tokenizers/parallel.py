@@ -20,6 +20,7 @@ from pipeline.tokenizers.world import World
 
 POINTS_PER_CODE = 256  # latents per code that k-means and revival look at, at most
 BLOCK_ROWS = 8192  # items in one pass outside training
+BLOCK_ROWS_THERE = 65_536  # the same on an accelerator, which is not busy with fewer
 
 
 class Coded(Protocol):
@@ -42,8 +43,9 @@ class Coded(Protocol):
         """Weights in the fused sum, 0 where a position is masked or off."""
 
 
-def blocks(items: ItemBatch, rows: int = BLOCK_ROWS) -> list[ItemBatch]:
-    """The items in consecutive blocks of at most `rows`."""
+def blocks(items: ItemBatch, rows: int = 0) -> list[ItemBatch]:
+    """The items in consecutive blocks of at most `rows`; 0 = as suits where they are."""
+    rows = rows or (BLOCK_ROWS if items.device.type == "cpu" else BLOCK_ROWS_THERE)
     return [items.take(slice(start, start + rows)) for start in range(0, len(items), rows)]
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 2048  # points whose scores are held at once
+BLOCK_THERE = 65_536  # the same on an accelerator, which is not busy with fewer
 NARROW = 128  # points narrower than this gain nothing from bfloat16
 UNIT = 2.0**-8  # half a step of bfloat16, relative
 SLACK = 1.05  # on the bound, for what float32 loses while the bound itself is computed
@@ -84,7 +85,9 @@ class ResidualSearch:
         """Codes of the points, (N, L) int64; ties go to the lower code."""
         if not len(points_ND):
             return torch.zeros(0, len(self.levels), dtype=torch.int64, device=points_ND.device)
-        return torch.cat(_each_block(self._rounded if self.bfloat16 else self._plain, points_ND.split(BLOCK)))
+        return torch.cat(
+            _each_block(self._rounded if self.bfloat16 else self._plain, points_ND.split(BLOCK if points_ND.device.type == "cpu" else BLOCK_THERE))
+        )
 
     def _plain(self, points_BD: Tensor) -> Tensor:
         """The walk in float32."""

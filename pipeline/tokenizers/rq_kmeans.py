@@ -5,7 +5,9 @@ Not here: k-means itself and the residual walk (quantize.py). Suffixes: N items,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import config as profile
+from pipeline.device import best_device, deterministic
 from pipeline.tokenizers import metrics
 from pipeline.tokenizers.base import (
     FitOptions,
@@ -96,46 +99,61 @@ class RqKmeans:
         old_LKD = champion(start, RqKmeans, self.settings, self.widths).codebook_LKD if start else None
         if not self.widths:
             raise ValueError("residual k-means needs at least one modality")
+        items = items.settle(best_device())
         items = items.take(shows(items, self.widths))  # nothing to read is no point
-        points_ND = concatenate(items, self.widths)
-        rest_ND = points_ND[sample_rows(len(points_ND), POINTS_PER_CODE * self.settings.codebook_size, options.seed)]
+        rest_ND = concatenate(items.take(sample_rows(len(items), POINTS_PER_CODE * self.settings.codebook_size, options.seed)), self.widths)
         rows, lost = [], []
         levels = range(self.settings.num_levels)
-        for level in progress(levels, "fit residual k-means", len(levels)) if progress else levels:
-            anchor = None if old_LKD is None or start is None else (old_LKD[level], start.pull)
-            rows.append(self._level(rest_ND, generator_for(options.seed, "level", level), anchor))
-            rest_ND = rest_ND - rows[-1][nearest_centroid(rest_ND, rows[-1])]
-            lost.append(float(rest_ND.square().sum(1).mean()))
+        with deterministic(options.seed):
+            for level in progress(levels, "fit residual k-means", len(levels)) if progress else levels:
+                anchor = None if old_LKD is None or start is None else (old_LKD[level], start.pull)
+                rows.append(self._level(rest_ND, generator_for(options.seed, "level", level), anchor))
+                rest_ND = rest_ND - rows[-1][nearest_centroid(rest_ND, rows[-1])]
+                lost.append(float(rest_ND.square().sum(1).mean()))
         self.codebook_LKD = torch.stack(rows)
-        return FitReport(curves={"loss/reconstruction": lost}, metrics=self._measure(items, points_ND))
+        return FitReport(curves={"loss/reconstruction": lost}, metrics=self._measure(items))
 
     def _level(self, rest_ND: Tensor, generator: torch.Generator, anchor: tuple[Tensor, float] | None) -> Tensor:
         settings = self.settings
         return kmeans(rest_ND, settings.codebook_size, generator=generator, iterations=settings.iterations, balanced=settings.balanced, anchor=anchor)
 
-    def _measure(self, items: ItemBatch, points_ND: Tensor) -> dict[str, float]:
+    def _measure(self, items: ItemBatch) -> dict[str, float]:
         """Code use, and NMSE per modality of the sum of code rows against the unit-norm vectors."""
-        made = self.encode(items)
-        found = metrics.code_use(made.codes_NL, self.codebook_sizes, self.slots)
-        blocks = zip(self.widths, points_ND.split(list(self.widths.values()), 1), made.quantized_ND.split(list(self.widths.values()), 1), strict=True)
-        return found | {f"nmse/{name}": metrics.nmse(block_ND, estimate_ND, items.mask(name)) for name, block_ND, estimate_ND in blocks}
+
+        def only_codes(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+            """One block without the sums, which are as large as the catalogue."""
+            made = self._block(rows, keep)
+            return replace(made, quantized_ND=made.quantized_ND[:, :0])
+
+        codes_NL = encode_in_chunks(items, only_codes, device=self.codebook_LKD.device).codes_NL
+        found = metrics.code_use(codes_NL, self.codebook_sizes, self.slots)
+        codebooks = dict(zip(self.widths, self.codebook_LKD.split(list(self.widths.values()), 2), strict=True))
+
+        def pairs(name: str) -> Iterator[tuple[Tensor, Tensor]]:
+            """The modality's unit-norm vectors and their estimates in blocks."""
+            for start in range(0, len(items), metrics.BLOCK):
+                rows = items.take(slice(start, start + metrics.BLOCK)).to(self.codebook_LKD.device)
+                estimate_BD = sum_of_rows(codes_NL[start : start + metrics.BLOCK].to(rows.device), codebooks[name])
+                yield concatenate(rows, {name: self.widths[name]})[rows.mask(name)], estimate_BD[rows.mask(name)]
+
+        return found | {f"nmse/{name}": metrics.nmse_of(partial(pairs, name)) for name in self.widths}
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes of the residual walk, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere."""
-
-        def block(rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
-            """One block of exactly `ENCODE_ROWS` items."""
-            points_BD = concatenate(rows, self.widths)
-            if keep is None:
-                codes_BL = self._search.codes(points_BD)
-                quantized_BD = sum_of_rows(codes_BL, self.codebook_LKD)
-            else:
-                codes_BL, quantized_BD = residual_codes(points_BD, self.codebook_LKD, keep.codes_NL, keep.margin)
-            return unweighted(codes_BL, quantized_BD, shows(rows, self.widths), self.settings.codebook_size)
-
         if not self.widths:
             raise ValueError("the tokenizer is not fitted: call fit or load")
-        return encode_in_chunks(items, block, keep)
+        return encode_in_chunks(items, self._block, keep, device=self.codebook_LKD.device)
+
+    def _block(self, rows: ItemBatch, keep: Keep | None) -> TokenizerOutput:
+        """`encode` of one block."""
+        rows = rows.to(self.codebook_LKD.device)
+        points_BD = concatenate(rows, self.widths)
+        if keep is None:
+            codes_BL = self._search.codes(points_BD)
+            quantized_BD = sum_of_rows(codes_BL, self.codebook_LKD)
+        else:
+            codes_BL, quantized_BD = residual_codes(points_BD, self.codebook_LKD, keep.codes_NL.to(points_BD.device), keep.margin)
+        return unweighted(codes_BL, quantized_BD, shows(rows, self.widths), self.settings.codebook_size)
 
     @property
     def _search(self) -> ResidualSearch:
@@ -150,11 +168,11 @@ class RqKmeans:
 
     def codebooks(self) -> list[Tensor]:
         """Code rows per level, (K, D)."""
-        return [rows_KD.clone() for rows_KD in self.codebook_LKD]
+        return [rows_KD.clone() for rows_KD in self.codebook_LKD.cpu()]
 
     def state(self) -> dict[str, Tensor]:
         """The code rows."""
-        return {"codebook_LKD": self.codebook_LKD.contiguous()}
+        return {"codebook_LKD": self.codebook_LKD.cpu().contiguous()}
 
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON."""

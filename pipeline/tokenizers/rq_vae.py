@@ -215,7 +215,7 @@ class Autoencoder(nn.Module):
         pairs = {"codebook": codebook_loss(made.rest_BLD, made.rows_BLD), "commitment": commitment_loss(made.rest_BLD, made.rows_BLD)}
         terms = {"reconstruction": world.mean(reconstruction_loss(made.x_BD, made.estimate_BD, made.shown_BD), shown_B)}
         terms |= {name: world.mean(loss_BL.sum(1) / len(self.mean_D), shown_B) for name, loss_BL in pairs.items()}
-        self.usage_LK += F.one_hot(made.codes_BL[shown_B], self.settings.codebook_size).sum(0)
+        self.usage_LK += (F.one_hot(made.codes_BL, self.settings.codebook_size) * shown_B[:, None, None]).sum(0)  # no row is left out: nobody need count them
         total = terms["reconstruction"]
         if quantise:
             total = total + self.settings.codebook_weight * terms["codebook"] + self.settings.commitment * terms["commitment"]
