@@ -29,6 +29,7 @@ from pipeline.tokenizers.base import (
     Keep,
     Networked,
     TokenizerOutput,
+    aligned,
     encode_in_chunks,
     masked_codes,
 )
@@ -79,7 +80,12 @@ class Mlp(nn.Sequential):
     """A two-layer perceptron, (B, D_in) -> (B, D_out)."""
 
     def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
-        super().__init__(nn.Linear(width_in, hidden), nn.ReLU(), nn.Linear(hidden, width_out))
+        super().__init__(nn.Linear(width_in + -width_in % 4, hidden), nn.ReLU(), nn.Linear(hidden, width_out))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """The output, for `width_in` columns."""
+        made: Tensor = super().forward(aligned(x_BD))
+        return made
 
 
 class ExpertBank(nn.Module):
@@ -252,7 +258,8 @@ class Network(nn.Module):
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
         if vectors_ND.shape[1] != (known := len(self.get_buffer(f"mean_{name}"))):
             raise ValueError(f"{name} vectors are {vectors_ND.shape[1]} wide, the tokenizer was fitted on {known}")
-        return (vectors_ND - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"axes_{name}") * self.get_buffer(f"scale_{name}")
+        centred_ND, axes_DW = vectors_ND - self.get_buffer(f"mean_{name}"), self.get_buffer(f"axes_{name}")
+        return aligned(centred_ND) @ aligned(axes_DW.T).T * self.get_buffer(f"scale_{name}")
 
     @torch.no_grad()
     def prepare(self, items: ItemBatch) -> ItemBatch:
@@ -549,7 +556,7 @@ class AdaSid(Networked[Network]):
 
         Raises: RuntimeError if the tensors do not fit the configuration.
         """
-        tokenizer = cls(profile.AdaSid(**{"behavior_prior": "none", **config["settings"]}))  # tokenizers from before there was a prior
+        tokenizer = cls(profile.AdaSid(**config["settings"]))
         tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
         tokenizer.network.load_state_dict(state)
         return tokenizer

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import TrainTokenizer
@@ -285,6 +286,14 @@ def encode_in_chunks(
         outputs.append(encode(items.take(rows), keep.take(rows if isinstance(rows, slice) else rows.cpu()) if keep else None))
     joined = {item.name: torch.cat([getattr(output, item.name) for output in outputs])[: len(items)].cpu() for item in fields(TokenizerOutput)}
     return TokenizerOutput(**joined)
+
+
+def aligned(rows_BX: Tensor) -> Tensor:
+    """The rows with zeros added up to a multiple of four columns.
+
+    A product of rows that begin off a 16-byte boundary rounds differently from row to row; a stored number must not depend on an item's place in a block.
+    """
+    return F.pad(rows_BX, (0, -rows_BX.shape[1] % 4))
 
 
 def masked_codes(codes_BL: Tensor, shown_BL: Tensor, size: int) -> Tensor:

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.tokenizers.base import ItemBatch, shows
+from pipeline.tokenizers.base import ItemBatch, aligned, shows
 
 CONTENT = ("text", "image")
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # penalties tried, in units of the mean square of the content columns times the weight of the items
@@ -47,24 +48,24 @@ class BehaviorPrior(nn.Module):
         widths: modality -> width of its vectors; needs `behavior` and some content.
     """
 
-    map_XD: Tensor
+    map_DX: Tensor
     error: Tensor
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
         self.content = tuple(name for name in CONTENT if name in widths)
         columns = sum(widths[name] + 1 for name in self.content) + 1
-        self.register_buffer("map_XD", torch.zeros(columns, widths["behavior"]))
+        self.register_buffer("map_DX", torch.zeros(widths["behavior"], columns + -columns % 4))
         self.register_buffer("error", torch.ones(()))
 
     def _design(self, items: ItemBatch) -> Tensor:
-        """Content side by side, zero where masked, a column per modality that says whether it is there, and a constant, (N, X)."""
+        """Content side by side, zero where masked, a column per modality that says whether it is there, a constant, and zeros up to X columns, (N, X)."""
         parts = []
         for name in self.content:
             vectors_ND, mask_N1 = items.vectors(name), items.mask(name)[:, None]
             assert vectors_ND is not None, f"no {name} vectors"
             parts += [torch.where(mask_N1, vectors_ND.float(), 0.0), mask_N1.float()]
-        return torch.cat([*parts, torch.ones(len(items), 1, device=items.richness_N.device)], 1)
+        return aligned(torch.cat([*parts, torch.ones(len(items), 1, device=items.device)], 1))
 
     @torch.no_grad()
     def fit(self, items: ItemBatch) -> None:
@@ -81,7 +82,7 @@ class BehaviorPrior(nn.Module):
         held_N = torch.arange(len(rows)) % HELD == 0
         errors = {penalty: _error(design_NX, target_ND, weight_N, held_N, penalty) for penalty in RIDGES}
         best = min(RIDGES, key=lambda penalty: errors[penalty])
-        self.map_XD.copy_(ridge(design_NX, target_ND, weight_N, best).float())
+        self.map_DX.copy_(ridge(design_NX, target_ND, weight_N, best).T.float())
         self.error.fill_(errors[best])
 
     def apply_to(self, items: ItemBatch, *, shrink: bool) -> ItemBatch:
@@ -95,7 +96,7 @@ class BehaviorPrior(nn.Module):
         assert behavior_ND is not None, "no behavior vectors"
         own_ND = torch.where(items.behavior_N[:, None], behavior_ND.float(), 0.0)
         trust_N = torch.where(items.behavior_N, items.richness_N if shrink else 1.0, 0.0)
-        mixed_ND = torch.where(guessed_N[:, None], shrunk(own_ND, self._design(items) @ self.map_XD, trust_N), own_ND)
+        mixed_ND = torch.where(guessed_N[:, None], shrunk(own_ND, F.linear(self._design(items), self.map_DX), trust_N), own_ND)
         return replace(items, behavior_ND=mixed_ND, behavior_N=items.behavior_N | guessed_N)
 
 

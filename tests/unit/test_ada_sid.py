@@ -263,9 +263,12 @@ def test_the_margin_finds_the_share_of_logits_that_shall_be_off():
 
 
 def test_the_controller_brings_the_active_share_to_its_target():
-    tokenizer = AdaSid(ada_settings(num_behavior=4, active_share=0.5, lambda_step=1.05, lambda_init=1e-3))
-    report = tokenizer.fit(tiny_items(400, gaps=False), FitOptions(seed=0, settings=training(max_epochs=40, patience=40, learning_rate=1e-2, batch_size=64)))
-    active = {name: value for name, value in report.metrics.items() if name.startswith("active_share/")}
-    gaps = [abs(value - report.metrics[name.replace("share", "target")]) for name, value in active.items()]
-    assert len(gaps) == 3
+    gaps = []
+    for seed in range(4):
+        tokenizer = AdaSid(ada_settings(num_behavior=4, active_share=0.5, lambda_step=1.05, lambda_init=1e-3))
+        settings = training(max_epochs=40, patience=40, learning_rate=1e-2, batch_size=64)
+        report = tokenizer.fit(tiny_items(400, gaps=False), FitOptions(seed=seed, settings=settings))
+        active = {name: value for name, value in report.metrics.items() if name.startswith("active_share/")}
+        assert len(active) == 3
+        gaps += [abs(value - report.metrics[name.replace("share", "target")]) for name, value in active.items()]
     assert sum(gaps) / len(gaps) < 0.06

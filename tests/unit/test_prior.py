@@ -76,7 +76,7 @@ def test_an_item_without_content_keeps_what_it_has():
 def test_too_few_items_teach_nothing():
     items = tiny_items(20)
     prior = fitted(items)
-    assert not prior.map_XD.any()
+    assert not prior.map_DX.any()
     assert float(prior.error) == 1.0
 
 
@@ -84,7 +84,7 @@ def test_what_lies_behind_a_mask_changes_nothing():
     items = tiny_items()
     dirt = {name: torch.where(items.mask(name)[:, None], items.vectors(name), 1e6) for name in WIDTHS}
     dirty = replace(items, **{f"{name}_ND": value for name, value in dirt.items()})
-    assert torch.equal(fitted(items).map_XD, fitted(dirty).map_XD)
+    assert torch.equal(fitted(items).map_DX, fitted(dirty).map_DX)
     assert torch.equal(fitted(items).apply_to(items, shrink=True).behavior_ND, fitted(items).apply_to(dirty, shrink=True).behavior_ND)
 
 
@@ -119,16 +119,6 @@ def test_it_is_stored_with_the_tokenizer(tokenizer):
     again = AdaSid.load(tokenizer.config(), tokenizer.state())
     assert torch.equal(again.encode(tiny_items()).codes_NL, tokenizer.encode(tiny_items()).codes_NL)
     assert float(again.fitted.prior.error) < 1.0
-
-
-def test_a_tokenizer_from_before_the_prior_loads_without_one():
-    old = AdaSid(ada_settings(behavior_prior="none"))
-    old.fit(tiny_items(), FitOptions(seed=1, settings=training(max_epochs=3)))
-    config = old.config()
-    del config["settings"]["behavior_prior"]
-    again = AdaSid.load(config, old.state())
-    assert again.fitted.prior is None
-    assert torch.equal(again.encode(tiny_items()).codes_NL, old.encode(tiny_items()).codes_NL)
 
 
 def test_without_content_there_is_no_prior():
