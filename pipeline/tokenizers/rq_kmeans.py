@@ -125,7 +125,7 @@ class RqKmeans:
             made = self._block(rows, keep)
             return replace(made, quantized_ND=made.quantized_ND[:, :0])
 
-        codes_NL = encode_in_chunks(items, only_codes, device=self.codebook_LKD.device).codes_NL
+        codes_NL = encode_in_chunks(items, only_codes, device=self.codebook_LKD.device).codes_NL.to(self.codebook_LKD.device)
         found = metrics.code_use(codes_NL, self.codebook_sizes, self.slots)
         codebooks = dict(zip(self.widths, self.codebook_LKD.split(list(self.widths.values()), 2), strict=True))
 
@@ -133,7 +133,7 @@ class RqKmeans:
             """The modality's unit-norm vectors and their estimates in blocks."""
             for start in range(0, len(items), metrics.BLOCK):
                 rows = items.take(slice(start, start + metrics.BLOCK)).to(self.codebook_LKD.device)
-                estimate_BD = sum_of_rows(codes_NL[start : start + metrics.BLOCK].to(rows.device), codebooks[name])
+                estimate_BD = sum_of_rows(codes_NL[start : start + metrics.BLOCK], codebooks[name])
                 yield concatenate(rows, {name: self.widths[name]})[rows.mask(name)], estimate_BD[rows.mask(name)]
 
         return found | {f"nmse/{name}": metrics.nmse_of(partial(pairs, name)) for name in self.widths}

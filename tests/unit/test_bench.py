@@ -96,3 +96,52 @@ def test_every_row_has_a_number_of_its_own_and_a_title():
     numbers = [int(text.split("NUMBER, TITLE = ")[1].split(",")[0]) for text in texts]
     assert len(set(numbers)) == len(numbers) >= 8
     assert all("def cases(scale: str) -> Iterator[Case]:" in text for text in texts)
+
+
+@pytest.fixture
+def accelerator(bench, monkeypatch):
+    """The benchmark of an accelerator, at sizes that a CPU does in seconds."""
+    module = importlib.import_module("accelerator")
+    tiny = module.Sizes(small=96, large=128, batch=32, epochs=2, recorded_epochs=2, large_epochs=2, users=20, square=16, copied=1 << 10, repeats=64)
+    monkeypatch.setattr(module, "QUICK", tiny)
+    yield module
+    del sys.modules["accelerator"]
+
+
+def test_the_accelerator_bench_runs_on_a_cpu(accelerator, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert accelerator.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "accelerator.json").read_text(encoding="utf-8"))
+    assert [case["case"] for case in document["cases"]] == [name for name, _, _ in accelerator.cases(accelerator.QUICK, cuda=False)]
+    assert all(
+        case["same_bits"] == {"ada_sid, twice": True, "rq_kmeans, twice": True, "sasrec, twice": True} for case in document["cases"] if "same_bits" in case
+    )
+    printed = capsys.readouterr().out
+    assert accelerator.main(["--page", str(tmp_path / "accelerator.json")]) == 0
+    assert capsys.readouterr().out == printed == (tmp_path / "accelerator.md").read_text(encoding="utf-8")
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {len(accelerator.HEADER) + 1}
+
+
+def test_a_case_that_fails_or_outlasts_its_time_costs_no_other(accelerator, monkeypatch, tmp_path):
+    def broken(bench):
+        """A case with an error."""
+        raise RuntimeError("out of luck")
+
+    def endless(bench):
+        """A case that never ends."""
+        while True:
+            pass
+
+    found = [("broken", 5.0, broken), ("endless", 0.2, endless), ("fine", 5.0, lambda bench: {"items_s": 3.0})]
+    monkeypatch.setattr(accelerator, "cases", lambda sizes, cuda: found)
+    document = accelerator.run(accelerator.Bench(accelerator.torch.device("cpu"), accelerator.QUICK), 60.0, tmp_path)
+    assert [case.get("failed", "") for case in document["cases"]] == ["RuntimeError: out of luck", "TimeoutError: outlasted its 0 s", ""]
+    assert "out of luck" in accelerator.page(document)
+
+
+def test_sequences_of_a_file(accelerator, tmp_path):
+    path = tmp_path / "interactions.csv"
+    path.write_text("user_id,item_id,position\nb,y,1\na,x,1\nb,x,0\na,z,0\n", encoding="utf-8")
+    events, num_items = accelerator.sequences(5, path)
+    assert (events.offsets.tolist(), events.items[0] != events.items[1], num_items) == ([0, 2, 4], True, 3)
