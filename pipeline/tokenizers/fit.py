@@ -107,12 +107,12 @@ def fingerprint(items: ItemBatch, network: nn.Module, *parts: str) -> str:
     return digest.hexdigest()
 
 
-def optimizer_of(network: nn.Module, rate: float, *, recorded: bool) -> torch.optim.AdamW:
+def optimizer_of(network: nn.Module, rate: float) -> torch.optim.AdamW:
     """AdamW; on an accelerator in one kernel, with its step number and its rate there, so that a recorded step reads the rate of the day."""
     device = next(network.parameters()).device
     if device.type == "cpu":
         return torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.0)
-    return torch.optim.AdamW(network.parameters(), lr=torch.tensor(rate, device=device), weight_decay=0.0, fused=True, capturable=recorded)
+    return torch.optim.AdamW(network.parameters(), lr=torch.tensor(rate, device=device), weight_decay=0.0, fused=True)
 
 
 Step = Callable[[ItemBatch, Tensor, bool], dict[str, Tensor]]  # items, noise, whether codes are used -> loss terms
@@ -166,7 +166,7 @@ class Trainer:
         self.anchors = {name: named[name].detach().clone() for name in model.codebook_names} if self.pull else {}
         self.steps = steps_per_epoch(len(self.rows), settings.batch_size)
         self.recording = settings.cuda_graph and self.device.type != "cpu"
-        self.optimizer = optimizer_of(model.network, settings.learning_rate, recorded=self.recording)
+        self.optimizer = optimizer_of(model.network, settings.learning_rate)
         if self.recording and self.world.size > 1:
             raise ValueError("a step of several processes cannot be recorded: set train_tokenizer.cuda_graph to false")
         self.taken: dict[tuple[bool, int], int] = {}
@@ -228,8 +228,15 @@ class Trainer:
         if self.taken[kind] <= STEPS_BEFORE:
             return self._learn(batch, noise_BU, quantise)
         if kind not in self.replays:
+            self._capturable(True)
             self.replays[kind] = Replay(self._learn, batch, noise_BU, quantise)
+            self._capturable(False)
         return self.replays[kind](batch, noise_BU)
+
+    def _capturable(self, now: bool) -> None:
+        """Tell the optimizer that it is being recorded, which it refuses otherwise; told so while it is not, it warns."""
+        for group in self.optimizer.param_groups:
+            group["capturable"] = now
 
     def _learn(self, batch: ItemBatch, noise_BU: Tensor, quantise: bool) -> dict[str, Tensor]:
         """One optimizer step; nothing in it waits for the device."""
