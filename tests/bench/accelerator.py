@@ -39,7 +39,7 @@ from pipeline.retrievers import build, training
 from pipeline.retrievers.base import Catalogue, numbered
 from pipeline.tokenizers import ada_sid
 from pipeline.tokenizers.ada_sid import AdaSid
-from pipeline.tokenizers.base import ItemBatch, Tokenizer
+from pipeline.tokenizers.base import FitOptions, ItemBatch, Tokenizer
 from pipeline.tokenizers.rq_kmeans import RqKmeans
 from pipeline.tokenizers.world import World
 
@@ -188,7 +188,7 @@ def train_ada(bench: Bench, count: int, epochs: int, precision: str, *, recorded
     items, watch, batch = bench.catalogue(count), Epochs(bench.clock), bench.sizes.batch
     tokenizer = AdaSid(config.AdaSid())
     settings = config.TrainTokenizer(max_epochs=epochs, patience=epochs, batch_size=batch, precision=precision, cuda_graph=recorded)
-    report = tokenizer.fit(items, seed=0, settings=settings, progress=watch)
+    report = tokenizer.fit(items, FitOptions(seed=0, settings=settings, progress=watch))
     bench.fitted["ada_sid"], bench.records = tokenizer, recorded
     rows = count - int(count * settings.valid_share)
     seconds = statistics.median(watch.seconds[-2:])
@@ -226,7 +226,7 @@ def train_rq(bench: Bench, count: int) -> dict[str, Any]:
     """`RqKmeans.fit`, with the codes and metrics of the whole catalogue."""
     items, tokenizer = bench.catalogue(count), RqKmeans(config.RqKmeans())
     start = bench.clock()
-    report = tokenizer.fit(items, seed=0, settings=config.TrainTokenizer(tokenizer="rq_kmeans"))
+    report = tokenizer.fit(items, FitOptions(seed=0, settings=config.TrainTokenizer(tokenizer="rq_kmeans")))
     seconds = bench.clock() - start
     bench.fitted["rq_kmeans"] = tokenizer
     return {"items_s": count / seconds, "quality": quality(report.metrics)}
@@ -290,7 +290,7 @@ def recorded_repeats(bench: Bench) -> dict[str, Any]:
 
 def short_fit(bench: Bench, tokenizer: Tokenizer, *, recorded: bool = False) -> str:
     """Digest of what a few epochs on a small catalogue leave."""
-    tokenizer.fit(bench.catalogue(bench.sizes.repeats), seed=0, settings=config.TrainTokenizer(max_epochs=4, cuda_graph=recorded))
+    tokenizer.fit(bench.catalogue(bench.sizes.repeats), FitOptions(seed=0, settings=config.TrainTokenizer(max_epochs=4, cuda_graph=recorded)))
     return bits(tokenizer.state())
 
 

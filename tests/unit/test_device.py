@@ -16,7 +16,7 @@ from pipeline import config, device
 from pipeline.encoders.sasrec import gather, places
 from pipeline.tokenizers import ada_sid, rq_vae
 from pipeline.tokenizers.ada_sid import AdaSid
-from pipeline.tokenizers.base import ENCODE_ROWS_THERE
+from pipeline.tokenizers.base import ENCODE_ROWS_THERE, FitOptions
 from pipeline.tokenizers.world import World
 
 NOWHERE = torch.device("meta")
@@ -118,6 +118,6 @@ def test_recorded_steps_give_the_bits_of_steps_as_they_come():
     items, states = tiny_items(), []
     for recorded in (False, True):
         tokenizer = AdaSid(ada_settings())
-        tokenizer.fit(replace(items), seed=1, settings=training(batch_size=8, cuda_graph=recorded))
+        tokenizer.fit(replace(items), FitOptions(seed=1, settings=training(batch_size=8, cuda_graph=recorded)))
         states.append(tokenizer.state())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
