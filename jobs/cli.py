@@ -6,6 +6,7 @@ Exit codes: 0 done, 64 do not retry, 75 a retry may help. Every reading command 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -15,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,9 +26,10 @@ from jobs import profiles
 from jobs.display import table
 from pipeline import config, log
 from pipeline.context import Context, Home, read_json
-from pipeline.errors import DEFAULT_PROFILE, ConfigError, ContractError, SidError
+from pipeline.errors import DEFAULT_PROFILE, ConfigError, ContractError, ResourceLost, SidError, unforeseen
 from pipeline.stages import BY_NAME, STAGES, Stage, group, upstream
 
+logger = logging.getLogger("jobs.cli")  # its name when it is run as a module, too
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 CHANGING = frozenset({"maintenance", "maintain", "rollback"})  # what `sid run` may take away or move
 console = Console()
@@ -488,8 +490,19 @@ def _errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except SidError as error:
-        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(error.message(IN_FORCE.get()))}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _complain(error, IN_FORCE.get())
+    except Exception as error:
+        known = unforeseen(error, what="command", where=str(Home.from_environment().root), next_command=_typed())
+        if not isinstance(known, ResourceLost):
+            raise
+        logger.debug("the command was ended", exc_info=error)
+        _complain(known, "")  # typed again, it takes its profile from where it took it now
+
+
+def _complain(error: SidError, profile: str) -> NoReturn:
+    with suppress(OSError):  # standard error may be a file on the disk that is full; the exit code still tells
+        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(error.message(profile))}", highlight=False, soft_wrap=True)
+    sys.exit(error.exit_code)
 
 
 def main() -> None:

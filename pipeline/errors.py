@@ -7,7 +7,7 @@
     |- VersionMismatch   no retry   the checkpoint's codebook_digest against the one read
     |- StageFailed       no retry   an exception that nobody foresaw; its traceback is in the log
     |- PublishConflict   retry      main moved: re-cut the branch and rewrite
-    |- ResourceLost      retry      a disk, memory, an executor or a connection gave out under a stage
+    |- ResourceLost      retry      a disk, memory, an executor or a connection gave out under a stage or a command
     `- UpstreamMissing   retry      no partition or file for the date
 
 Not here: `ValueError` for bad arguments of a function, `assert` for our own mistakes.
@@ -114,7 +114,7 @@ class PublishConflict(SidError):
 
 
 class ResourceLost(SidError):
-    """Raised when what a stage runs on gave out: a disk, memory, an executor, a connection."""
+    """Raised when what a stage or a command runs on gave out: a disk, memory, an executor, a connection."""
 
     retry = True
 
@@ -125,13 +125,13 @@ class UpstreamMissing(SidError):
     retry = True
 
 
-def unforeseen(error: Exception, *, where: str, next_command: str) -> SidError:
+def unforeseen(error: Exception, *, what: str = "stage", where: str, next_command: str) -> SidError:
     """A foreign exception as one of ours: ResourceLost where another try may help, else StageFailed; class and first line are told, not the traceback."""
     text = "".join(traceback.format_exception_only(error)).strip()  # unlike str(error) it cannot fail: a Java exception's text lies in a JVM that may be gone
     kind = ResourceLost if _gave_out(error, text) else StageFailed
     return kind(
-        f"the stage was ended by {type(error).__name__}",
-        expected="a stage that ends, or says why it does not",
+        f"the {what} was ended by {type(error).__name__}",
+        expected=f"a {what} that ends, or says why it does not",
         found=text.partition("\n")[0][:LONGEST],
         where=where,
         next_command=next_command,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +174,32 @@ def test_a_defect_of_our_own_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.argv", ["sid", "run", "maintain", "--date", "2026-03-01"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+@pytest.mark.parametrize("words", [["releases", "--json"], ["run", "ingest", "--date", "2026-03-01", "--reason", "a, b"]])
+def test_a_full_disk_outside_a_stage_is_told_and_may_be_retried(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    def full(path: Path, mode: int = 0o777) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setenv("SID_PROFILE", "tiny")
+    monkeypatch.setattr(os, "mkdir", full)
+    assert ended(words, monkeypatch) == 75
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    lines = shown.err.splitlines()
+    assert lines[0] == "ResourceLost the command was ended by OSError"
+    assert f"[Errno 28] No space left on device: '{home}" in lines[2]
+    assert lines[3:] == [f"  where     {home}", f"  next      {shlex.join(['sid', *words])}"]
+
+
+@pytest.mark.parametrize(("words", "full", "code"), [(["stages"], "stdout", 75), (["run", "nothing", "--date", "2026-03-01"], "stderr", 64)])
+def test_the_exit_code_tells_even_when_its_words_have_no_room(words: list[str], full: str, code: int) -> None:
+    with Path("/dev/full").open("w") as device:
+        done = subprocess.run([sys.executable, "-m", "jobs.cli", *words], check=False, stdin=subprocess.DEVNULL, **{full: device})  # type: ignore[call-overload]
+    assert done.returncode == code
 
 
 # ---------------------------------------------------------------- running
