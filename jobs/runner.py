@@ -26,7 +26,7 @@ from jobs.inputs import Inputs
 from pipeline import lakehouse, quality, tracking
 from pipeline import spark as spark_gate
 from pipeline.context import Context, write_json
-from pipeline.errors import ContractError, GateFailed, PublishConflict, SidError, UpstreamMissing, unforeseen
+from pipeline.errors import ContractError, GateFailed, PublishConflict, ResourceLost, SidError, UpstreamMissing, unforeseen
 from pipeline.stages import BY_NAME, Stage, StageResult, Write, group
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _align(ctx: Context) -> None:
     step(ctx, "before_alias")
     try:
         derived.align(ctx.home, ctx.config)
-    except UpstreamMissing as unreachable:
+    except (ResourceLost, UpstreamMissing) as unreachable:
         logger.warning("the change of sid.release took effect; the model's alias does not follow yet, type `sid repair`: %s", unreachable.headline)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import catalog
 from pipeline.config import Lake
 from pipeline.context import SQL, Home
-from pipeline.errors import ConfigError, ContractError, PublishConflict, UpstreamMissing
+from pipeline.errors import ConfigError, ContractError, PublishConflict, ResourceLost, UpstreamMissing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,9 +89,7 @@ def is_ready(home: Home, lake: Lake, table: str) -> bool:
     newest = len(migrations(table))
     try:
         properties = open_table(home, lake, table).properties
-    except UpstreamMissing as error:
-        if error.headline == UNREACHABLE:
-            raise
+    except UpstreamMissing:
         return False
     return int(properties.get(SCHEMA_VERSION, 0)) >= newest
 
@@ -528,7 +526,7 @@ def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
     """The table through PyIceberg.
 
     The embedded catalog opens the highest complete metadata file, never the version hint, which can be one behind after a kill.
-    Raises: UpstreamMissing when the table does not exist yet.
+    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the catalog's server does not answer.
     """
     from pyiceberg.table import StaticTable
 
@@ -540,7 +538,7 @@ def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
 def _load_table(properties: tuple[tuple[str, str], ...], table: str) -> IcebergTable:
     """The table as a catalog server knows it now.
 
-    Raises: UpstreamMissing when the table does not exist yet, or when the server does not answer.
+    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the server does not answer: an empty lake must never be read into that.
     """
     from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
     from requests.exceptions import RequestException
@@ -556,7 +554,7 @@ def _load_table(properties: tuple[tuple[str, str], ...], table: str) -> IcebergT
             raise UpstreamMissing(
                 f"table {table} does not exist yet", expected=table, found=found, where=where, next_command="sid run refresh --date D"
             ) from error
-        raise UpstreamMissing(UNREACHABLE, expected="an answering catalog", found=found, where="SID_CATALOG_URI") from error
+        raise ResourceLost(UNREACHABLE, expected="an answering catalog", found=found, where="SID_CATALOG_URI") from error
 
 
 @functools.lru_cache(maxsize=4)

@@ -34,7 +34,7 @@ from datetime import UTC, date, datetime
 from jobs import airflow_home, launchers
 from pipeline import config, log
 from pipeline.context import Context, Home
-from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.errors import ContractError, ResourceLost
 
 log.configure()
 home = Home.from_environment()
@@ -55,7 +55,7 @@ for stage in ("plan_night", "ingest"):
     print("DONE", stage, launch(stage, "by_hand")["status"])
 try:
     launch("plan_night", "no_catalog", "lake.catalog=jdbc")
-except UpstreamMissing as error:
+except ResourceLost as error:
     print("UNREACHABLE", error)
 """
 

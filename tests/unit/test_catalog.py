@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import pytest
 
+from jobs import backfill, maintain, pins
 from pipeline import catalog, config, lakehouse, spark
 from pipeline.config import Lake, Launch
-from pipeline.context import Home
-from pipeline.errors import ConfigError, UpstreamMissing
+from pipeline.context import Context, Home
+from pipeline.errors import ConfigError, ResourceLost, UpstreamMissing
 
 CANARY = "c4n4ry/with+odd=chars&more"
 
@@ -136,10 +138,20 @@ def test_some_items_are_read_without_the_others_and_main_tells_its_commits(tmp_p
     maker.engine.dispose()
 
 
-def test_a_server_that_does_not_answer_is_told_from_a_table_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_told_from_a_table_or_a_lake_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SID_CATALOG_URI", "jdbc:postgresql://127.0.0.1:9/lake")
     monkeypatch.setenv("SID_CATALOG_USER", "sid")
-    for look in (lakehouse.open_table, lakehouse.is_ready):
-        with pytest.raises(UpstreamMissing, match=lakehouse.UNREACHABLE) as caught:
-            look(Home(tmp_path), Lake(catalog="jdbc"), "sid.release")
+    home, profile = Home(tmp_path), config.Config(lake=Lake(catalog="jdbc"))
+    ctx = Context(config=profile, home=home, stage="maintain", logical_date=date(2026, 3, 1), run_id="m")
+    looks: list[Callable[[], object]] = [
+        lambda: lakehouse.open_table(home, profile.lake, "sid.release"),
+        lambda: lakehouse.is_ready(home, profile.lake, "sid.release"),
+        lambda: lakehouse.read_releases(home, profile.lake),  # no releases would mean to housekeeping that all tags may go
+        lambda: pins.held_tags(home, profile),  # no tags would mean that the parent of a night has expired
+        lambda: maintain._history(ctx, "sid.release"),
+        lambda: backfill.ledger_rows(home, profile),
+    ]
+    for look in looks:
+        with pytest.raises(ResourceLost, match=lakehouse.UNREACHABLE) as caught:
+            look()
         assert CANARY not in str(caught.value) + str(caught.value.__cause__)
