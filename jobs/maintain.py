@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -129,6 +129,11 @@ def live_releases(releases: Sequence[Row], published: Mapping[str, datetime], pi
     return young, (young | kept | first_of_generations(releases) | set(pinned)) & set(published)
 
 
+def published_at(sids: History) -> dict[str, datetime]:
+    """Tag of a release -> instant its snapshot of sid.item_sid was committed."""
+    return {tag: sids.committed[at] for tag, at in sids.tags.items() if RELEASE_TAG.fullmatch(tag)}
+
+
 def dropped_tags(releases: Sequence[Row], published: Mapping[str, datetime], live: set[str], bare_limit: datetime) -> list[str]:
     """Tags of releases that do not live any more, and tags that no release names and that were made before `bare_limit`; sorted."""
     known = {row["tag"] for row in releases}
@@ -187,8 +192,8 @@ def survey(spark: SparkSession, params: Maintain, ctx: Context) -> Survey:
     releases = lakehouse.read_releases(home, lake).to_pylist()
     histories = {table: history for table in lakehouse.table_names() if (history := _history(ctx, table)) is not None}
     sids = histories.get(SIDS, History(committed={}, branches={}, tags={}))
-    published = {tag: sids.committed[at] for tag, at in sids.tags.items() if RELEASE_TAG.fullmatch(tag)}
-    young, live = live_releases(releases, published, pins.by_release(sids.tags), _ago(ctx, params.release_days))
+    published = published_at(sids)
+    young, live = _living(ctx, params, releases, sids)
     tags = dropped_tags(releases, published, live, _ago(ctx, params.keep_branches_days))
     doomed = {SIDS: tags}
     if MANIFEST in histories:  # a tag there holds the manifest of the release of its name
@@ -201,6 +206,11 @@ def survey(spark: SparkSession, params: Maintain, ctx: Context) -> Survey:
         older=_ago(ctx, params.keep_snapshots_days),
         known=frozenset(row["tag"] for row in releases),
     )
+
+
+def _living(ctx: Context, params: Maintain, releases: Sequence[Row], sids: History) -> tuple[set[str], set[str]]:
+    """`live_releases` by the profile's age."""
+    return live_releases(releases, published_at(sids), pins.by_release(sids.tags), _ago(ctx, params.release_days))
 
 
 def _sweep(spark: SparkSession, params: Maintain, ctx: Context, table: str, history: History, tags: Sequence[str]) -> Sweep:
@@ -227,7 +237,7 @@ def _sweep(spark: SparkSession, params: Maintain, ctx: Context, table: str, hist
 def retention(
     spark: SparkSession, ctx: Context, releases: Sequence[Row], young: set[str], live: set[str], histories: Mapping[str, History]
 ) -> dict[str, list[date]]:
-    """Table -> days of main that go. A day of behaviour vectors stays while a feature row that stays refers to it."""
+    """Table -> days of main that go. A day of behaviour vectors stays while a feature row that stays, on main or under a live tag, refers to it."""
     from pyspark.sql import functions as F
 
     limit = _ago(ctx, ctx.config.maintain.keep_snapshots_days)
@@ -235,21 +245,26 @@ def retention(
     changed = {table: changed_days(stored, histories[table], limit) for table, stored in files.items()}
     found = {table: dropped_days(set(_stored_days(stored)) - changed[table], releases, young, live) for table, stored in files.items()}
     if found.get(TRAINED):
-        manifest = spark.table(f"{lakehouse.CATALOG}.feature.item_feature")
-        staying = manifest.where(~F.col("logical_date").isin([F.lit(day) for day in found.get("feature.item_feature", [])]))
-        needed = {row.behavior_date for row in staying.select("behavior_date").distinct().collect()}
+        manifest = spark.table(f"{lakehouse.CATALOG}.{MANIFEST}")
+        staying = manifest.where(~F.col("logical_date").isin([F.lit(day) for day in found.get(MANIFEST, [])]))
+        tagged = {row["logical_date"]: histories[MANIFEST].tags[row["tag"]] for row in releases if row["tag"] in live & histories[MANIFEST].tags.keys()}
+        replaced = [lakehouse.read_frame(spark, MANIFEST, at).where(F.col("logical_date") == F.lit(day)) for day, at in tagged.items()]
+        needed = {row.behavior_date for frame in (staying, *replaced) for row in frame.select("behavior_date").distinct().collect()}
         found[TRAINED] = [day for day in found[TRAINED] if day not in needed]
     return {table: gone for table, gone in found.items() if gone}
 
 
 def stale_staging(ctx: Context, days: int) -> dict[Path, int]:
-    """Folder -> bytes of runs that changed nothing for `days`; a run whose records have not reached MLflow stays."""
+    """Folder -> bytes of runs that changed nothing for `days`; a run whose records have not reached MLflow stays, as does one that works meanwhile."""
     limit = _ago(ctx, days).timestamp()
     found: dict[Path, int] = {}
     for folder in sorted(ctx.home.folder("staging").iterdir()):
         if folder.is_symlink() or not folder.is_dir():
             continue
-        states = [path.lstat() for path in (folder, *folder.rglob("*"))]
+        try:
+            states = [path.lstat() for path in (folder, *folder.rglob("*"))]
+        except FileNotFoundError:  # a run put a document in its place while the folder was listed
+            continue
         waiting = [path for path in folder.glob(f"mlflow/*/{tracking.RECORD}") if not path.with_name(tracking.FLUSHED).is_file()]
         if not waiting and max(state.st_mtime for state in states) < limit:
             found[folder] = sum(state.st_size for state in states[1:])
@@ -293,33 +308,47 @@ def carry_out(spark: SparkSession, found: Survey, params: Maintain, ctx: Context
     metrics = Counter({"freed_bytes": found.freed, "staging_folders": len(found.staging)})
     for sweep in found.sweeps:
         with lakehouse.table_locks(ctx.home, ctx.config.lake, [sweep.table]):
-            metrics.update(_clean(spark, sweep, found.older))
-            metrics.update(_tidy(spark, sweep, _still_dropped(ctx, sweep, found), params, ctx))
-    for folder in found.staging:
-        shutil.rmtree(folder)
+            live = _live_now(ctx, params) if sweep.tags or sweep.days else set()
+            metrics.update(_clean(spark, sweep, live, found.older))
+            metrics.update(_tidy(spark, sweep, _still_dropped(ctx, sweep, live, found), params, ctx))
+    for folder in found.staging.keys() & stale_staging(ctx, params.keep_staging_days):  # the others were taken up again since they were looked at
+        _forget(folder)
     logger.info("maintained %s", " ".join(f"{name}={value}" for name, value in sorted(metrics.items())))
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _clean(spark: SparkSession, sweep: Sweep, older: datetime) -> dict[str, int]:
+def _live_now(ctx: Context, params: Maintain) -> set[str]:
+    """Tags that live by now: a rollback or a pin since the survey may need what it found dead."""
+    releases = lakehouse.read_releases(ctx.home, ctx.config.lake).to_pylist()
+    return _living(ctx, params, releases, lakehouse.history(ctx.home, ctx.config.lake, SIDS))[1]
+
+
+def _forget(folder: Path) -> None:
+    """Remove a run's staging folder, its records first: what a kill leaves of one must not look like a record that MLflow has not seen."""
+    for record in folder.glob(f"mlflow/*/{tracking.RECORD}"):
+        record.unlink()
+    shutil.rmtree(folder)
+
+
+def _clean(spark: SparkSession, sweep: Sweep, live: Container[str], older: datetime) -> dict[str, int]:
     """References first: a snapshot can only be expired when nothing points at it."""
     if sweep.branches or sweep.tags:
         now = lakehouse.references(spark, sweep.table)
-        branches, tags = ([name for name, at in group.items() if now.get(name) == at] for group in (sweep.branches, sweep.tags))
+        branches, tags = ([name for name, at in group.items() if now.get(name) == at and name not in live] for group in (sweep.branches, sweep.tags))
         lakehouse.drop_references(spark, sweep.table, branches=branches, tags=tags)
     deleted = lakehouse.expire_snapshots(spark, sweep.table, older) if sweep.snapshots else 0
     orphans = lakehouse.remove_orphans(spark, sweep.table, dry_run=False) if sweep.orphans else {}
     return {"branches": len(sweep.branches), "tags": len(sweep.tags), "snapshots": len(sweep.snapshots), "files_deleted": deleted, "orphans": len(orphans)}
 
 
-def _still_dropped(ctx: Context, sweep: Sweep, found: Survey) -> list[date]:
-    """The days to drop that nobody wrote, or published a release of, since they were looked at."""
+def _still_dropped(ctx: Context, sweep: Sweep, live: Container[str], found: Survey) -> list[date]:
+    """The days to drop that nobody wrote, or published, restored or pinned a release of, since they were looked at."""
     if not sweep.days:
         return []
     history = lakehouse.history(ctx.home, ctx.config.lake, sweep.table)
     releases = lakehouse.read_releases(ctx.home, ctx.config.lake).to_pylist()
-    published = {row["logical_date"] for row in releases if row["tag"] not in found.known}
-    return sorted(set(sweep.days) - changed_days(_main_files(ctx, sweep.table, history).values(), history, found.older) - published)
+    serving = {row["logical_date"] for row in releases if row["tag"] in live or row["tag"] not in found.known}
+    return sorted(set(sweep.days) - changed_days(_main_files(ctx, sweep.table, history).values(), history, found.older) - serving)
 
 
 def _tidy(spark: SparkSession, sweep: Sweep, days: Sequence[date], params: Maintain, ctx: Context) -> dict[str, int]:

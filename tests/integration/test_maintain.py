@@ -89,7 +89,7 @@ def test_a_dry_run_lists_what_goes_and_the_run_frees_exactly_those_bytes(
     assert names["day", TRAINED] == ["2026-01-08"], "2026-01-06 serves the release of the 9th, the others live"
     promised = sum(row["frees_now"] for row in rows)
     assert promised > 0
-    _looked_at_again(lake_home, {row["tag"] for row in shelf.rows})
+    _looked_at_again(spark, lake_home, {row["tag"] for row in shelf.rows})
 
     done = runner.run_stage(context(lake_home))
     gone = {path: size for path, size in files.items() if path not in parquet()}
@@ -105,16 +105,36 @@ def test_a_dry_run_lists_what_goes_and_the_run_frees_exactly_those_bytes(
     _later(spark, lake_home, shelf, parquet, pinned)
 
 
-def _looked_at_again(home: Home, known: set[str]) -> None:
-    """Under the lock, a day that was written or got a release since the survey stays."""
+def _looked_at_again(spark: Any, home: Home, known: set[str]) -> None:
+    """Under the lock, a day that was written or got a release since the survey stays, and so does a tag that somebody needs by now."""
     older = datetime.now(UTC) - timedelta(days=14)
 
-    def left(known: set[str]) -> list[date]:
+    def left(known: set[str], live: set[str]) -> list[date]:
         found = maintain.Survey(sweeps=(), staging={}, older=older, known=frozenset(known))
-        return maintain._still_dropped(context(home), maintain.Sweep(table=FEATURE, days=(D0, D2, D4)), found)
+        return maintain._still_dropped(context(home), maintain.Sweep(table=FEATURE, days=(D0, D2, D4)), live, found)
 
-    assert left(known) == [D2, D4], "the day of the backfill was written after the survey"
-    assert left(known - {"d20260108_r2"}) == [D2]
+    assert left(known, set()) == [D2, D4], "the day of the backfill was written after the survey"
+    assert left(known - {"d20260108_r2"}, set()) == left(known, {"d20260108_r2"}) == [D2]
+
+    doomed = maintain.Sweep(table="sid.item_sid", tags={"d20260108": lakehouse.references(spark, "sid.item_sid")["d20260108"]})
+    pins.pin((home, TINY), "d20260108", "late")
+    live = maintain._live_now(context(home), TINY.maintain)
+    maintain._clean(spark, doomed, live, older)
+    assert "d20260108" in live & lakehouse.references(spark, "sid.item_sid").keys(), "it was pinned after the survey"
+    pins.pin((home, TINY), "d20260108", "late", release=True)
+
+
+def test_vectors_stay_while_a_live_revision_that_main_replaced_refers_to_them(spark: Any, lake_home: Home, shelf: Any) -> None:
+    shelf.put(TRAINED, [(D0, "i00", 1, [1.0, 2.0], 1.0, 8, 3)], [D0])
+    shelf.put(FEATURE, manifest({D1: D0}), [D1], tag="d20260105")
+    shelf.put(FEATURE, manifest({D1: D1}), [D1])
+    for table in (TRAINED, FEATURE):
+        shelf.age(table, 20)
+    releases = [{"tag": tag, "logical_date": D1, "revision": number} for number, tag in ((1, "d20260105"), (2, "d20260105_r2"))]
+    histories = {table: lakehouse.history(lake_home, TINY.lake, table) for table in (TRAINED, FEATURE)}
+    newest = {"d20260105_r2"}
+    assert maintain.retention(spark, context(lake_home), releases, newest, newest, histories) == {TRAINED: [D0]}
+    assert maintain.retention(spark, context(lake_home), releases, newest, {*newest, "d20260105"}, histories) == {}, "a rollback to it would need them"
 
 
 def _later(spark: Any, home: Home, shelf: Any, parquet: Parquet, pinned: str) -> None:

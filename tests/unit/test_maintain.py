@@ -121,6 +121,50 @@ def test_old_staging_goes_but_not_what_mlflow_has_not_seen(tmp_path: Path) -> No
     assert maintain.stale_staging(context(tmp_path), 30) == {}, "one fresh file keeps the folder"
 
 
+def test_a_run_that_works_while_its_folder_is_listed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Home(tmp_path).folder("staging") / "run"
+    run.mkdir()
+    (run / ".plan_night.json.4711").write_text("{}")
+    for path in (run / ".plan_night.json.4711", run):
+        os.utime(path, (0, 0))
+    assert [path.name for path in maintain.stale_staging(context(tmp_path), 30)] == ["run"]
+    listed = Path.rglob
+
+    def replaced(folder: Path, pattern: str) -> list[Path]:
+        found = list(listed(folder, pattern))
+        (run / ".plan_night.json.4711").replace(run / "plan_night.json")
+        return found
+
+    monkeypatch.setattr(Path, "rglob", replaced)
+    assert maintain.stale_staging(context(tmp_path), 30) == {}
+
+
+def test_a_folder_that_was_taken_up_again_since_the_survey_stays(tmp_path: Path) -> None:
+    staging = Home(tmp_path).folder("staging")
+    for name in ("old", "again"):
+        (staging / name).mkdir()
+        os.utime(staging / name, (0, 0))
+    found = maintain.Survey(sweeps=(), staging=maintain.stale_staging(context(tmp_path), 30), older=NOW)
+    assert [path.name for path in found.staging] == ["again", "old"]
+    (staging / "again" / "plan_night.json").write_text("{}")
+    maintain.carry_out(None, found, Config().maintain, context(tmp_path))  # type: ignore[arg-type]
+    assert [path.name for path in staging.iterdir()] == ["again"]
+
+
+def test_what_a_kill_leaves_of_a_folder_holds_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "run" / "mlflow" / "ingest-1" / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(maintain.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        maintain._forget(tmp_path / "run")
+    assert not record.exists()
+
+
 def test_a_date_to_come_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="not come yet"):
         maintain.survey(None, Config().maintain, context(tmp_path, date(2999, 1, 1)))  # type: ignore[arg-type]
