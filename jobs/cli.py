@@ -266,7 +266,7 @@ def rollback(
         ctx = Context(config=loaded[1], home=loaded[0], stage="rollback", logical_date=day, run_id=f"rollback__{to}", reason=reason, params=(("release", to),))
         rows = launchers.launch(ctx, launchers.Request(profile=profile, overrides=tuple(sets or ())))["outputs"].get("changes", [])
     show_rows(rows, "would change" if dry_run else "changed", as_json)
-    if rows and not dry_run:
+    if not dry_run:  # also when nothing changed: an earlier try may have been killed before it could say so
         readers = shlex.join(["airflow", "dags", "trigger", "rank_training", "--conf", json.dumps({"release": to, "profile": profile})])
         complaints.print(f"only Airflow makes the asset event; for its readers: {escape(readers)}", highlight=False, soft_wrap=True)
 

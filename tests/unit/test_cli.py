@@ -16,7 +16,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from jobs import cli, launchers, profiles
+from jobs import cli, launchers, profiles, views
 from jobs.launchers import Request
 from pipeline import config
 from pipeline.context import Context, Home
@@ -331,6 +331,19 @@ def test_a_stage_after_a_plan_that_failed_is_planned_anew(monkeypatch: pytest.Mo
     manifest.write_text('{"status": "failed"}')
     words = ["run", "ingest", "--date", "2026-03-01", "-p", "tiny", "--run-id", "r"]
     assert [ctx.stage for ctx in launched(monkeypatch, words)] == ["plan_night", "ingest"]
+
+
+def test_a_rollback_that_is_run_again_after_a_kill_still_says_how_its_readers_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(views, "rollback", lambda lake, tag: [])
+    monkeypatch.setattr(views, "releases", lambda lake: [{"tag": "d20260301", "logical_date": cli.parse_date("2026-03-01")}])
+    monkeypatch.setattr(launchers, "launch", lambda ctx, request: {"outputs": {"changes": []}})
+    words = ["rollback", "--to", "d20260301", "--reason", "why", "-p", "tiny"]
+    assert ended(words, monkeypatch) == 0
+    assert """airflow dags trigger rank_training --conf '{"release": "d20260301", "profile": "tiny"}'""" in capsys.readouterr().err
+    assert ended([*words, "--dry-run"], monkeypatch) == 0
+    assert "airflow" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- small parts
