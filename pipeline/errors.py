@@ -126,13 +126,15 @@ class UpstreamMissing(SidError):
 
 
 def unforeseen(error: Exception, *, what: str = "stage", where: str, next_command: str) -> SidError:
-    """A foreign exception as one of ours: ResourceLost where another try may help, else StageFailed; class and first line are told, not the traceback."""
+    """A foreign exception as one of ours: ResourceLost where another try may help, else StageFailed; with its class, first line and what gave out."""
     text = "".join(traceback.format_exception_only(error)).strip()  # unlike str(error) it cannot fail: a Java exception's text lies in a JVM that may be gone
     kind = ResourceLost if _gave_out(error, text) else StageFailed
+    first, *more = text.splitlines() or [""]  # of a Java exception the first line says only which of our calls it came out of
+    telling = [] if GAVE_OUT.search(first) else [line.strip() for line in more if GAVE_OUT.search(line)][:1]
     return kind(
         f"the {what} was ended by {type(error).__name__}",
         expected=f"a {what} that ends, or says why it does not",
-        found=text.partition("\n")[0][:LONGEST],
+        found=" ... ".join(line[:LONGEST] for line in (first, *telling)),
         where=where,
         next_command=next_command,
     )

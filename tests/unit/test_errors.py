@@ -100,7 +100,16 @@ def caused(error: Exception, by: Exception) -> Exception:
         (FileNotFoundError(errno.ENOENT, "No such file"), StageFailed, "FileNotFoundError: [Errno 2] No such file"),
         (MemoryError(), ResourceLost, "MemoryError"),
         (TimeoutError("read"), ResourceLost, "TimeoutError: read"),
-        (RuntimeError("Job aborted\nExecutorLostFailure (executor 2 exited)"), ResourceLost, "RuntimeError: Job aborted"),
+        (
+            RuntimeError("Job aborted\nExecutorLostFailure (executor 2 exited)"),
+            ResourceLost,
+            "RuntimeError: Job aborted ... ExecutorLostFailure (executor 2 exited)",
+        ),
+        (
+            RuntimeError("calling o106.append\n: java.io.IOException: No space left on device\n\tat sun.nio"),
+            ResourceLost,
+            "IOException: No space left on device",
+        ),
         (caused(ValueError("cannot read"), ConnectionResetError("peer")), ResourceLost, "ValueError: cannot read"),
         (Speechless(), StageFailed, "test_errors.Speechless: <exception str() failed>"),
     ],
