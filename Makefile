@@ -12,7 +12,7 @@ demo: $(SETTLED)  ## two nights of MovieLens-100K through Airflow, Spark, torch,
 	$(BIN)/sid demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATASET_PATH),--dataset-path $(DATASET_PATH))
 
 test: $(SETTLED)  ## every test that needs no accelerator
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not bench" --durations 10 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not bench" --durations 10 -q
 
 test-services: $(SETTLED)  ## a night, its readers and a backfill on PostgreSQL, MLflow, Spark and Airflow servers (S3=1: tables on an S3 server)
 	$(BIN)/python tests/services/run.py $(if $(S3),--s3)
