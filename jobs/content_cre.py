@@ -36,16 +36,23 @@ Row = dict[str, Any]
 _ENCODERS: dict[str, Any] = {}  # per worker process: model digest -> encoder
 
 
+def idle(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult | None:
+    """`skipped` when the generation reads base vectors, whose ids are then the night's."""
+    if chosen(inputs, ctx)[0] is not None:
+        return None
+    base = base_encoders(ctx)
+    return StageResult(status="skipped", outputs={f"{name}_encoder_id": base.get(name) for name in MODALITIES})
+
+
 def run(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult:
-    """The missing vectors, and the encoder's row when it is new; `skipped` when the generation reads base vectors.
+    """The missing vectors, and the encoder's row when it is new.
 
     Outputs: text_encoder_id, image_encoder_id of the night (null = none).
     Raises: ContractError when the base vectors of the night are not those the encoder was trained on.
     """
     base = base_encoders(ctx)
     row, known = chosen(inputs, ctx)
-    if row is None:
-        return StageResult(status="skipped", outputs={f"{name}_encoder_id": base.get(name) for name in MODALITIES})
+    assert row is not None, "an idle night does not come here"
     check_base(row, base)
     covered = {name: base[name] for name in MODALITIES if row[f"{name}_encoder_id"]}
     missing = inputs.query(
@@ -69,7 +76,7 @@ def run(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult:
 def chosen(inputs: Inputs, ctx: Context) -> tuple[Row | None, bool]:
     """(the encoder's row or None, whether feature.content_encoder holds it already)."""
     plan = ctx.plan()
-    encoders = [row.asDict() for row in inputs.frame(ENCODERS).collect()]
+    encoders = inputs.arrow(ENCODERS).to_pylist()
     if plan.start == "cold" or plan.parent is None:
         trained = ctx.outcome("train_content_encoder")["outputs"]
         if not trained.get("model_uri"):
@@ -78,8 +85,8 @@ def chosen(inputs: Inputs, ctx: Context) -> tuple[Row | None, bool]:
         fresh = {"encoder_id": trained["encoder_id"], "model_uri": trained["model_uri"], "width": int(trained["width"])}
         return known or fresh | {f"{name}_encoder_id": trained["base_encoders"].get(name) for name in MODALITIES}, known is not None
     generation = plan.parent.generation  # a frozen night's own; a refit begins at it
-    rows = inputs.frame("sid.generation").where(f"generation = {generation:d}").select("text_encoder_id", "image_encoder_id").collect()
-    return (recorded(encoders, tuple(rows[0])) if rows else None), True
+    rows = inputs.arrow("sid.generation", columns=("text_encoder_id", "image_encoder_id"), where=f"generation == {generation:d}").to_pylist()
+    return (recorded(encoders, tuple(rows[0].values())) if rows else None), True
 
 
 def check_base(row: Mapping[str, Any], base: Mapping[str, str]) -> None:

@@ -22,10 +22,13 @@ def wanted(params: config.ContentCre, plan: Plan) -> bool:
     return params.enabled and plan.new_generation and plan.start == "cold"
 
 
+def idle(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult | None:
+    """`skipped` when no content encoder is trained."""
+    return None if wanted(params, ctx.plan()) else StageResult(status="skipped")
+
+
 def run(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult:
-    """The night's pairs; `skipped` when no content encoder is trained."""
-    if not wanted(params, ctx.plan()):
-        return StageResult(status="skipped")
+    """The night's pairs."""
     from pyspark.sql import functions as F
 
     frame = inputs.query(

@@ -31,6 +31,7 @@ FILLS_THE_LAKE = "ingest"
 START_SECONDS = 3_600  # a node with a GPU may have to be bought first
 WAIT_SECONDS = 86_400
 DISTRIBUTED = frozenset({"train_tokenizer"})  # their jobs join a process group; any other would do its work once per process
+SAME_MACHINE = frozenset({"submit", "torchrun"})  # a Kubernetes Job may hold keys to the lake that its launcher lacks
 PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "SID_CATALOG_USER", "SID_JARS", "SID_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI")
 KEPT_SECONDS = 7 * 86_400  # a finished Job and its log
 
@@ -55,13 +56,11 @@ def launch(ctx: Context, request: Request) -> dict[str, Any]:
 
     Raises: the SidError that stopped the stage; UpstreamMissing (retry) when its process ended without an outcome.
     """
-    kind = ctx.config.launch.kind
-    if kind == "inline":
-        from jobs.runner import run_stage
+    from jobs import runner
 
-        outcome = run_stage(ctx)
-    else:
-        outcome = _run(COMMANDS[kind](ctx, request), ctx)
+    kind = ctx.config.launch.kind
+    here = kind == "inline" or (kind in SAME_MACHINE and runner.has_no_work(ctx))
+    outcome = runner.run_stage(ctx) if here else _run(COMMANDS[kind](ctx, request), ctx)
     if ctx.stage == FILLS_THE_LAKE:
         profiles.remember(ctx.home, request.profile)
     return outcome
@@ -76,6 +75,7 @@ def submit_commands(ctx: Context, request: Request) -> Commands:
     jars = list(map(str, spark_gate.jars()))
     options = ["--master", launch_settings.master, "--driver-memory", launch_settings.driver_memory]
     options += ["--jars", ",".join(jars), "--driver-class-path", os.pathsep.join(jars)]
+    options += ["--driver-java-options", launch_settings.java_options] if launch_settings.java_options else []  # the session comes too late for them
     return ([submit, *options, str(ENTRY), *request.arguments(ctx)],)
 
 

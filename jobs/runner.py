@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from jobs import derived, lineage
@@ -61,9 +62,10 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     ledger = Ledger()
     try:
         planned = ctx.fingerprint()
-        _require_lake(stage, ctx)
-        snapshots = {table: lakehouse.current_snapshot(ctx.home, ctx.config.lake, table) for table in stage.inputs}
-        result = _reused(stage, ctx) or _with_retries(stage, ctx, snapshots, ledger)
+        if not _lake_ready(stage, ctx):  # costs a session only then
+            lakehouse.create_tables(_session(ctx))
+        snapshots = _pinned(stage, ctx)
+        result = _settled(stage, ctx, snapshots) or _with_retries(stage, ctx, snapshots, ledger)
     except SidError as error:
         _failed(stage, ctx, started, ledger, snapshots, error)
         raise
@@ -133,7 +135,7 @@ def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None], 
             if attempt == TRIES:
                 raise
             logger.warning("main moved, running again stage=%s attempt=%d", stage.name, attempt)
-            snapshots.update({table: lakehouse.current_snapshot(ctx.home, ctx.config.lake, table) for table in stage.inputs})
+            snapshots.update(_pinned(stage, ctx))
     raise AssertionError("unreachable")
 
 
@@ -142,7 +144,7 @@ def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None], ledge
     if stage.name == "publish_release":
         tracking.flush(ctx.home, ctx.staging)  # a release without its runs in MLflow could not be traced back
     inputs = Inputs(ctx.home, ctx.config.lake, dict(snapshots), spark)
-    job: Callable[..., StageResult] = importlib.import_module(f"jobs.{stage.name}").run
+    job: Callable[..., StageResult] = _job(stage).run
     step(ctx, "before_job")
     with _torch_threads(stage, ctx):
         result = ledger.found = job(inputs, getattr(ctx.config, stage.section), ctx)
@@ -248,6 +250,25 @@ def _check_declared(stage: Stage, writes: tuple[Write, ...]) -> None:
         )
 
 
+def has_no_work(ctx: Context) -> bool:
+    """Whether the stage would end as `reused` or `skipped`: no process and no JVM need be started to write that down.
+
+    What keeps the stage from starting at all is left to the stage itself to find and to record.
+    """
+    stage = BY_NAME[ctx.stage]
+    try:
+        return _lake_ready(stage, ctx) and _settled(stage, ctx, _pinned(stage, ctx)) is not None
+    except SidError:
+        return False
+
+
+def _settled(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None]) -> StageResult | None:
+    """The result of a stage without work, found without a session: the night is published already, or the job's `idle` says so."""
+    idle: Callable[..., StageResult | None] | None = getattr(_job(stage), "idle", None)
+    without_session = Inputs(ctx.home, ctx.config.lake, dict(snapshots))
+    return _reused(stage, ctx) or (idle(without_session, getattr(ctx.config, stage.section), ctx) if idle else None)
+
+
 def _reused(stage: Stage, ctx: Context) -> StageResult | None:
     """The outcome of a stage of a night that is published already from the same inputs: nothing to do."""
     if stage.group != "refresh" or stage.name == "plan_night":
@@ -264,10 +285,18 @@ def _reused(stage: Stage, ctx: Context) -> StageResult | None:
     return StageResult(status="reused", outputs={"tag": plan.reuse}) if plan.reuse else None
 
 
-def _require_lake(stage: Stage, ctx: Context) -> None:
-    """Make the tables of a lake that is not there yet, and migrate those that are behind; costs a session only then."""
-    if not all(lakehouse.is_ready(ctx.home, ctx.config.lake, table) for table in {*stage.inputs, *stage.outputs}):
-        lakehouse.create_tables(_session(ctx))
+def _lake_ready(stage: Stage, ctx: Context) -> bool:
+    """Whether the stage's tables are there and none is behind its migrations."""
+    return all(lakehouse.is_ready(ctx.home, ctx.config.lake, table) for table in {*stage.inputs, *stage.outputs})
+
+
+def _pinned(stage: Stage, ctx: Context) -> dict[str, int | None]:
+    """Table -> snapshot of main now, of everything the stage reads."""
+    return {table: lakehouse.current_snapshot(ctx.home, ctx.config.lake, table) for table in stage.inputs}
+
+
+def _job(stage: Stage) -> ModuleType:
+    return importlib.import_module(f"jobs.{stage.name}")
 
 
 def _session(ctx: Context) -> SparkSession:

@@ -32,16 +32,20 @@ if TYPE_CHECKING:
 EXAMPLE_ROWS = 2
 
 
+def idle(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult | None:
+    """`skipped` when the night trains none."""
+    plan = ctx.plan()
+    return None if wanted(params, plan) else StageResult(status="skipped", outputs={"generation": plan.generation})
+
+
 def run(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult:
-    """The trained encoder with its curves and the embedding report; `skipped` when the night trains none.
+    """The trained encoder with its curves and the embedding report.
 
     Raises: UpstreamMissing without vectors or pairs; ContractError when too few items have pairs, or for weights that are not finite.
     """
     if int(os.environ.get("RANK", "0")):
         raise SystemExit(0)  # a helper process of torchrun: this stage runs in one process
     plan = ctx.plan()
-    if not wanted(params, plan):
-        return StageResult(status="skipped", outputs={"generation": plan.generation})
     from pipeline.encoders import sail
 
     encoders = base_encoders(ctx)

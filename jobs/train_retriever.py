@@ -66,14 +66,17 @@ class Questions:
     left_out: dict[str, int]
 
 
+def idle(inputs: Inputs, params: TrainRetriever, ctx: Context) -> StageResult | None:
+    """`skipped` when switched off."""
+    return None if params.enabled else StageResult(status="skipped", outputs={"note": "train_retriever.enabled is false"})
+
+
 def run(inputs: Inputs, params: TrainRetriever, ctx: Context) -> StageResult:
     """The served model, and for every arm, floor and slice Recall and NDCG with paired intervals, when there is a release to test.
 
     `outputs`: retriever, evaluation_release (empty = nothing tested), served_release, codebook_digest, trie_digest, questions, left_out, history_masked, ties,
-    invalid_beams, arms, differences, note. `skipped` when switched off.
+    invalid_beams, arms, differences, note.
     """
-    if not params.enabled:
-        return StageResult(status="skipped", outputs={"note": "train_retriever.enabled is false"})
     unknown = [arm for arm in params.arms if arm not in ARMS]
     if unknown:
         raise ConfigError(f"unknown retriever arm {unknown[0]!r}", expected=", ".join(ARMS), found=unknown[0], where="section [train_retriever], key arms")

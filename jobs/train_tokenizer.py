@@ -35,14 +35,18 @@ if TYPE_CHECKING:
 EXAMPLE_ROWS = 2
 
 
+def idle(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult | None:
+    """`skipped` when the night keeps its generation."""
+    plan = ctx.plan()
+    return None if plan.new_generation else StageResult(status="skipped", outputs={"generation": plan.generation})
+
+
 def run(inputs: Inputs, params: TrainTokenizer, ctx: Context) -> StageResult:
-    """The fitted tokenizer with its curves and code usage; `skipped` when the night keeps its generation.
+    """The fitted tokenizer with its curves and code usage.
 
     Raises: UpstreamMissing without items of the night, ContractError for vectors that are missing, uneven or not finite.
     """
     plan = ctx.plan()
-    if not plan.new_generation:
-        return StageResult(status="skipped", outputs={"generation": plan.generation})
     from pipeline.tokenizers.base import FitOptions, items_from_arrow
     from pipeline.tokenizers.registry import named
 

@@ -14,6 +14,18 @@ from pathlib import Path
 from pipeline import config, lakehouse
 from pipeline.context import Home
 
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+from jobs import cli
+from typer.main import get_command
+
+told = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        get_command(cli.app).main(args=arguments, prog_name="sid", standalone_mode=False)
+    told.append(said.getvalue())
+print(json.dumps(told))
+"""
 UNDATED = {"feature.item_content_vector", "sid.codebook", "sid.generation"}
 MAY_BE_EMPTY = {"raw.rejected_row", "feature.content_pair", "feature.content_encoder"}  # the content recipe is off in this profile
 NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, and the list of releases says how one got there
@@ -21,8 +33,12 @@ NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, an
 
 def start(home: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
     """`sid` with the profile `tiny` in a process of its own, with `more` in its environment."""
+    return _process(home, "-m", "jobs.cli", *arguments, **more)
+
+
+def _process(home: Path, *words: str, **more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", "COLUMNS": "200", **more}
-    return subprocess.Popen([sys.executable, "-m", "jobs.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -35,6 +51,12 @@ def ended(process: subprocess.Popen[str]) -> str:
 def sid(home: Path, *arguments: str) -> str:
     """What `sid` printed."""
     return ended(start(home, *arguments))
+
+
+def sids(home: Path, *commands: tuple[str, ...]) -> list[str]:
+    """What each `sid` command printed, one after the other in one process with one JVM: where the boundary between processes is not the point."""
+    told: list[str] = json.loads(ended(_process(home, "-W", "ignore", "-c", ONE_AFTER_ANOTHER, json.dumps(commands))).splitlines()[-1])
+    return told
 
 
 def digests(home: Path, last: date, tables: Iterable[str] = ()) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from homes import digests, ended, releases, sid, start
+from homes import digests, ended, sid, sids, start
 from pyarrow import csv
 
 from pipeline.datasets.base import EVENT_COLUMNS
@@ -16,7 +17,7 @@ from pipeline.synthetic import World, write
 
 pytestmark = pytest.mark.e2e
 DAYS = [date(2026, 3, 2), date(2026, 3, 3), date(2026, 3, 4)]
-NIGHTS = ("--date", str(DAYS[0]), "--through", str(DAYS[2]))
+LATER_NIGHTS = ("--date", str(DAYS[1]), "--through", str(DAYS[2]))
 WITHOUT_MEMORY = "ingest,item_popularity,user_sequence"
 TABLES = ("raw.interaction", "raw.item", "raw.rejected_row", "raw.source_file", "feature.item_day_stat", "feature.item_popularity", "feature.user_sequence")
 
@@ -51,27 +52,42 @@ def backfill(first: date, last: date, *more: str) -> tuple[str, ...]:
 
 
 def test_a_repaired_day_and_its_cascade_end_in_the_rows_of_a_clean_run(tmp_path: Path) -> None:
-    clean, repaired, files = tmp_path / "clean", tmp_path / "repaired", tmp_path / "files"
+    home, aside, files = tmp_path / "home", tmp_path / "aside", tmp_path / "files"
     source = shop(files)
-    sid(repaired, "run", "refresh", *NIGHTS, *source)
+    sid(home, "run", "refresh", "--date", str(DAYS[0]), *source)
+    first = digests(home, DAYS[0])
+    shutil.copytree(home, aside, symlinks=True)  # the night that the clean run has in common with the one to be repaired; tables name their place
+
+    sid(home, "run", "refresh", *LATER_NIGHTS, *source)
+    wrong = digests(home, DAYS[2])
     correct(files, DAYS[1])
-    sid(clean, "run", "refresh", *NIGHTS, *source)
-    assert digests(repaired, DAYS[2]) != digests(clean, DAYS[2])
-    plan = json.loads(sid(repaired, *backfill(DAYS[1], DAYS[1], "--cascade", "--dry-run", "--json", *source)))
+    plan = json.loads(sid(home, *backfill(DAYS[1], DAYS[1], "--cascade", "--dry-run", "--json", *source)))
     assert [(row["night"], row["why"], row["release"]) for row in plan] == [
         (str(DAYS[1]), "requested", "d20260303"), (str(DAYS[2]), "cascade", "d20260304"),
     ]  # fmt: skip
     assert plan[0]["changed_files"][0].startswith(f"events {DAYS[1]}: ")
     assert f"raw.interaction {DAYS[1]}" in plan[0]["partitions"]
-    assert digests(repaired, DAYS[0]) == digests(clean, DAYS[0])
+    assert digests(home, DAYS[2]) == wrong, "a dry run changes nothing"
 
-    sid(repaired, *backfill(DAYS[1], DAYS[1], *source))
-    stale = {row["tag"]: row["parent_superseded"] for row in releases(repaired)}
-    assert stale == {"d20260302": False, "d20260303": False, "d20260303_r2": False, "d20260304": True}
-    done = json.loads(sid(repaired, *backfill(DAYS[1], DAYS[1], "--cascade", "--json", *source)))
+    listed = ("releases", "--json")
+    cascade = backfill(DAYS[1], DAYS[1], "--cascade", "--json", *source)
+    _, between, done, after = map(_rows, sids(home, backfill(DAYS[1], DAYS[1], "--json", *source), listed, cascade, listed))
+    assert {row["tag"]: row["parent_superseded"] for row in between} == {"d20260302": False, "d20260303": False, "d20260303_r2": False, "d20260304": True}
     assert [(row["before"], row["after"], row["note"]) for row in done] == [("d20260303_r2", "d20260303_r2", "reused"), ("d20260304", "d20260304_r2", "")]
-    assert not any(row["parent_superseded"] for row in releases(repaired))
-    assert digests(repaired, DAYS[2]) == digests(clean, DAYS[2])
+    assert not any(row["parent_superseded"] for row in after)
+    assert digests(home, DAYS[0]) == first, "the night before the repaired one is as it was"
+    repaired = digests(home, DAYS[2])
+    assert repaired != wrong
+
+    shutil.rmtree(home)
+    aside.rename(home)
+    sid(home, "run", "refresh", *LATER_NIGHTS, *source)
+    assert digests(home, DAYS[2]) == repaired
+
+
+def _rows(told: str) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = json.loads(told)
+    return rows
 
 
 def test_days_in_any_order_twice_or_at_once_give_the_same_tables(tmp_path: Path) -> None:
@@ -81,8 +97,7 @@ def test_days_in_any_order_twice_or_at_once_give_the_same_tables(tmp_path: Path)
     expected = digests(ordered, DAYS[2], TABLES)
     assert "empty" not in expected.values()
 
-    for first, last in ((DAYS[2], DAYS[2]), (DAYS[0], DAYS[1])):  # the newest day first
-        sid(reverse, *backfill(first, last, *only))
+    sids(reverse, *(backfill(first, last, *only) for first, last in ((DAYS[2], DAYS[2]), (DAYS[0], DAYS[1]))))  # the newest day first
     assert digests(reverse, DAYS[2], TABLES) == expected
 
     sid(at_once, "run", "plan_night", "--date", str(DAYS[0]))  # the lake and the generated files exist; everything else is contested

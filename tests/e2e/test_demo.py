@@ -21,17 +21,23 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return home, sid(home, "demo", "--dataset", "shop")
 
 
-def test_two_nights_give_a_chain_of_two_current_releases(told) -> None:
-    rows = releases(told[0])
+@pytest.fixture(scope="module")
+def listed(told) -> list[dict[str, object]]:
+    """What `sid releases` says after the demo."""
+    return releases(told[0])
+
+
+def test_two_nights_give_a_chain_of_two_current_releases(listed) -> None:
+    rows = listed
     assert [row["status"] for row in rows] == ["current", "current"]
     assert rows[1]["parent_tag"] == rows[0]["tag"]
     assert rows[0]["generation"] == rows[1]["generation"] == 1
     assert rows[1]["items"] >= rows[0]["items"] > 200
 
 
-def test_unmoved_items_are_copied_bit_by_bit_and_moved_ones_are_flagged(told) -> None:
+def test_unmoved_items_are_copied_bit_by_bit_and_moved_ones_are_flagged(told, listed) -> None:
     home, lake = Home(told[0]), config.load("tiny").lake
-    before, after = [{row["item_id"]: row for row in lakehouse.read_release(home, lake, row["tag"]).to_pylist()} for row in releases(told[0])]
+    before, after = [{row["item_id"]: row for row in lakehouse.read_release(home, lake, row["tag"]).to_pylist()} for row in listed]
     flagged = {item for item, row in after.items() if row["changed_from_parent"]}
     differs = {item for item, row in before.items() if row["codes"] != after[item]["codes"]}
     assert differs == flagged & set(before)
@@ -49,16 +55,16 @@ def test_the_summary_says_what_a_newcomer_asks(told) -> None:
         assert words in told[1]
 
 
-def test_the_report_is_one_file_without_outside_addresses(told) -> None:
-    newest = releases(told[0])[-1]["tag"]
+def test_the_report_is_one_file_without_outside_addresses(told, listed) -> None:
+    newest = listed[-1]["tag"]
     page = (told[0] / "reports" / f"{newest}.html").read_text()
     assert newest in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
 
 
-def test_lineage_leads_from_the_release_to_its_runs_and_back(told) -> None:
-    newest = releases(told[0])[-1]["tag"]
+def test_lineage_leads_from_the_release_to_its_runs_and_back(told, listed) -> None:
+    newest = listed[-1]["tag"]
     lake = config.load("tiny").lake
     rows = lakehouse.read_release(Home(told[0]), lake, newest)
     shown = json.loads(sid(told[0], "show", rows["item_id"][0].as_py(), "--lineage", "--json"))[0]
@@ -67,8 +73,7 @@ def test_lineage_leads_from_the_release_to_its_runs_and_back(told) -> None:
     assert ("ingest", "outputs", "raw.interaction") in walked
 
 
-def test_running_it_again_reuses_both_nights_and_changes_nothing(told) -> None:
-    before = releases(told[0])
+def test_running_it_again_reuses_both_nights_and_changes_nothing(told, listed) -> None:
     again = sid(told[0], "demo", "--dataset", "shop")
     assert again.count("reused release") == 2
-    assert releases(told[0]) == before
+    assert releases(told[0]) == listed

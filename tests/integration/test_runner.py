@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from jobs import runner, views
+from jobs import launchers, runner, views
 from pipeline import config, lakehouse, tracking
 from pipeline.context import ROOT, Context, Home, read_json, write_json
 from pipeline.datasets import dataset
@@ -229,6 +229,26 @@ def test_a_night_that_is_published_already_writes_nothing(home: Home, data: Path
         outcome = run(home, stage, day)
         assert (outcome["status"], outcome["outputs"], outcome["snapshots"]) == ("reused", {"tag": "d20260101"}, {})
     assert counts(home) == dict.fromkeys(TABLES, 0)
+
+
+def test_a_stage_without_work_starts_no_process_and_no_session(home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    day = first_day(data)
+    planned = run(home, "plan_night", day)
+    monkeypatch.setattr(launchers, "_run", lambda commands, ctx: {"started": commands})
+    monkeypatch.setattr(runner, "_session", lambda ctx: pytest.fail(f"{ctx.stage} asked for a session"))
+
+    def launched(stage: str, kind: str = "submit") -> dict[str, Any]:
+        overrides = (f"launch.kind={kind}", "launch.image=sidmill:1.2.3", "launch.volume_claim=home")
+        ctx = Context(config=config.load("tiny", overrides), home=home, stage=stage, logical_date=day, run_id="night")
+        return launchers.launch(ctx, launchers.Request(profile="tiny", overrides=overrides))
+
+    assert launched("content_pair")["status"] == "skipped", "no content encoder is trained in this profile"
+    assert "started" in launched("item_popularity")
+    assert "started" in launched("content_cre"), "what it waits for has not ended: the stage itself writes that down"
+    assert "started" in launched("content_pair", "kubernetes"), "the launcher of a Job may not reach the lake"
+    path = home.folder("staging") / "night" / "plan_night.json"
+    write_json(path, {**read_json(path), "outputs": {**planned["outputs"], "reuse": "d20260101"}})
+    assert {launched(stage, kind)["status"] for stage in ("ingest", "train_tokenizer", "gate_drift") for kind in ("submit", "torchrun")} == {"reused"}
 
 
 def test_a_table_that_was_not_declared_is_not_written(spark: Any, home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

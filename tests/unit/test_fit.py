@@ -295,8 +295,9 @@ def test_the_job_fits_a_new_generation(tmp_path, tokenizer):
 
 def test_a_frozen_night_fits_nothing(tmp_path):
     ctx = night(tmp_path, new_generation=False, tokenizer="ada_sid")
-    done = train_tokenizer.run(lake(), ctx.config.train_tokenizer, ctx)
+    done = train_tokenizer.idle(lake(), ctx.config.train_tokenizer, ctx)
     assert (done.status, done.model) == ("skipped", None)
+    assert train_tokenizer.idle(lake(), ctx.config.train_tokenizer, night(tmp_path, new_generation=True, tokenizer="ada_sid")) is None
 
 
 def test_a_night_without_items_says_what_to_run(tmp_path):

@@ -215,9 +215,10 @@ def test_without_a_release_to_test_or_with_another_to_serve_the_model_is_trained
 
 
 def test_it_is_off_by_default_and_names_unknown_arms(tmp_path) -> None:
-    result = job.run(Tables(), TrainRetriever(), context(tmp_path))
+    result = job.idle(Tables(), TrainRetriever(), context(tmp_path))
     assert result.status == "skipped"
     assert "enabled" in result.outputs["note"]
+    assert job.idle(Tables(), PARAMS, context(tmp_path)) is None
     with pytest.raises(ConfigError, match="unknown retriever arm"):
         job.run(Tables(), PARAMS.model_copy(update={"arms": ["shuffled"]}), context(tmp_path))
 
