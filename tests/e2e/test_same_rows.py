@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from homes import digests, sid, start
 
 from pipeline import config, lakehouse, tracking
 from pipeline.context import Home
-from pipeline.stages import group
+from pipeline.stages import BY_NAME, group
 
 pytestmark = pytest.mark.e2e
 NIGHT, NEXT = date(2026, 3, 2), date(2026, 3, 3)
 LAKE = config.load("tiny").lake
 RUN = ("--date", str(NIGHT), "--run-id", "k")
-INGEST = ("before_job", "before_write", "after_write", "after_audit", "after_publish_1", "after_publish_3")  # the fourth table is the marker
+BRANCHES = {"before_job": 0, "before_write": 0, "after_write": 1, "after_audit": 4, "after_publish_1": 3, "after_publish_3": 1}  # left by a kill there
+INGEST = tuple(BRANCHES)  # the fourth table is the marker
 PUBLISH = ("before_write", "after_publish_1", "before_alias")  # tag without its row, row without figures, row without alias
 WITHOUT_WORK = {"content_pair", "train_content_encoder", "content_cre"}  # the content recipe is off in this profile
 
@@ -52,6 +54,12 @@ def test_another_launcher_and_a_file_from_the_future_change_no_row(tmp_path: Pat
     assert releases(tmp_path) == releases(plain)
 
 
+def audit_branches(home: Path, tables: Iterable[str]) -> int:
+    """Number of audit branches on the tables."""
+    references = [name for table in tables for name in lakehouse.open_table(Home(home), LAKE, table).metadata.refs]
+    return sum(name.startswith("audit_") for name in references)
+
+
 def killed(home: Path, what: str, point: str) -> None:
     process = start(home, "run", what, *RUN, SID_KILL_AT=point)
     _, complaints = process.communicate(timeout=900)
@@ -62,6 +70,9 @@ def test_a_kill_at_any_point_costs_a_rerun_and_nothing_else(tmp_path: Path, plai
     for point in INGEST:
         killed(tmp_path, "ingest", f"ingest:{point}")
         assert lakehouse.read_arrow(Home(tmp_path), LAKE, "raw.source_file").num_rows == 0, "without its marker the day does not count as loaded"
+        assert (lakehouse.read_arrow(Home(tmp_path), LAKE, "raw.interaction").num_rows > 0) == ("publish" in point), "audited is not published"
+        assert audit_branches(tmp_path, BY_NAME["ingest"].outputs) == BRANCHES[point]
+        assert not (tmp_path / "staging" / "k" / "ingest.json").exists(), "a killed try looks like no success"
     killed(tmp_path, "refresh", f"publish_release:{PUBLISH[0]}")
     assert releases(tmp_path) == [], "a tag without a row is no release"
     killed(tmp_path, "publish_release", f"publish_release:{PUBLISH[1]}")
@@ -75,5 +86,4 @@ def test_a_kill_at_any_point_costs_a_rerun_and_nothing_else(tmp_path: Path, plai
     by_address = {"sid.generation"}  # names the models, which a killed try may have logged once more
     tables = set(digests(plain, NIGHT)) - by_address
     assert digests(tmp_path, NIGHT, tables) == digests(plain, NIGHT, tables)
-    references = {name for table in lakehouse.table_names() for name in lakehouse.open_table(Home(tmp_path), LAKE, table).metadata.refs}
-    assert not [name for name in references if name.startswith("audit_")]
+    assert audit_branches(tmp_path, lakehouse.table_names()) == 0

@@ -1,14 +1,10 @@
-"""The runner on real stages: outcomes, gates, conflicts, and a process killed between write and publish."""
+"""The runner on real stages: outcomes, gates, conflicts. What a kill leaves behind: tests/e2e/test_same_rows.py."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +14,7 @@ import pytest
 
 from jobs import launchers, runner, views
 from pipeline import config, lakehouse, tracking
-from pipeline.context import ROOT, Context, Home, read_json, write_json
+from pipeline.context import Context, Home, read_json, write_json
 from pipeline.datasets import dataset
 from pipeline.errors import ContractError, GateFailed, PublishConflict, ResourceLost, StageFailed, UpstreamMissing
 from pipeline.stages import BY_NAME, StageResult, Write
@@ -333,44 +329,3 @@ def test_the_next_command_is_completed_with_the_date_and_the_run(tmp_path: Path,
     ctx = Context(config=TINY, home=Home(tmp_path), stage="publish_release", logical_date=date(2026, 3, 2), run_id=run_id)
     assert runner.completed(given, ctx) == shown
     assert runner.completed(shown, ctx) == shown
-
-
-# ---------------------------------------------------------------- killed
-
-
-def sid(home: Home, day: date, kill_at: str = "") -> subprocess.CompletedProcess[str]:
-    """`sid run ingest` of the run `k` in a process of its own."""
-    words = ["run", "ingest", "--profile", "tiny", "--date", str(day), "--run-id", "k", "--inline"]
-    given = {**os.environ, "SID_HOME": str(home.root), "SID_KILL_AT": kill_at}
-    return subprocess.run([sys.executable, "-m", "jobs.cli", *words], env=given, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-
-
-def test_a_stage_killed_between_write_and_publish_leaves_main_and_ends_the_same_when_run_again(home: Home, data: Path, tmp_path: Path) -> None:
-    day = first_day(data)
-    run(home, "plan_night", day)
-    run(home, "ingest", day)
-    undisturbed = digests(home)
-
-    other = Home(tmp_path / "killed")
-    other.root.mkdir()
-    (other.root / "data").symlink_to(data)
-    outcome = other.root / "staging" / "k" / "ingest.json"
-
-    killed = sid(other, day, "ingest:after_audit")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    assert counts(other) == dict.fromkeys(TABLES, 0), "written and audited, not published"
-    assert all(len(names) == 2 for names in references(other).values()), "each table has its audit branch"
-    assert not outcome.exists()
-
-    killed = sid(other, day, "ingest:after_publish_1")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    rows = counts(other)
-    assert rows["raw.interaction"] > 0
-    assert rows["raw.source_file"] == 0, "without its marker the day does not count as loaded"
-    assert not outcome.exists()
-
-    done = sid(other, day)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert digests(other) == undisturbed
-    assert read_json(outcome)["status"] == "done"
-    assert all(names == {"main"} for names in references(other).values())
