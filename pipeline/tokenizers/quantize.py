@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.tokenizers.residual import ResidualSearch, rounds
+
 SEED_POINTS = 32  # points per seed that k-means++ draws from, at most
 CHUNK = 1 << 24  # distances held in memory at once
 
@@ -155,6 +157,8 @@ def kmeans(
     for _ in range(iterations):
         if balanced:
             nearest_N, price_K = balanced_codes(points_ND, centroids_KD, price_K)
+        elif rounds(points_ND.shape[1], points_ND.device):
+            nearest_N = ResidualSearch(centroids_KD[None]).codes(points_ND)[:, 0]
         else:
             nearest_N = nearest_centroid(points_ND, centroids_KD)
         if torch.equal(nearest_N, codes_N):
@@ -188,9 +192,10 @@ def _plus_plus(points_ND: Tensor, size: int, generator: torch.Generator) -> Tens
 
 def _means(points_ND: Tensor, codes_N: Tensor, old_KD: Tensor, weight: float) -> Tensor:
     """Mean of each code's points and of `weight` points at its old row; without the latter a code without points moves to a badly served point."""
-    size = len(old_KD)
-    sums_KD = (weight * old_KD).index_add_(0, codes_N, points_ND)
-    counts_K = torch.bincount(codes_N, minlength=size) + weight
+    points_K = torch.bincount(codes_N, minlength=len(old_KD))
+    order_N = codes_N.argsort(stable=True)  # adding up code by code needs a third of the time of adding point by point
+    sums_KD = F.embedding_bag(order_N, points_ND, points_K.cumsum(0) - points_K, mode="sum") + weight * old_KD
+    counts_K = points_K + weight
     means_KD = sums_KD / counts_K.clamp(min=1e-12)[:, None]
     empty_E = torch.nonzero(counts_K == 0).flatten()[: len(points_ND)]
     if len(empty_E):

@@ -34,6 +34,11 @@ def has_bfloat16() -> bool:
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
+def rounds(width: int, device: torch.device) -> bool:
+    """Whether the search for points of that width on that device runs in bfloat16."""
+    return width >= NARROW and device.type == "cpu" and has_bfloat16()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Level:
     """What one level adds to the products.
@@ -43,7 +48,7 @@ class Level:
         price_K: half the squared length of the code rows, less its mean.
         taken: per level before, (K, K): what a code taken there adds to the price of each code here.
         spread / lost_spread: largest distance between two rounded rows, and between what rounding took from two rows.
-        radius / dearest: longest of `rows_KD` and largest price.
+        radius: longest of `rows_KD`.
     """
 
     rows_KD: Tensor
@@ -52,7 +57,6 @@ class Level:
     spread: float
     lost_spread: float
     radius: float
-    dearest: float
 
     def prices(self, codes: Sequence[Tensor]) -> Tensor:
         """Price of each code given the codes taken before, (B, K), or (1, K) at the first level."""
@@ -75,8 +79,7 @@ class ResidualSearch:
     def __init__(self, codebook_LKD: Tensor, *, bfloat16: bool | None = None) -> None:
         rows_LKD = codebook_LKD.detach().float()
         centred_LKD = rows_LKD - rows_LKD.mean(1, keepdim=True)
-        wide_enough = rows_LKD.shape[2] >= NARROW and rows_LKD.device.type == "cpu"
-        self.bfloat16 = wide_enough and has_bfloat16() if bfloat16 is None else bfloat16
+        self.bfloat16 = rounds(rows_LKD.shape[2], rows_LKD.device) if bfloat16 is None else bfloat16
         self.levels = [_level(rows_LKD, centred_LKD, level) for level in range(len(rows_LKD))]
         self.rows_SD = centred_LKD.flatten(0, 1).to(torch.bfloat16 if self.bfloat16 else torch.float32)
         self.in_doubt = 0  # points scored again so far, one for each level; to be looked at, nothing depends on it
@@ -104,12 +107,13 @@ class ResidualSearch:
         codes: list[Tensor] = []
         for level, product_BK in zip(self.levels, F.linear(rounded_BD, self.rows_SD).chunk(len(self.levels), 1), strict=True):
             price_BK = level.prices(codes)
-            score_BK = torch.sub(product_BK, price_BK)
+            dearest_B = price_BK.abs().amax(1)
+            score_BK = product_BK.float().sub_(price_BK)
             best_B, code_B = score_BK.max(1)
             next_B = score_BK.scatter_(1, code_B[:, None], -torch.inf).amax(1)
             score_BK.scatter_(1, code_B[:, None], best_B[:, None])
             error_B = lost_B * level.spread + length_B * (level.lost_spread + 2.0**-15 * level.radius)
-            margin_B = SLACK * (error_B + 2 * UNIT * (best_B.abs() + error_B + level.dearest))
+            margin_B = SLACK * (error_B + 2 * UNIT * (best_B.abs() + error_B + dearest_B))
             doubt_F = (best_B - next_B <= margin_B).nonzero()[:, 0]
             if len(doubt_F):
                 near_FK = score_BK[doubt_F] >= (best_B - margin_B)[doubt_F, None]
@@ -144,7 +148,6 @@ def _level(rows_LKD: Tensor, centred_LKD: Tensor, at: int) -> Level:
     half_K = 0.5 * rows_LKD[at].double().square().sum(1)
     price_K = half_K - half_K.mean()
     taken = [rows_LKD[before].double() @ here_KD.double().T for before in range(at)]
-    dearest = float(price_K.abs().max()) + sum(float(table_KK.abs().max()) for table_KK in taken)
     if taken:
         taken[0] = taken[0] + price_K
     return Level(
@@ -154,7 +157,6 @@ def _level(rows_LKD: Tensor, centred_LKD: Tensor, at: int) -> Level:
         spread=float(torch.cdist(rounded_KD, rounded_KD).max()),
         lost_spread=float(torch.cdist(here_KD - rounded_KD, here_KD - rounded_KD).max()),
         radius=float(torch.linalg.vector_norm(here_KD, dim=1).max()),
-        dearest=dearest,
     )
 
 

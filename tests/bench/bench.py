@@ -2,7 +2,8 @@
 
 A row is one file in rows/ with NUMBER, TITLE and `cases(scale)`. Every case says what "equal" means; times of unequal answers are not printed. Contestants
 take turns, the figure is the median over rounds of the ratio within a round, so that a slow minute of the machine hits all of them. Wall and CPU time are
-kept apart: on a machine with other load only the ratios, and the CPU times first, can be trusted. A peer that is not installed is skipped with a notice.
+kept apart: on a machine with other load only the ratios, and the CPU times first, can be trusted. A peer that is not installed is skipped with a notice;
+one that is a repository is read from a checkout that an environment variable names. Cases of one series at several sizes are fitted: growth of time and memory.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SCALES = ("quick", "normal", "full")
 GIGA = 1e9
+CLEAR_PEAK = "5"  # what /proc/self/clear_refs takes for: forget the peak
 HEADER = ("row", "case", "ours s", "peer", "peer s", "ratio", "CPU ratio", "per second", "limit reached", "target", "verdict", "load")
 
 
@@ -39,6 +42,8 @@ class Case:
         work / limit: floating-point operations or bytes of one call, and which of the machine's limits bounds them.
         target: how many times the best of `judged` (all peers when empty) we should be; 0 = only shown.
         seconds: our own time should stay below this; 0 = only shown.
+        rounds: calls of each contestant after its first one, which is checked and kept as the cold time; 0 = the first call is the figure.
+        series / size: name of what is measured at several sizes, and this one's.
         notices: what was left out and why.
         facts: further numbers, evaluated after the run.
     """
@@ -55,20 +60,31 @@ class Case:
     judged: tuple[str, ...] = ()
     seconds: float = 0.0
     rounds: int = 5
-    warm: bool = True
+    series: str = ""
+    size: float = 0.0
     notices: tuple[str, ...] = ()
     facts: Callable[[], Mapping[str, Any]] = dict
 
 
+@dataclass(frozen=True)
+class Timed:
+    """An answer whose work says itself how long it took, start-up apart; `seconds` takes the place of the clock."""
+
+    seconds: float
+    answer: Any = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was measured: seconds per contestant ("ours" first) and round, and what differs."""
+    """What was measured: seconds per contestant ("ours" first) of the first call and of every round, our peak memory in MB, and what differs."""
 
     row: int
     title: str
     case: str
     wall: dict[str, list[float]]
     cpu: dict[str, list[float]]
+    first: dict[str, float]
+    peak: float
     differs: dict[str, str]
     units: float
     unit: str
@@ -78,6 +94,8 @@ class Result:
     judged: list[str]
     seconds: float
     load: float
+    series: str
+    size: float
     notices: list[str]
     facts: dict[str, Any]
 
@@ -90,11 +108,44 @@ def peer(name: str) -> ModuleType | None:
         return None
 
 
+def checkout(variable: str, holds: str) -> Path | None:
+    """The folder of a peer that is a repository: the environment variable names it; None where it does not, or the folder lacks the path `holds`."""
+    folder = Path(os.environ.get(variable, ""))
+    return folder if variable in os.environ and (folder / holds).exists() else None
+
+
+def answered(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The answer of one call, its wall seconds and its CPU seconds (all threads of this process, and child processes that ended)."""
+    wall, cpu = time.perf_counter(), _cpu()
+    answer = work()
+    wall, cpu = time.perf_counter() - wall, _cpu() - cpu
+    return (answer.answer, answer.seconds, cpu) if isinstance(answer, Timed) else (answer, wall, cpu)
+
+
+def _cpu() -> float:
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
+
+
 def clocked(work: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and CPU seconds (all threads of this process) of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    """Wall and CPU seconds of one call."""
+    return answered(work)[1:]
+
+
+def peak_of(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The answer of a call and the peak of this process's memory during it, MB above what it held before; NaN where the system does not say."""
+    try:
+        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK, encoding="ascii")
+    except OSError:
+        return work(), float("nan")
+    before = resident("VmRSS")
+    return work(), resident("VmHWM") - before
+
+
+def resident(what: str, process: str = "self") -> float:
+    """A memory figure of a process in MB: VmRSS (now) or VmHWM (peak)."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(what)), 0.0)
 
 
 def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[Callable[[], Any]], tuple[float, float]] = clocked) -> list[dict]:
@@ -118,15 +169,20 @@ def ratio(seconds: Mapping[str, list[float]], name: str) -> float:
 
 def measure(row: int, title: str, case: Case) -> Result:
     """The case's answers compared, then its contestants in turns; a peer with another answer is not clocked."""
-    ours = case.ours()
-    differs = {name: said for name, work in case.peers.items() if (said := case.equal(ours, work()))}
+    (ours, *seconds), peak = peak_of(lambda: answered(case.ours))
+    first, differs = {"ours": seconds}, {}
+    for name, work in case.peers.items():
+        theirs, *first[name] = answered(work)
+        said = case.equal(ours, theirs)
+        if said:
+            differs[name] = said
     del ours
     contestants = {"ours": case.ours} | {name: work for name, work in case.peers.items() if name not in differs}
-    wall, cpu = alternate(contestants, case.rounds)
+    wall, cpu = alternate(contestants, case.rounds) if case.rounds else [{name: [first[name][at]] for name in contestants} for at in (0, 1)]
     return Result(
-        row=row, title=title, case=case.name, wall=wall, cpu=cpu, differs=differs, units=case.units, unit=case.unit, work=case.work, limit=case.limit,
-        target=case.target, judged=list(case.judged), seconds=case.seconds, load=round(os.getloadavg()[0], 1), notices=list(case.notices),
-        facts=dict(case.facts()),
+        row=row, title=title, case=case.name, wall=wall, cpu=cpu, first={name: seconds[0] for name, seconds in first.items()}, peak=round(peak, 1),
+        differs=differs, units=case.units, unit=case.unit, work=case.work, limit=case.limit, target=case.target, judged=list(case.judged),
+        seconds=case.seconds, load=round(os.getloadavg()[0], 1), series=case.series, size=case.size, notices=list(case.notices), facts=dict(case.facts()),
     )  # fmt: skip
 
 
@@ -164,7 +220,7 @@ def rows(numbers: Iterable[int] = ()) -> Iterator[ModuleType]:
     return iter(sorted((module for module in found if not wanted or module.NUMBER in wanted), key=lambda module: module.NUMBER))
 
 
-def table(results: Iterable[Result], limits: Mapping[str, float]) -> str:
+def table(results: Sequence[Result], limits: Mapping[str, float]) -> str:
     """The Markdown table, one line per contestant, followed by titles, notices and facts."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     remarks: list[str] = []
@@ -173,7 +229,48 @@ def table(results: Iterable[Result], limits: Mapping[str, float]) -> str:
         remarks += [f"* {result.row} {result.case}: {name} is not clocked, {said}" for name, said in result.differs.items()]
         remarks += [f"* {result.row} {result.case}: {notice}" for notice in result.notices]
         remarks += [f"* {result.row} {result.case}: " + ", ".join(f"{name} {value}" for name, value in result.facts.items())] if result.facts else []
-    return "\n".join([*lines, "", *remarks]) + "\n"
+        colds = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in result.first.items())
+        remarks += [f"* {result.row} {result.case}: first call {colds}; our peak {result.peak:,.0f} MB above the start"]
+    return "\n".join([*lines, "", *remarks, *growth(results)]) + "\n"
+
+
+def growth(results: Sequence[Result]) -> list[str]:
+    """Per series: seconds = start + slope * size for each contestant, from where on we are cheaper, and the power with which our time and memory grow."""
+    found = []
+    for name in dict.fromkeys(result.series for result in results if result.series):
+        members = [result for result in results if result.series == name]
+        if len({result.size for result in members}) < 2:
+            continue
+        lines = {who: _line(members, who) for who in members[0].wall if all(who in result.wall for result in members)}
+        said = ", ".join(f"{who} {start:.3g} s + {slope:.3g} s each" + _crossing(lines["ours"], (start, slope), who) for who, (start, slope) in lines.items())
+        times, peaks = [statistics.median(result.wall["ours"]) for result in members], [result.peak for result in members]
+        sizes = ", ".join(f"{result.size:,.0f}" for result in members)
+        found.append(f"* growth of {name} ({sizes}): {said}; our time grows as size^{_power(members, times)}, our peak memory as size^{_power(members, peaks)}")
+    return found
+
+
+def _line(members: Sequence[Result], who: str) -> tuple[float, float]:
+    """Least squares of seconds over size: (start, slope)."""
+    fitted = statistics.linear_regression([result.size for result in members], [statistics.median(result.wall[who]) for result in members])
+    return fitted.intercept, fitted.slope
+
+
+def _crossing(ours: tuple[float, float], theirs: tuple[float, float], who: str) -> str:
+    """From which size on our line lies below theirs."""
+    if who == "ours":
+        return ""
+    gain = theirs[1] - ours[1]
+    meet = (ours[0] - theirs[0]) / gain if gain else float("inf")
+    if gain > 0:
+        return f" (ours is cheaper from {max(meet, 0):,.0f} on)"
+    return f" (ours is cheaper up to {meet:,.0f})" if meet > 0 else " (ours is never cheaper)"
+
+
+def _power(members: Sequence[Result], values: Sequence[float]) -> str:
+    """The exponent of a power law through (size, value)."""
+    if min(values) <= 0 or any(value != value for value in values):
+        return "?"
+    return f"{statistics.linear_regression([math.log(result.size) for result in members], [math.log(value) for value in values]).slope:.2f}"
 
 
 def _cells(result: Result, limits: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
@@ -198,10 +295,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(".sid") / "bench")
     args = parser.parse_args(arguments)
-    limits = machine_limits(args.threads)
+    limits: dict[str, float] = {}
     results: list[Result] = []
     args.out.mkdir(parents=True, exist_ok=True)
     for module in rows(int(number) for number in args.rows.split(",") if number):
+        found = machine_limits(args.threads)  # anew for every row, the best counts: other load only lowers them
+        limits = {name: max(value, limits.get(name, 0.0)) for name, value in found.items()}
         for case in module.cases(args.scale):
             results.append(measure(module.NUMBER, module.TITLE, case))
             sys.stderr.write(table(results[-1:], limits).split("\n", 2)[2])

@@ -1,0 +1,44 @@
+"""A frozen night with 2 % new or changed items against our own full rebuild: the first night of the same home, which codes everything."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nights
+from bench import Case, Timed
+
+NUMBER, TITLE = 8, "nightly refresh"
+SIZES = {"quick": (2_000,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
+FROZEN = 2  # nights after the first
+TIME_SHARE, BYTES_SHARE = 0.15, 0.25  # targets
+
+
+def cases(scale: str) -> Iterator[Case]:
+    for items in SIZES[scale]:
+        with tempfile.TemporaryDirectory() as folder:
+            rebuild, *frozen = nights.run(Path(folder), items, 1 + FROZEN)
+            yield refresh(items, rebuild, frozen)
+
+
+def refresh(items: int, rebuild: nights.Night, frozen: list[nights.Night]) -> Case:
+    """Work time with the fits of a new generation left out of the rebuild: with them it is only slower."""
+    share = statistics.median(night.bytes for night in frozen) / rebuild.bytes
+    return Case(
+        name=f"{items:,} items, {nights.NEW + nights.CHANGED:.0%} new or changed",
+        ours=lambda: Timed(statistics.median(night.work() for night in frozen)),
+        peers={"full rebuild without its fits": lambda: Timed(rebuild.work(nights.FITS)), "full rebuild": lambda: Timed(rebuild.work())},
+        judged=("full rebuild without its fits",),
+        rounds=0,
+        units=items,
+        target=1 / TIME_SHARE,
+        series="a frozen night over items",
+        size=items,
+        facts=lambda: {
+            "bytes written": f"{share:.1%} of the rebuild's, target {BYTES_SHARE:.0%}: {'met' if share <= BYTES_SHARE else 'missed'}",
+            "start-up and plan of the first night, s": rebuild.seconds["plan_night"],
+            **{f"{name}, {what}": said for name, night in (("rebuild", rebuild), ("frozen", frozen[-1])) for what, said in nights.described(night).items()},
+        },
+    )
