@@ -1,21 +1,33 @@
-"""Which codes may come next for 640 beams: the release's sorted table against Python dictionaries of prefixes, asked beam by beam as decoders do."""
+"""Which codes may come next for 640 beams, and a whole beam search: the release's sorted table against STATIC and Python dictionaries of prefixes.
+
+STATIC is a repository (youtube/static-constraint-decoding): STATIC_CHECKOUT names a checkout of it. A mask is compared as what the next step adds up:
+log-probabilities with minus infinity where no item continues.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from bench import Case
+from bench import Case, checkout
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.retrievers import trie
+from pipeline.retrievers.base import Memory
+from pipeline.retrievers.search import beam_search
 
 NUMBER, TITLE = 4, "constrained decoding"
 COUNTS = {"quick": (12_000,), "normal": (12_000, 1_000_000), "full": (12_000, 1_000_000, 10_000_000)}
 LEVELS, SIZE, BEAMS, STEP = 4, 256, 640, 2
+ROWS, WIDTH = 32, 20  # of the whole search: histories and beams of each
+STATIC = "STATIC_CHECKOUT"
 DICTIONARY_MOST = 1_000_000  # tuples that a dictionary of Python objects is still built for
 Nested = dict[int, Any]
 
@@ -25,6 +37,30 @@ def cases(scale: str) -> Iterator[Case]:
         tokens_NS = tuples(count)
         yield build(tokens_NS)
         yield mask(tokens_NS)
+        if static() is not None:
+            yield search(tokens_NS)
+
+
+def static() -> tuple[ModuleType, ModuleType] | None:
+    """STATIC's modules for the index and for decoding, None without a checkout."""
+    folder = checkout(STATIC, "static_decoding/decoding_pt.py")
+    if folder is None:
+        return None
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return importlib.import_module("static_decoding.csr_utils"), importlib.import_module("static_decoding.decoding_pt")
+
+
+def static_index(tokens_NS: Tensor) -> tuple[Any, ...]:
+    """STATIC's index as tensors: transitions, offsets, branching, first mask, dense mask, dense states; the rows come sorted, as it asks for."""
+    made = static()[0].build_static_index(tokens_NS.numpy(), SIZE, 2)
+    return tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in made)
+
+
+def in_order(tokens_NS: Tensor) -> Tensor:
+    """The tuples in lexicographic order."""
+    table_NS = tokens_NS.numpy()
+    return torch.from_numpy(table_NS[np.lexsort(table_NS.T[::-1])])
 
 
 def tuples(count: int) -> Tensor:
@@ -60,17 +96,21 @@ def build(tokens_NS: Tensor) -> Case:
     small = len(tokens_NS) < DICTIONARY_MOST
     peers = {"nested dictionaries": lambda: nested(tokens_NS.tolist()), "dictionary of prefixes": lambda: prefix_children(tokens_NS.tolist())}
 
-    def same(ours: trie.Trie, theirs: Nested | dict[tuple[int, ...], set[int]]) -> str:
+    def same(ours: trie.Trie, theirs: Any) -> str:
         """What is wrong with the first tokens, nothing when they are equal."""
         roots = [token for token in range(SIZE) if bool(ours.allowed(0, ours.root(1))[0, token])]
-        return "" if roots == sorted(theirs.get((), theirs)) else "other first tokens"
+        other = theirs[3].nonzero()[:, 0].tolist() if isinstance(theirs, tuple) else sorted(theirs.get((), theirs))
+        return "" if roots == other else "other first tokens"
 
     return Case(
         name=f"build, {len(tokens_NS):,} tuples of {LEVELS}",
         ours=partial(trie.build, tokens_NS, sizes),
-        peers=peers if small else {},
+        peers=(peers if small else {}) | ({"STATIC, rows sorted first": lambda: static_index(in_order(tokens_NS))} if static() else {}),
         equal=same,
         units=len(tokens_NS),
+        rounds=3,
+        series="building the index over items",
+        size=len(tokens_NS),
         seconds=max(len(tokens_NS), 100_000) / 1_000_000,
         notices=() if small else ("dictionaries are not built again and again at this size; see the smaller one",),
     )
@@ -83,24 +123,88 @@ def mask(tokens_NS: Tensor) -> Case:
     node_B = table.root(BEAMS)
     for step in range(STEP):
         node_B = table.advance(step, node_B, prefix_BS[:, step])
+    said_BK = torch.randn(BEAMS, SIZE, generator=torch.Generator().manual_seed(2)).log_softmax(1)
     peers: dict[str, Any] = {}
-    if len(tokens_NS) <= DICTIONARY_MOST:
+    if static() is not None:
+        peers["STATIC"] = by_static(tokens_NS, prefix_BS, said_BK)
+    if len(tokens_NS) < DICTIONARY_MOST:
         rows = tokens_NS.tolist()
-        peers["nested dictionaries"] = partial(by_nested, nested(rows), prefix_BS)
-        if len(tokens_NS) < DICTIONARY_MOST:
-            peers["dictionary of prefixes"] = partial(by_prefix, prefix_children(rows), prefix_BS)
+        for name, work in {
+            "nested dictionaries": partial(by_nested, nested(rows)),
+            "dictionary of prefixes": partial(by_prefix, prefix_children(rows)),
+        }.items():
+            peers[name] = lambda work=work: said_BK.masked_fill(~work(prefix_BS), -torch.inf)
     return Case(
         name=f"mask of {BEAMS} beams, {len(tokens_NS):,} items",
-        ours=lambda: table.allowed(STEP, node_B),
+        ours=lambda: said_BK.masked_fill(~table.allowed(STEP, node_B), -torch.inf),
         peers=peers,
-        equal=lambda ours, theirs: "" if torch.equal(ours, theirs) else "another mask",
+        equal=same_mask,
         units=1,
         unit="steps",
-        work=BEAMS * SIZE,
+        work=BEAMS * SIZE * (1 + said_BK.element_size()),
         limit="read",
-        target=10.0,
+        target=1.0,
+        judged=("STATIC",),
+        rounds=50,
+        notices=() if static() else (f"STATIC was not run: {STATIC} names no checkout",),
+    )
+
+
+def same_mask(ours: Tensor, theirs: Tensor | tuple[Tensor, Tensor, Tensor]) -> str:
+    """Whether the masked log-probabilities are the same; STATIC's candidates are put into their places first."""
+    if isinstance(theirs, tuple):
+        said_BC, token_BC, _ = theirs
+        whole_BK = torch.full((len(ours), SIZE + 1), -torch.inf)
+        theirs = whole_BK.scatter_(1, torch.where(said_BC > -torch.inf, token_BC.long(), SIZE), said_BC)[:, :SIZE]
+    return "" if torch.equal(ours, theirs) else "another mask"
+
+
+def by_static(tokens_NS: Tensor, prefix_BS: Tensor, said_BK: Tensor) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """STATIC's step at the same beams: candidates of each, what was said of them, their next states."""
+    csr, offsets, branches, *_, states_KK = static_index(in_order(tokens_NS))
+    state_B = states_KK[prefix_BS[:, 0], prefix_BS[:, 1]]
+    device = torch.device("cpu")
+    return lambda: static()[1].generate_and_apply_logprobs_mask(said_BK, state_B, csr, offsets, branches[STEP], SIZE, device)
+
+
+class Chain(torch.nn.Module):
+    """A decoder that costs nothing: what comes next depends on the last token alone. Ours asks `decode` and `log_probs`, STATIC calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said_KK = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(3)).log_softmax(1)
+        self.weights_NS = torch.empty(0)
+
+    def forward(self, token_B1: Tensor) -> Tensor:
+        return self.said_KK[token_B1]
+
+    def decode(self, memory: Memory, tokens_BWs: Tensor) -> Tensor:
+        return F.pad(tokens_BWs, (1, 0))[..., None]  # token 0 is the start
+
+    def log_probs(self, states_QD: Tensor, step: int) -> Tensor:
+        return self.said_KK[states_QD[:, 0]]
+
+
+def search(tokens_NS: Tensor) -> Case:
+    """A whole beam search over the index, the network left out."""
+    table, chain, memory = trie.build(tokens_NS, [SIZE] * LEVELS), Chain(), Memory(torch.zeros(ROWS, 1, 1), torch.zeros(ROWS, 1, dtype=torch.bool))
+    csr, offsets, branches, *dense = static_index(in_order(tokens_NS))
+    known = static()[1]
+
+    def theirs() -> Tensor:
+        """The tokens of STATIC's beams."""
+        found: Tensor = known.sparse_transition_torch(chain, ROWS, WIDTH, WIDTH, 0, LEVELS, SIZE, branches, csr, offsets, *dense, torch.device("cpu"))
+        return found
+
+    return Case(
+        name=f"beam search, {ROWS} x {WIDTH} beams, {LEVELS} steps, {len(tokens_NS):,} items",
+        ours=lambda: beam_search(chain, memory, table, WIDTH).tokens,
+        peers={"STATIC": theirs},
+        equal=lambda ours, other: "" if torch.equal(ours, other.long()) else "other beams",
+        units=ROWS,
+        unit="histories",
+        target=1.0,
         rounds=25,
-        notices=("STATIC is a repository, not a package: not run here",),
     )
 
 
