@@ -6,9 +6,11 @@ Not here: what is compared (rows/nightly.py, rows/memory.py).
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +33,8 @@ WIDTH, CLUSTERS = 64, 500
 EVENTS_AN_ITEM, EVENTS_A_NIGHT = 6.0, 0.25  # of the first file, and of every later one, per item of the catalogue
 NEW, CHANGED = 0.01, 0.01  # shares of the catalogue, every night after the first
 LOOK_SECONDS = 0.2
+SIZES = {"quick": (2_000,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
+COUNT = {"quick": 2, "normal": 3, "full": 3}  # nights, the first included
 FITS = ("train_behavior_encoder", "train_tokenizer")
 
 
@@ -47,16 +51,23 @@ class Night:
         return sum(seconds for stage, seconds in self.seconds.items() if stage not in ("plan_night", *without))
 
 
-def run(folder: Path, items: int, nights: int, *sets: str) -> list[Night]:
-    """What every night took.
+@functools.cache
+def measured(items: int, nights: int) -> tuple[Night, ...]:
+    """What every night took, in a home that is gone afterwards; run once for all rows that look at it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return tuple(run(Path(folder), items, nights))
+
+
+def run(folder: Path, items: int, nights: int) -> list[Night]:
+    """What every night took, its home below the folder.
 
     Raises: CalledProcessError when a night fails.
     """
     write_days(folder / "landing", items, nights)
     environment = {**os.environ, "SID_HOME": str(folder / "home"), "SID_PROFILE": str(PROFILE)}
     last = FIRST + timedelta(days=nights - 1)
-    changes = [word for change in (f"source.path={folder / 'landing'}", *sets) for word in ("--set", change)]
-    command = [sys.executable, "-m", "jobs.cli", "backfill", "--start", str(FIRST), "--end", str(last), "--reason", "bench", *changes]
+    landing = f"source.path={folder / 'landing'}"
+    command = [sys.executable, "-m", "jobs.cli", "backfill", "--start", str(FIRST), "--end", str(last), "--reason", "bench", "--set", landing]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         seen: list[tuple[float, float]] = []
         watcher = threading.Thread(target=_watch, args=(process, seen))

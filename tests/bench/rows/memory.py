@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import nights
 from bench import Case, Timed
 
 NUMBER, TITLE = 12, "memory"
-SIZES = {"quick": (2_000,), "normal": (20_000, 200_000), "full": (200_000, 1_000_000)}
 STAGES = ("item_popularity", "assign_sid", "publish_release")
 MOST = 8 * 1024  # MB: a driver of 4 GiB and two executors of 2 GiB
 
 
 def cases(scale: str) -> Iterator[Case]:
-    for items in SIZES[scale]:
-        with tempfile.TemporaryDirectory() as folder:
-            (night,) = nights.run(Path(folder), items, 1)
-            yield held(items, night)
+    for items in nights.SIZES[scale]:
+        yield held(items, nights.measured(items, nights.COUNT[scale])[0])
 
 
 def held(items: int, night: nights.Night) -> Case:

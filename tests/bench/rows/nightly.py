@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import nights
 from bench import Case, Timed
 
 NUMBER, TITLE = 8, "nightly refresh"
-SIZES = {"quick": (2_000,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
-FROZEN = 2  # nights after the first
 TIME_SHARE, BYTES_SHARE = 0.15, 0.25  # targets
 
 
 def cases(scale: str) -> Iterator[Case]:
-    for items in SIZES[scale]:
-        with tempfile.TemporaryDirectory() as folder:
-            rebuild, *frozen = nights.run(Path(folder), items, 1 + FROZEN)
-            yield refresh(items, rebuild, frozen)
+    for items in nights.SIZES[scale]:
+        rebuild, *frozen = nights.measured(items, nights.COUNT[scale])
+        yield refresh(items, rebuild, frozen)
 
 
 def refresh(items: int, rebuild: nights.Night, frozen: list[nights.Night]) -> Case:
