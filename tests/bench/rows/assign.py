@@ -21,7 +21,8 @@ from pipeline.tokenizers.rq_kmeans import RqKmeans
 
 NUMBER, TITLE = 1, "assign SIDs"
 WIDTH, LEVELS, SIZE = 768, 3, 256
-COUNTS = {"quick": (20_000,), "normal": (200_000,), "full": (200_000, 1_000_000)}
+COUNTS = {"quick": (20_000,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
+MOST = 100_000  # above, only the best peer is asked
 SAMPLE = 32_768  # points the code books are fitted on
 BATCH = 8_192  # rows per call of peers that would need the whole matrix of distances
 
@@ -70,14 +71,14 @@ def cases(scale: str) -> Iterator[Case]:
     for count in COUNTS[scale]:
         points_ND = embeddings(count)
         codebook_LKD = codebooks(points_ND)
-        yield kernel(points_ND, codebook_LKD, big=count > 500_000)
-        if count <= 500_000:
+        yield kernel(points_ND, codebook_LKD, big=count > MOST)
+        if count <= MOST:
             yield tokenizer(points_ND, codebook_LKD)
     yield parallel_form(COUNTS[scale][0] // 4)
 
 
 def kernel(points_ND: Tensor, codebook_LKD: Tensor, *, big: bool) -> Case:
-    """Our search against every peer that is there; a million vectors only against the best one."""
+    """Our search against every peer that is there; many vectors only against the best one."""
     search = ResidualSearch(codebook_LKD)
     peers: dict[str, Callable[[], Any]] = {"ours, float32": partial(ResidualSearch(codebook_LKD, bfloat16=False).codes, points_ND)}
     notices, found = [], faiss_ways(points_ND, codebook_LKD)
@@ -99,6 +100,8 @@ def kernel(points_ND: Tensor, codebook_LKD: Tensor, *, big: bool) -> Case:
         work=2.0 * len(points_ND) * WIDTH * LEVELS * SIZE,
         limit="bf16" if search.bfloat16 else "fp32",
         target=2.0 if search.bfloat16 else 1.1,
+        series="assigning over vectors",
+        size=len(points_ND),
         notices=tuple(notices),
         facts=lambda: {"bfloat16": search.bfloat16, "levels scored again": f"{again_share(points_ND, codebook_LKD):.1%}"},
     )

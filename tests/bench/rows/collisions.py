@@ -11,7 +11,8 @@ from bench import Case
 from pipeline.tokenizers.collisions import disambiguate
 
 NUMBER, TITLE = 6, "collision resolution"
-COUNTS = {"quick": (100_000,), "normal": (1_000_000,), "full": (1_000_000, 10_000_000)}
+COUNTS = {"quick": (10_000, 100_000), "normal": (10_000, 100_000, 1_000_000), "full": (10_000, 100_000, 1_000_000, 10_000_000)}
+DICTIONARY_MOST = 1_000_000
 LEVELS, SIZE, SHARED = 3, 256, 0.05
 
 
@@ -41,8 +42,10 @@ def resolution(count: int) -> Case:
     return Case(
         name=f"{count:,} items, {SHARED:.0%} repeated",
         ours=lambda: disambiguate(codes_NL, first_seen_N, item_id_N, existing_N),
-        peers={"dictionary of tuples": by_dictionary},
+        peers={"dictionary of tuples": by_dictionary} if count <= DICTIONARY_MOST else {},
         equal=lambda ours, theirs: "" if np.array_equal(ours, theirs) else "other numbers",
         units=count,
         seconds=0.2 * count / 1_000_000,
+        series="collision resolution over items",
+        size=count,
     )

@@ -47,6 +47,7 @@ def cases(scale: str) -> Iterator[Case]:
         work=2.0 * len(points_ND) * points_ND.shape[1] * SIZE * LEVELS * (ITERATIONS + 1),
         limit="fp32",
         target=1.0,
+        rounds=2,
         notices=tuple(notices),
         facts=lambda: {name: round(value, 4) for name, value in errors.items()},
     )
@@ -55,6 +56,7 @@ def cases(scale: str) -> Iterator[Case]:
         ours=partial(residual, points_ND, partial(ours, balanced=True)),
         peers={"plain": partial(residual, points_ND, ours)},
         target=1 / 1.5,
+        rounds=2,
     )
 
 
