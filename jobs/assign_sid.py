@@ -4,6 +4,7 @@ New generation: every item is encoded. Frozen: only items that are not in the pa
 weights and disambiguator of the parent bit by bit. On frozen and anchored nights an encoded item holds on to the parent's code until another one is nearer
 by a margin, and the number of an unmoved item stays. A change of text or image alone moves no code under `frozen`: the new content counts from the item's
 next behaviour row, or from the next generation. Retired items stay as tombstones, so that their numbers are never given away.
+A tokenizer that codes users as well (DAS) gets `sid.user_sid` written beside: every user of the night anew, because a user is what was taken last.
 Not here: fitting the tokenizer (train_tokenizer) and publishing (publish_release).
 """
 
@@ -36,6 +37,7 @@ SAME_WORDS = ("", "anchored")  # nights whose codes mean what the parent's mean
 STRATA = ("head", "torso", "tail")
 FLAGS = ("live", "described", "shared", "known", "changed_from_parent", "unmasked", "encoded", "dangling", "bad_codes", "loud_mask", "parent_stratum")
 CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>, dangling boolean"
+USERS_SCHEMA = "user_id string, codes array<int>, num_items int"
 CODEBOOK_SCHEMA = "position int, slot string, code int, vector array<float>"
 _TOKENIZERS: dict[str, Any] = {}  # per worker process: model digest -> tokenizer
 
@@ -63,7 +65,8 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     parent = parent_rows(inputs, plan)
     chosen = items_to_encode(features, parent, plan)
     chosen = chosen.join(parent.select("item_id", F.col("codes").alias("keep")), "item_id", "left")
-    vectors = item_vectors(chosen, inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector"), plan.generation)
+    content, behavior = inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector")
+    vectors = item_vectors(chosen, content, behavior, plan.generation)
     model = broadcast_model(inputs, vocabulary)
     margin = params.hold_margin if plan.start in SAME_WORDS else None
     encoded = encode(vectors, partial(encode_batches, model=model, margin=margin), vocabulary.codebook_sizes)
@@ -75,7 +78,7 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     release = rows.select(*inputs.frame("sid.item_sid").columns)
     audited = Write(table="sid.item_sid", frame=release, dates=(plan.logical_date,), metrics=metrics, hold=True)
     return StageResult(
-        writes=(*generation_writes(inputs, ctx, plan, vocabulary, sources, model), audited),
+        writes=(*generation_writes(inputs, ctx, plan, vocabulary, sources, model), *user_writes(inputs, features, plan, model), audited),
         metrics=metrics,
         outputs=outputs(vocabulary, release, metrics),
         figures=figures(rows, vocabulary, metrics, usage),
@@ -211,7 +214,7 @@ def encode(vectors: DataFrame, mapper: Any, codebook_sizes: tuple[int, ...]) -> 
     empty = F.col("text").isNull() & F.col("image").isNull() & F.col("behavior").isNull()
     masked = vectors.where(empty).select(
         "item_id",
-        F.array(*[F.lit(size) for size in codebook_sizes]).alias("codes"),
+        _literals(codebook_sizes).alias("codes"),
         F.array(*[F.lit(0.0).cast("float") for _ in codebook_sizes]).alias("weights"),
         "dangling",
     )
@@ -280,6 +283,88 @@ def _tokenizer(config: str, tensors: bytes) -> Any:
         torch.set_num_threads(1)  # one worker per core; also one order of summation
         _TOKENIZERS[key] = from_state(json.loads(config), load(tensors))
     return _TOKENIZERS[key]
+
+
+# ---------------------------------------------------------------- users
+
+
+def user_writes(inputs: Inputs, features: DataFrame, plan: Plan, model: Any) -> tuple[Write, ...]:
+    """The night's `sid.user_sid`, published before the release's rows are held; nothing where the tokenizer codes items alone."""
+    import json
+
+    from pyspark.sql import functions as F
+
+    about = json.loads(model.value[0])
+    if not (sizes := about.get("user_codebook_sizes")):
+        return ()
+    live = features.where(F.col("status") == "live")
+    vectors = item_vectors(live, inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector"), plan.generation)
+    sequences = inputs.frame("feature.user_sequence").where(F.col("logical_date") == F.lit(plan.logical_date))
+    coded = taken_items(sequences, vectors, about["settings"]["max_history"]).mapInArrow(partial(user_batches, model=model), USERS_SCHEMA)
+    rows = every_user(sequences, coded, tuple(sizes)).persist()
+    good = (F.size("codes") == len(sizes)) & F.forall(F.zip_with("codes", _literals(sizes), lambda code, size: code.between(0, size)), lambda held: held)
+    found = rows.agg(F.count_if(~F.coalesce(good, F.lit(False))).alias("bad"), F.count(F.lit(1)).alias("users")).collect()[0]
+    known = {"codes_out_of_range": float(found["bad"]), "users_missing": float(sequences.count() - found["users"])}
+    night = rows.select(F.lit(plan.logical_date).alias("logical_date"), "*", F.lit(plan.generation).cast("int").alias("generation"))
+    return (Write(table="sid.user_sid", frame=night, dates=(plan.logical_date,), metrics=known),)
+
+
+def taken_items(sequences: DataFrame, vectors: DataFrame, most: int) -> DataFrame:
+    """user_id, item_id, text, image of those of each user's `most` latest live items that have content; a user's rows together, oldest first."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    events = sequences.select("user_id", F.posexplode("item_ids").alias("position", "item_id")).join(vectors.select("item_id", "text", "image"), "item_id")
+    latest = events.withColumn("age", F.row_number().over(Window.partitionBy("user_id").orderBy(F.desc("position")))).where(F.col("age") <= most)
+    kept = latest.where(F.col("text").isNotNull() | F.col("image").isNotNull())
+    return kept.repartition("user_id").sortWithinPartitions("user_id", "position").select("user_id", "item_id", "text", "image")
+
+
+def user_batches(batches: Iterator[pa.RecordBatch], model: Any) -> Iterator[pa.RecordBatch]:
+    """Record batches of USERS_SCHEMA, one row per user of the rows of `taken_items`; runs in a Spark worker."""
+    import torch
+
+    from pipeline.tokenizers.base import History, items_from_arrow
+
+    tokenizer = _tokenizer(*model.value)
+    for rows in whole_users(batches):
+        users = rows["user_id"].combine_chunks().dictionary_encode()
+        length_U = np.bincount(users.indices.to_numpy())
+        zeros, nothing = np.zeros(len(rows), np.float32), pa.nulls(len(rows), pa.list_(pa.float32()))
+        columns = {name: rows[name] for name in ("item_id", "text", "image")}
+        items = items_from_arrow(pa.table({**columns, "behavior": nothing, "richness": zeros, "strength": zeros}))
+        history = History(index_T=torch.arange(len(rows)), offset_U=torch.from_numpy(np.append(0, np.cumsum(length_U))))
+        codes = list_array(tokenizer.encode_users(items, history).codes_NL.numpy().astype(np.int32))
+        yield pa.RecordBatch.from_arrays([users.dictionary, codes, pa.array(length_U.astype(np.int32))], names=["user_id", "codes", "num_items"])
+
+
+def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The rows in tables that split no user; a user's rows come together, but may cross the border of two batches."""
+    import pyarrow.compute as pc
+
+    carried: list[pa.Table] = []
+    for batch in batches:
+        if batch.num_rows:
+            rows = pa.concat_tables([*carried, pa.Table.from_batches([batch])])
+            last = pc.index(rows["user_id"], rows["user_id"][-1]).as_py()
+            if last:
+                yield rows.slice(0, last)
+            carried = [rows.slice(last)]
+    yield from carried
+
+
+def every_user(sequences: DataFrame, coded: DataFrame, sizes: tuple[int, ...]) -> DataFrame:
+    """USERS_SCHEMA per user; one who took nothing with content gets the reserved code K everywhere."""
+    from pyspark.sql import functions as F
+
+    rows = sequences.select("user_id").join(coded, "user_id", "left")
+    return rows.select("user_id", F.coalesce("codes", _literals(sizes)).alias("codes"), F.coalesce("num_items", F.lit(0)).alias("num_items"))
+
+
+def _literals(values: Iterable[int]) -> Column:
+    from pyspark.sql import functions as F
+
+    return F.array(*[F.lit(value) for value in values])
 
 
 # ---------------------------------------------------------------- the release's rows
@@ -371,7 +456,7 @@ def with_groups(rows: DataFrame, codebook_sizes: tuple[int, ...]) -> DataFrame:
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    sizes, length = F.array(*[F.lit(size) for size in codebook_sizes]), len(codebook_sizes)
+    sizes, length = _literals(codebook_sizes), len(codebook_sizes)
     in_range = F.forall(F.zip_with("codes", sizes, lambda code, size: code.between(0, size)), lambda good: F.coalesce(good, F.lit(False)))
     complete = (F.size("codes") == length) & (F.size("weights") == length)
     slots = F.arrays_zip(F.col("codes").alias("c"), F.col("weights").alias("w"), before(length).alias("p"), sizes.alias("k"))

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 SIDS = "sid.item_sid"
 NEVER_COMPACTED = frozenset({SIDS})
 # A day of these serves its release only.
-BY_DAY = (SIDS, "feature.item_popularity", "feature.user_sequence", "feature.item_feature", "feature.content_pair", "rank.rank_example")
+BY_DAY = (SIDS, "sid.user_sid", "feature.item_popularity", "feature.user_sequence", "feature.item_feature", "feature.content_pair", "rank.rank_example")
 TRAINED = "feature.item_behavior_vector"  # a day of it serves every later night that refers to it
 RELEASE_TAG = re.compile(r"^d\d{8}(_r\d+)?$")
 SMALL_BYTES = int(0.75 * 512 * 2**20)  # Iceberg joins files below three quarters of its target size

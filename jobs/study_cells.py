@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from pipeline.evaluation import Packed
     from pipeline.ranker import ItemCodes, RankRows
     from pipeline.retrievers.base import Catalogue
-    from pipeline.tokenizers.base import ItemBatch
+    from pipeline.tokenizers.base import ItemBatch, Tokenizer
 
 logger = logging.getLogger(__name__)
 Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
-NEIGHBOURS = 20  # items of purity@20
+NEIGHBOURS, LISTED = 20, 10  # items of purity@20, and of the lists whose share of head items is counted
+ROWS = 1024  # items whose neighbours are looked at together: the scores of a whole catalogue would fill the memory
 REDRAWS = 20  # rounds in which negatives that the user has are drawn again
 TEXT_AXES, CATEGORY_AXES, TEXT_TOKENS = 128, 64, 64
 RIDGE = 1e-3
@@ -237,14 +238,20 @@ def codes(job: Job) -> dict[str, Any]:
     """Codes and weights of every item by the arm's tokenizer, which is fitted on known items, and their numbers by stratum."""
     spec, world = json.loads(job.cell.spec), job.world
     items = item_batch(job.store.arrays(job.cell.needs[0]), spec["richness"])
-    seed = job.seed("tokenizer", job.cell.seed)
+    given, seed = narrowed(items, job.page.arms[job.cell.arm].reads), job.seed("tokenizer", job.cell.seed)
+    arrays: Arrays = {}
+    fitted: dict[str, float] = {}
+    curves: dict[str, list[float]] = {}
     if spec["tokenizer"] == "plain":
-        codes_NL, weights_NL, sizes, slots = plain_codes(job, items, seed)
-        fitted: dict[str, float] = {}
-        curves: dict[str, list[float]] = {}
+        codes_NL, weights_NL, sizes, slots = plain_codes(job, given, seed)
     else:
-        codes_NL, weights_NL, sizes, slots, fitted, curves = _fitted(job, spec["tokenizer"], items, seed)
-    arrays: Arrays = {"codes_NL": codes_NL.numpy().astype(np.int64), "weights_NL": weights_NL.numpy().astype(np.float32)}
+        tokenizer, fitted, curves = _fitted(job, spec["tokenizer"], given, seed)
+        made = tokenizer.encode(given)
+        codes_NL, weights_NL, sizes, slots = made.codes_NL, made.weights_NL, tokenizer.codebook_sizes, tokenizer.slots
+        if spec["tokenizer"] == "unger":
+            arrays, facts = integrated(tokenizer, given)
+            fitted |= facts
+    arrays |= {"codes_NL": codes_NL.numpy().astype(np.int64), "weights_NL": weights_NL.numpy().astype(np.float32)}
     job.store.keep(job.cell.key, arrays)
     metrics = {**fitted, **code_numbers(codes_NL, weights_NL, sizes, slots, items, world)}
     return {"metrics": metrics, "curves": curves, "sizes": list(sizes), "slots": list(slots)}
@@ -273,10 +280,39 @@ def item_batch(arrays: Arrays, how: Mapping[str, Any]) -> ItemBatch:
     return ItemBatch(**vectors, **masks, **{name: torch.from_numpy(value).float() for name, value in scalars.items()})  # type: ignore[arg-type]
 
 
-def _fitted(
-    job: Job, name: str, items: ItemBatch, seed: int
-) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[str, ...], dict[str, float], dict[str, list[float]]]:
-    """(codes, weights, sizes, slots, metrics, curves) of a registered tokenizer."""
+def narrowed(items: ItemBatch, reads: Sequence[str]) -> ItemBatch:
+    """The items with those modalities alone; all of them where none is named."""
+    import torch
+
+    away = [name for name in items.widths() if reads and name not in reads]
+    nobody_N = torch.zeros(len(items), dtype=torch.bool)
+    return replace(items, **{f"{name}_ND": None for name in away}, **dict.fromkeys((f"{name}_N" for name in away), nobody_N))  # type: ignore[arg-type]
+
+
+def integrated(tokenizer: Tokenizer, items: ItemBatch) -> tuple[Arrays, dict[str, float]]:
+    """(UNGER's vectors as a teacher of readers, `overlap/<vectors>_<side>`: share of the 20 neighbours that behaviour or content gives by itself).
+
+    `integrated` should stand nearer to behaviour than `concat`, the unit-norm modalities side by side that the method argues against.
+    """
+    from pipeline import evaluation
+    from pipeline.tokenizers.rq_kmeans import concatenate
+    from pipeline.tokenizers.unger import teacher_vectors
+
+    teacher_ND, widths = teacher_vectors(tokenizer, items), items.widths()
+    rows = items.behavior_N & (items.text_N | items.image_N)
+    content_ND = concatenate(items, {name: width for name, width in widths.items() if name != "behavior"})
+    sides = {"behavior": concatenate(items, {"behavior": widths["behavior"]}), "content": content_ND}
+    vectors = {"integrated": teacher_ND, "concat": concatenate(items, widths)}
+    found = {
+        f"overlap/{name}_{side}": float(evaluation.neighbor_overlap(made_ND[rows].float(), side_ND[rows].float(), k=NEIGHBOURS).mean())
+        for name, made_ND in vectors.items()
+        for side, side_ND in sides.items()
+    }
+    return {"teacher_ND": teacher_ND.numpy()}, found
+
+
+def _fitted(job: Job, name: str, items: ItemBatch, seed: int) -> tuple[Tokenizer, dict[str, float], dict[str, list[float]]]:
+    """(a registered tokenizer fitted on the known items, its metrics, its curves)."""
     import torch
 
     from pipeline.log import progress
@@ -288,9 +324,8 @@ def _fitted(
     offsets, events, _ = job.world.train()
     history = History(index_T=torch.from_numpy(events), offset_U=torch.from_numpy(offsets)) if getattr(tokenizer, "needs_history", False) else None
     report = tokenizer.fit(items.take(slice(0, job.world.num_known)), FitOptions(seed=seed, settings=settings, progress=progress, history=history))
-    made = tokenizer.encode(items)
     curves = {each: list(values) for each, values in report.curves.items() if each in ("loss/total", "held_out/score")}
-    return made.codes_NL, made.weights_NL, tokenizer.codebook_sizes, tokenizer.slots, {f"fit/{each}": value for each, value in report.metrics.items()}, curves
+    return tokenizer, {f"fit/{each}": value for each, value in report.metrics.items()}, curves
 
 
 def plain_codes(job: Job, items: ItemBatch, seed: int) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[str, ...]]:
@@ -352,8 +387,10 @@ def code_numbers(codes_NL: Tensor, weights_NL: Tensor, sizes: Sequence[int], slo
         for name, rows_N in groups.items():
             if (chosen_N := torch.from_numpy(rows_N) & items.behavior_N).any():
                 found[f"closed_share{name}"] = float(off_N[chosen_N].mean())
-    if (world.catalogue.cluster_N >= 0).all():
-        purity_N = purity(shared_codes(codes_NL, weights_NL, codes_NL, weights_NL, ordered=is_ordered(slots)), world.catalogue.cluster_N)
+    order = is_ordered(slots)
+    found[f"head_share@{LISTED}"] = float(nearest_share(codes_NL, weights_NL, lambda rows: groups["/head"][None].repeat(len(rows), 0), LISTED, order).mean())
+    if (cluster_N := world.catalogue.cluster_N).min() >= 0:
+        purity_N = nearest_share(codes_NL, weights_NL, lambda rows: cluster_N[rows, None] == cluster_N, NEIGHBOURS, order)
         found |= {f"purity{name}": float(purity_N[rows_N].mean()) for name, rows_N in groups.items() if rows_N.any()}
     return found
 
@@ -396,16 +433,24 @@ def shared_codes(a_QL: Tensor, a_weight_QL: Tensor, b_NL: Tensor, b_weight_NL: T
     return score_QN
 
 
-def purity(score_NN: Tensor, cluster_N: NDArray[np.int64]) -> Floats:
-    """Expected share of an item's 20 best-scored others that are of its cluster, (N,); ties at the edge are drawn at random, in expectation."""
+def nearest_share(codes_NL: Tensor, weights_NL: Tensor, wanted: Callable[[NDArray[np.int64]], NDArray[np.bool_]], count: int, ordered: bool) -> Floats:
+    """Expected share of wanted items among the `count` others that share most codes with an item, (N,); ties at the edge are drawn, in expectation.
+
+    Args:
+        wanted: rows of items (B,) -> which items each of them wants, (B, N).
+    """
     import torch
 
-    score_NN = (score_NN * 1e5).round().fill_diagonal_(-torch.inf)
-    edge_N1 = score_NN.topk(min(NEIGHBOURS, len(score_NN) - 1), dim=1).values[:, -1:]
-    same_NN = torch.from_numpy(cluster_N[:, None] == cluster_N)
-    above_NN, tied_NN = score_NN > edge_N1, score_NN == edge_N1
-    hits_N = (above_NN & same_NN).sum(1) + (NEIGHBOURS - above_NN.sum(1)) * (tied_NN & same_NN).sum(1) / tied_NN.sum(1)
-    return (hits_N / NEIGHBOURS).numpy().astype(np.float64)
+    count = min(count, len(codes_NL) - 1)
+    shares = []
+    for rows_B in torch.arange(len(codes_NL)).split(ROWS):
+        score_BN = shared_codes(codes_NL[rows_B], weights_NL[rows_B], codes_NL, weights_NL, ordered=ordered)
+        score_BN = (score_BN * 1e5).round().scatter_(1, rows_B[:, None], -torch.inf)
+        edge_B1 = score_BN.topk(count, dim=1).values[:, -1:]
+        above_BN, tied_BN, wanted_BN = score_BN > edge_B1, score_BN == edge_B1, torch.from_numpy(wanted(rows_B.numpy()))
+        hits_B = (above_BN & wanted_BN).sum(1) + (count - above_BN.sum(1)) * (tied_BN & wanted_BN).sum(1) / tied_BN.sum(1)
+        shares.append(hits_B / count)
+    return torch.cat(shares).numpy().astype(np.float64)
 
 
 # ---------------------------------------------------------------- questions and floors
@@ -547,9 +592,14 @@ def _retrieved(job: Job) -> dict[str, Any]:
 
 
 def _teacher(job: Job) -> Tensor:
-    """Unit-norm modalities side by side for every tokenizer, so that readers differ in their codes alone."""
+    """UNGER's integrated vectors where the codes are UNGER's, else the unit-norm modalities side by side."""
+    import torch
+
     from pipeline.tokenizers.rq_kmeans import concatenate
 
+    own = job.store.arrays(job.cell.needs[1]).get("teacher_ND")
+    if own is not None:
+        return torch.from_numpy(own)
     arrays = job.store.arrays(job.cell.needs[0])
     items = item_batch(arrays, _how(study.encoder_settings(job.page, job.cell.inputs)))
     return concatenate(items, items.widths()).float()

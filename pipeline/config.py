@@ -458,6 +458,7 @@ class Das(RqVae):
     align_items: float = Field(0.05, ge=0, description="weight of codes against the collaborative vector of the same item; 0 = ablation")
     align_users: float = Field(0.05, ge=0, description="weight of codes against the collaborative vector of the same user; 0 = ablation")
     align_neighbours: float = Field(0.05, ge=0, description="weight of items next to each other and of users of one item; 0 = ablation")
+    joint: bool = Field(True, description="quantise while aligning; False = ablation, code books by k-means once the alignment is learnt")
     debias: bool = Field(True, description="popularity explains its part of the collaborative score apart from the vectors; False = ablation")
     temperature: float = Field(0.1, gt=0, description="tau of all contrastive terms")
     max_history: int = Field(20, ge=1, description="latest items of the user's history")

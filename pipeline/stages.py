@@ -224,8 +224,16 @@ STAGES: tuple[Stage, ...] = (
         summary="codes, router weights and disambiguators on an audit branch",
         engine="spark",
         group="refresh",
-        inputs=("feature.item_feature", "feature.item_content_vector", "feature.item_behavior_vector", "sid.item_sid", "sid.generation", "sid.codebook"),
-        outputs=("sid.codebook", "sid.generation", "sid.item_sid"),
+        inputs=(
+            "feature.item_feature",
+            "feature.item_content_vector",
+            "feature.item_behavior_vector",
+            "feature.user_sequence",
+            "sid.item_sid",
+            "sid.generation",
+            "sid.codebook",
+        ),
+        outputs=("sid.codebook", "sid.generation", "sid.user_sid", "sid.item_sid"),
         after=("train_tokenizer",),
     ),
     Stage(

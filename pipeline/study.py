@@ -74,6 +74,7 @@ class Arm(Section):
     tokenizer: str = Field("ada_sid", description="a key of pipeline.tokenizers.TOKENIZERS, `plain` (k-means per slot) or `none` (readers with item ids)")
     train_tokenizer: dict[str, Any] = Field({}, description="changes to the page's section of that name")
     inputs: str = Field("", description="a key of [inputs]; empty = the data set's")
+    reads: list[Literal["text", "image", "behavior"]] = Field([], description="vectors that the tokenizer is given; empty = all there are")
     richness: Literal["", "norm", "count", "rank", "reliability"] = Field("", description="richness that steers alignment and router; empty = the page's")
     codes: Literal["own", "permuted"] = Field("own", description="permuted = codes and weights dealt to other items of the popularity decile")
     weights: Literal["own", "mean", "shuffled", "one"] = Field("own", description="router weights as read: the items' own, their mean, dealt to others, or 1")
@@ -335,6 +336,7 @@ def _arm_cells(page: Page, label: str, name: str, world: int, arm: str, ground: 
             features = _cell("features", f"{label}/inputs {recipe}/seed {number}", name, world, number, spec=drawn, inputs=recipe)
             how = {field: getattr(encoder, field) for field in FREE_OF_VECTORS} | ({"richness": chosen.richness} if chosen.richness else {})
             made = {**drawn, "richness": how, "tokenizer": chosen.tokenizer, "settings": _own_settings(page, arm), "tokenizer_seed": seed}
+            made |= {"reads": chosen.reads} if chosen.reads else {}
             codes = _cell("codes", f"{label}/{arm}/codes/seed {seed}", name, world, seed, spec=made, inputs=recipe, arm=arm, needs=(features.key,))
             cells += [features, codes]
             needs = (features.key, codes.key)

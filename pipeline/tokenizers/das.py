@@ -24,7 +24,7 @@ from pipeline.device import best_device
 from pipeline.tokenizers import histories
 from pipeline.tokenizers.alignment import View, both_ways, view
 from pipeline.tokenizers.base import ENCODE_ROWS, FitOptions, FitReport, History, ItemBatch, Keep, Networked, TokenizerOutput, shows
-from pipeline.tokenizers.fit import Trainer
+from pipeline.tokenizers.fit import Trainer, generator_for
 from pipeline.tokenizers.inputs import Inputs
 from pipeline.tokenizers.quantize import take_rows
 from pipeline.tokenizers.refresh import begin
@@ -151,9 +151,11 @@ class Training:
         self.settings = network.settings
         self.warmup_epochs = network.settings.warmup_epochs
         self.codebook_names = ("item.codebook_LKD", "user.codebook_LKD")
+        self.done = False  # nothing but the code books is left to make
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """Autoencoder terms of the items and of as many users, collaborative loss, alignment terms, and their weighted `total`."""
+        quantise = quantise and self.settings.joint
         _, items = self.network.item.losses(batch, quantise=quantise, world=world)
         at_B = self.events.draw(noise_BU.cpu())
         terms, users = self._questions(at_B, self.events.twins(at_B, noise_BU[:, 2].cpu()), quantise, world)
@@ -231,6 +233,7 @@ class Training:
 
         `score` = both mean NMSE + the weighted terms in units of what guessing costs.
         """
+        quantise = quantise and (self.settings.joint or self.done)
         found = self.network.item.measure(items, quantise=quantise)
         people = self.network.user.measure(self.catalogue.people, quantise=quantise)
         usage_LK = self.network.user.usage_LK.clone()
@@ -267,7 +270,6 @@ class Das(Networked[Network]):
 
     def __init__(self, settings: profile.Das) -> None:
         self.settings = settings
-        self.user_codes_UL = torch.zeros(0, settings.num_levels, dtype=torch.int64)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -280,7 +282,7 @@ class Das(Networked[Network]):
         return self.fitted.item.sizes
 
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
-        """Train on a catalogue and its users, then code the users of the history as well.
+        """Train on a catalogue and its users.
 
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError without content or behaviour; ContractError without enough history or for a champion of other sizes.
@@ -295,10 +297,12 @@ class Das(Networked[Network]):
         catalogue = Catalogue(source.to(device), network.prepare(network.item, source).to(device), people, _log_popularity(items, events).to(device))
         training = Training(network.to(device), events, catalogue)
         curves = Trainer(training, catalogue.items, histories.part(options, "dual", events.digest)).run()
+        training.done = True
+        if not self.settings.joint:
+            training.start_codes(catalogue.items, generator=generator_for(options.seed, "codes after alignment"))
         for side in (network.item, network.user):
             side.usage_LK.zero_()
         self.network = network.eval()
-        self.user_codes_UL = self.encode_users(items, history).codes_NL
         return FitReport(curves=curves, metrics=training.evaluate(catalogue.items, quantise=True))
 
     def _taken(self, history: History, most: int | None = None) -> tuple[Tensor, Tensor]:
@@ -342,13 +346,10 @@ class Das(Networked[Network]):
         """Code rows of the items per level, (K, D)."""
         return [rows_KD.clone() for rows_KD in self.fitted.item.codebook_LKD.detach().cpu()]
 
-    def state(self) -> dict[str, Tensor]:
-        """The network's tensors and the codes of the history's users (int32, (U, L)); contiguous, on the CPU."""
-        return {**super().state(), "user_codes_UL": self.user_codes_UL.to(torch.int32)}
-
     def config(self) -> dict[str, Any]:
-        """Settings and input widths, JSON."""
-        return {"tokenizer": "das", "settings": self.settings.model_dump(), "raw_widths": self.fitted.raw_widths}
+        """Settings and input widths, JSON; `user_codebook_sizes` says that users have codes too."""
+        about = {"tokenizer": "das", "settings": self.settings.model_dump(), "raw_widths": self.fitted.raw_widths}
+        return about | {"user_codebook_sizes": list(self.fitted.user.sizes)}
 
     @classmethod
     def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Das:
@@ -358,6 +359,5 @@ class Das(Networked[Network]):
         """
         tokenizer = cls(profile.Das(**config["settings"]))
         tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
-        tokenizer.network.load_state_dict({name: value for name, value in state.items() if name != "user_codes_UL"})
-        tokenizer.user_codes_UL = state["user_codes_UL"].long()
+        tokenizer.network.load_state_dict(state)
         return tokenizer

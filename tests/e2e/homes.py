@@ -27,7 +27,12 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(told))
 """
 UNDATED = {"feature.item_content_vector", "sid.codebook", "sid.generation"}
-MAY_BE_EMPTY = {"raw.rejected_row", "feature.content_pair", "feature.content_encoder"}  # the content recipe is off in this profile
+MAY_BE_EMPTY = {
+    "raw.rejected_row",
+    "feature.content_pair",
+    "feature.content_encoder",
+    "sid.user_sid",
+}  # both are off in this profile
 NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, and the list of releases says how one got there
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date, timedelta
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -251,3 +255,72 @@ def test_gate_names_only_metrics_that_somebody_measures(spark):
     metrics, _ = assign_sid.measure(assign_sid.with_groups(rows, SIZES), SIZES)
     known = {*contract["metrics"], *metrics, "rows_missing", "items_lost", "budget_churn", "budget_churn_head", "budget_churn_refit"}
     assert {rule["metric"] for rule in contract["expect"]} <= known
+
+
+# ---------------------------------------------------------------- users
+
+
+@pytest.fixture(scope="module")
+def two_sided():
+    """(a small DAS with its items and users, what a worker is given of it)."""
+    from safetensors.torch import save
+    from tokenizer_items import das_settings, tiny_history, tiny_items, training
+
+    from pipeline.tokenizers.base import FitOptions
+    from pipeline.tokenizers.das import Das
+
+    items, history = tiny_items(), tiny_history()
+    tokenizer = Das(das_settings())
+    tokenizer.fit(items, FitOptions(seed=1, settings=training(), history=history))
+    return tokenizer, items, history, SimpleNamespace(value=(json.dumps(tokenizer.config()), save(tokenizer.state())))
+
+
+def item_frame(spark, items):
+    def cell(name, row):
+        return items.vectors(name)[row].tolist() if items.mask(name)[row] else None
+
+    rows = [(f"i{row:02d}", cell("text", row), cell("image", row)) for row in range(len(items))]
+    return spark.createDataFrame(rows, "item_id string, text array<float>, image array<float>")
+
+
+def user_frame(spark, history):
+    ends = history.offset_U.tolist()
+    rows = [(f"u{user:02d}", [f"i{row:02d}" for row in history.index_T[start:stop].tolist()]) for user, (start, stop) in enumerate(pairwise(ends))]
+    return spark.createDataFrame(rows, "user_id string, item_ids array<string>")
+
+
+def test_codes_of_users_are_those_of_the_tokenizer_whatever_the_batches(spark, two_sided):
+    tokenizer, items, history, model = two_sided
+    expected = tokenizer.encode_users(items, history)
+    taken = assign_sid.taken_items(user_frame(spark, history), item_frame(spark, items), tokenizer.settings.max_history)
+    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "7")  # borders lie inside users
+    try:
+        coded = taken.mapInArrow(partial(assign_sid.user_batches, model=model), assign_sid.USERS_SCHEMA)
+        rows = assign_sid.every_user(user_frame(spark, history), coded, tuple(tokenizer.config()["user_codebook_sizes"]))
+        found = by_item(rows.withColumnRenamed("user_id", "item_id"), "codes", "num_items")
+    finally:
+        spark.conf.unset("spark.sql.execution.arrow.maxRecordsPerBatch")
+    assert {user: codes for user, (codes, _) in found.items()} == {f"u{row:02d}": codes for row, codes in enumerate(expected.codes_NL.tolist())}
+    assert found["u40"] == ([12, 12], 0), "who took nothing is masked"
+    assert found["u00"][1] == sum(bool(items.text_N[row] | items.image_N[row]) for row in history.index_T[3:8].tolist()), "the latest five with content"
+
+
+def test_an_item_that_is_not_live_counts_for_no_user(spark, two_sided):
+    _, items, history, _ = two_sided
+    kept = item_frame(spark, items).where("item_id > 'i20'")
+    taken = assign_sid.taken_items(user_frame(spark, history), kept, 5)
+    assert min(row.item_id for row in taken.collect()) > "i20"
+
+
+def test_a_tokenizer_of_items_alone_writes_no_users():
+    model = SimpleNamespace(value=('{"tokenizer": "rq_kmeans"}', b""))
+    assert assign_sid.user_writes(None, None, plan(), model) == ()
+
+
+def test_users_stay_whole_where_batches_end():
+    ids = ["a", "a", "b", "c", "c", "c", "d"]
+    for size in range(1, 9):
+        table = pa.table({"user_id": ids, "row": list(range(7))})
+        tables = list(assign_sid.whole_users(iter(table.to_batches(max_chunksize=size))))
+        assert [row for part in tables for row in part["row"].to_pylist()] == list(range(7))
+        assert sum(len(set(part["user_id"].to_pylist())) for part in tables) == 4

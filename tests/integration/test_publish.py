@@ -19,7 +19,8 @@ from pipeline import config as profile
 from pipeline import lakehouse, tracking
 from pipeline.context import Context, Plan, Release, read_json, write_json
 from pipeline.errors import GateFailed
-from pipeline.tokenizers.base import FitOptions, codebook_digest, items_from_arrow
+from pipeline.tokenizers.base import FitOptions, History, codebook_digest, items_from_arrow
+from pipeline.tokenizers.das import Das
 from pipeline.tokenizers.rq_kmeans import RqKmeans
 
 pytestmark = pytest.mark.spark
@@ -291,3 +292,52 @@ def test_drift_is_written_once_and_a_grown_base_makes_a_refit_due(spark, lake_ho
     assert due["drift"]["post_base_mass"] == pytest.approx(sum(mass[row] for row in range(3)) / sum(mass.values()))
     assert release_rows(spark)["d20260106"]["refit_due"]
     assert read_json(Context(config=config, home=lake_home, stage="gate_drift", logical_date=D2, run_id="run2").staging / "gate_drift.json")["status"] == "done"
+
+
+# ---------------------------------------------------------------- codes of users
+
+
+@pytest.fixture
+def das(tmp_path):
+    """(tokenizer, outputs of train_tokenizer) of a small DAS, which codes users as well."""
+    rng = np.random.default_rng(2)
+    vectors = {name: pa.array(list(rng.normal(size=(40, WIDTH)).astype(np.float32)), pa.list_(pa.float32())) for name in ("text", "behavior")}
+    flat = dict.fromkeys(("richness", "strength"), np.full(40, 0.5, np.float32))
+    rows = pa.table({"item_id": [f"i{row}" for row in range(40)], "image": pa.nulls(40, pa.list_(pa.float32())), **vectors, **flat})
+    history = History(index_T=torch.from_numpy(rng.integers(0, 40, 96)), offset_U=torch.arange(0, 97, 8))
+    tokenizer = Das(profile.Das(num_levels=2, codebook_size=4, latent_dim=4, hidden_dims=[8], tower_dim=8, warmup_epochs=1, max_history=3))
+    tokenizer.fit(items_from_arrow(rows), FitOptions(seed=3, settings=profile.TrainTokenizer(max_epochs=3), history=history))
+    (tmp_path / "config.json").write_text(json.dumps(tokenizer.config()), encoding="utf-8")
+    save_file(tokenizer.state(), tmp_path / "model.safetensors")
+    facts = {"tokenizer": "das", "codebook_sizes": [4, 4], "slots": list(tokenizer.slots), "codebook_digest": codebook_digest(tokenizer.codebooks())}
+    return tokenizer, {**facts, "model_uri": str(tmp_path)}
+
+
+def sequences(spark, day, taken):
+    """The night's users, each with the items taken, oldest first."""
+    rows = [(day, user, items, None, None, len(items)) for user, items in taken.items()]
+    put(spark, "feature.user_sequence", spark.createDataFrame(rows, spark.table("lake.feature.user_sequence").schema), [day])
+
+
+def users(home, config, day):
+    rows = lakehouse.read_arrow(home, config.lake, "sid.user_sid", where=f"logical_date == '{day}'").to_pylist()
+    return {row["user_id"]: (row["codes"], row["num_items"], row["generation"]) for row in rows}
+
+
+def test_codes_of_users_are_written_beside_the_release(spark, lake_home, config, das):
+    sequences(spark, D1, {"a": ["i00", "i01", "i02", "i03"], "b": ["i05"], "nobody": ["gone"]})
+    first_night(spark, lake_home, config, das)
+    found = users(lake_home, config, D1)
+    assert {user: row[1:] for user, row in found.items()} == {"a": (3, 1), "b": (1, 1), "nobody": (0, 1)}
+    assert found["nobody"][0] == [4, 4], "the reserved code"
+    assert all(0 <= code < 4 for user in "ab" for code in found[user][0])
+
+    parent = parent_of(spark, "d20260105")
+    fill(spark, D2, names(ITEMS), trained=D1, moved=["i00"])
+    sequences(spark, D2, {"a": ["i00", "i01", "i02", "i03"], "b": ["i05", "i06"], "new": ["i01", "i02", "i03"]})
+    run(lake_home, config, "assign_sid", night(D2, parent=parent, fingerprint="f2"), das, "run2")
+    later = users(lake_home, config, D2)
+    assert later["a"] == found["a"], "nothing new was taken"
+    assert later["new"][0] == later["a"][0], "who took the same has the same codes"
+    assert set(later) == {"a", "b", "new"}
+    assert users(lake_home, config, D1) == found

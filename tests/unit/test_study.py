@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizer_items import tiny_history, tiny_items, training, unger_settings
 
 from jobs import study_cells, study_data
 from jobs.study_data import TEST, TRAIN, VALID, Catalogue, Log, World, prepared
@@ -17,6 +20,8 @@ from pipeline.context import Home
 from pipeline.errors import ConfigError
 from pipeline.retrievers import base
 from pipeline.study import Claim, DataSet, Estimate, Statistics
+from pipeline.tokenizers.base import FitOptions
+from pipeline.tokenizers.unger import Unger
 
 SMALL = {
     "data": {"toy": {"kind": "shop"}, "other": {"kind": "shop", "worlds": 2}},
@@ -45,7 +50,7 @@ def cells(chosen: study.Page, **options: object) -> list[study.Cell]:
 # ---------------------------------------------------------------- the page
 
 
-@pytest.mark.parametrize("name", ["study-smoke", "study-cpu", "study-gpu"])
+@pytest.mark.parametrize("name", ["study-smoke", "study-cpu", "study-gpu", "study-systems"])
 def test_a_shipped_page_loads_and_every_arm_of_its_claims_runs_where_it_is_claimed(name: str) -> None:
     shipped = study.load(name)
     for claim in shipped.claims:
@@ -248,13 +253,38 @@ def test_purity_and_shared_codes_against_slow_loops(monkeypatch: pytest.MonkeyPa
             counted = list(itertools.takewhile(bool, same)) if ordered else same
             want = sum(float(weights[a, at] * weights[b, at]) for at, equal in enumerate(counted) if equal)
             assert float(score[a, b]) == pytest.approx(want, abs=1e-6)
-    monkeypatch.setattr(study_cells, "NEIGHBOURS", 3)
-    unique = torch.from_numpy(rng.permutation(81).reshape(9, 9) / 10.0)
-    found = study_cells.purity(unique.clone(), cluster)
+    monkeypatch.setattr(study_cells, "ROWS", 4)  # several blocks
+    same_cluster = partial(lambda cluster, rows: cluster[rows, None] == cluster, cluster)
+    found = study_cells.nearest_share(codes, weights, same_cluster, 3, True)
     for item in range(9):
-        best = sorted((other for other in range(9) if other != item), key=lambda other: -unique[item, other])[:3]
-        assert found[item] == pytest.approx(np.mean([cluster[other] == cluster[item] for other in best]))
-    assert study_cells.purity(torch.zeros(9, 9), cluster)[0] == pytest.approx((np.sum(cluster == cluster[0]) - 1) / 8)  # all tied: chance
+        others = [other for other in range(9) if other != item]
+        edge = sorted((round(float(score[item, other]) * 1e5) for other in others), reverse=True)[2]
+        above, tied = ([other for other in others if way(round(float(score[item, other]) * 1e5), edge)] for way in (operator.gt, operator.eq))
+        hits = [sum(cluster[other] == cluster[item] for other in group) for group in (above, tied)]
+        assert found[item] == pytest.approx((hits[0] + (3 - len(above)) * hits[1] / len(tied)) / 3)
+    nothing = torch.zeros(9, 3, dtype=torch.int64), torch.zeros(9, 3)
+    assert study_cells.nearest_share(*nothing, same_cluster, 3, False)[0] == pytest.approx((np.sum(cluster == cluster[0]) - 1) / 8)  # all tied: chance
+
+
+def test_a_tokenizer_is_given_the_vectors_that_its_arm_names() -> None:
+    items = tiny_items(12)
+    only = study_cells.narrowed(items, ["behavior"])
+    assert only.widths() == {"behavior": 6}
+    assert not (only.text_N | only.image_N).any()
+    assert torch.equal(only.behavior_N, items.behavior_N)
+    assert study_cells.narrowed(items, []).widths() == items.widths()
+    plain, chosen = (cells(page(arms={"ada": {"reads": reads}}, claims=[])) for reads in ([], ["text"]))
+    assert {cell.key for cell in plain if cell.kind == "codes"}.isdisjoint(cell.key for cell in chosen)
+    assert {cell.key for cell in plain if cell.kind == "features"} == {cell.key for cell in chosen if cell.kind == "features"}
+
+
+def test_ungers_vector_is_measured_against_both_sides_and_teaches() -> None:
+    tokenizer, items = Unger(unger_settings()), tiny_items(gaps=False)
+    tokenizer.fit(items, FitOptions(seed=0, settings=training(), history=tiny_history()))
+    arrays, found = study_cells.integrated(tokenizer, items)
+    np.testing.assert_array_equal(arrays["teacher_ND"], tokenizer.integrated(items).numpy())
+    assert set(found) == {f"overlap/{name}_{side}" for name in ("integrated", "concat") for side in ("behavior", "content")}
+    assert all(0 <= value <= 1 for value in found.values())
 
 
 # ---------------------------------------------------------------- statistics against slow loops
