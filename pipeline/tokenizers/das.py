@@ -1,7 +1,8 @@
 """DAS (arXiv 2508.10584): semantic ids of items and of users, aligned with a debiased collaborative model while they are learnt.
 
 Three parts in one training: an RQ-VAE of item content and one of users (a user is the mean of the content taken), a collaborative model on behaviour
-vectors whose score has popularity taken out, and contrastive terms between the two. The formulas of the paper are not known here; these are ours.
+vectors whose score has popularity taken out, and contrastive terms between the two. Known here from its abstract and from notes by readers, not from the
+paper: parts are named in place of equations. There L = L_sem + L_CF + 0.5 times the six terms, and a user is what a language model says of it.
 Not here: the autoencoder (rq_vae.py), contrastive terms (alignment.py), questions of the histories (histories.py), the loop (fit.py).
 Suffixes: B batch, C candidates of all processes, N items, U users, T places of a context, D width, L levels.
 """
@@ -38,7 +39,8 @@ PEOPLE = 16_384  # users that the user side's inputs and code books are started 
 def popularity_bias(conformity_B: Tensor, popularity_C: Tensor) -> Tensor:
     """What popularity adds to the score of each user and item, (B, C): the user's conformity times the item's learnt popularity.
 
-    Source: DAS (arXiv 2508.10584), debias module; differs: our formula; the part it explains is thrown away with it.
+    Source: DAS (arXiv 2508.10584), debias module: interest and conformity of users, content and popularity of items are told apart, and only the unbiased
+    parts are aligned; differs: a term of the score explains popularity and is thrown away, there each vector is split in two that are kept orthogonal.
     """
     return F.softplus(conformity_B)[:, None] * popularity_C
 
@@ -60,14 +62,14 @@ def pooled(source: ItemBatch, rows_BT: Tensor, shown_BT: Tensor) -> ItemBatch:
 
 
 def dual_alignment(made: Mapping[str, View], pairs: Mapping[str, Tensor], *, temperature: float, world: World) -> dict[str, Tensor]:
-    """The six terms, each both ways and a mean over the rows that have both sides: named by whose code meets whose collaborative vector.
+    """The six terms, each both ways and a mean over the rows that have both sides: codes against collaborative vectors, and (`co_`) codes against codes.
 
     Args:
-        made: views `code_item`, `code_user` (quantised), `item`, `user`, `next_item`, `next_user` (collaborative) of the questions' answers and askers;
-            next_item stands beside the answer in the history, next_user took the answer too.
+        made: views `code_item`, `code_user` (quantised), `item`, `user` (collaborative) of the questions' answers and askers, `next_item`, `next_user`
+            (quantised) of their company: next_item stands beside the answer in the history, next_user took the answer too.
         pairs: `item` and `user`: False where two rows have the same answer or asker; `next_item`: False where they have the same neighbour;
             `next_user`: False where the askers or those who took the answer too are one person, in either place.
-    Source: DAS (arXiv 2508.10584), multi-view dual alignment: u2i, i2u, i2i, u2u, co-occurring i2i and u2u
+    Source: DAS (arXiv 2508.10584), multi-view dual alignment: u2i, i2u, i2i, u2u, and co-occurring i2i and u2u of codes with codes
     """
     views = {
         "u2i": ("code_user", "item", pairs["item"] & pairs["user"]),
@@ -79,7 +81,7 @@ def dual_alignment(made: Mapping[str, View], pairs: Mapping[str, Tensor], *, tem
     }
 
     def both(code: str, other: str, rival_BC: Tensor) -> Tensor:
-        """The term of a code side and a collaborative side."""
+        """The term of two sides."""
         return both_ways(made[code], made[other], temperature=temperature, world=world, rival_BC=rival_BC)
 
     return {name: both(*each) for name, each in views.items()}
@@ -184,8 +186,8 @@ class Training:
             "code_user": (user_pass.quantized_BD, shows(asker, CONTENT)),
             "item": (network.item_tower(answer.behavior_ND), answer.behavior_N),
             "user": (network.user_tower(asker.behavior_ND), asker.behavior_N),
-            "next_item": (network.item_tower(neighbour.behavior_ND), neighbour.behavior_N),
-            "next_user": (network.user_tower(twin.behavior_ND), twin.behavior_N & (asker_B != twin_user_B)),  # nobody is company to himself
+            "next_item": (network.item(neighbour, quantise=quantise).quantized_BD, shows(neighbour, CONTENT)),
+            "next_user": (network.user(twin, quantise=quantise).quantized_BD, shows(twin, CONTENT) & (asker_B != twin_user_B)),  # not company to himself
         }
         views = {name: view(vectors_BD, mask_B, world) for name, (vectors_BD, mask_B) in sides.items()}
         keys = {"item": answer_B, "user": asker_B, "next_item": neighbour_B, "next_user": twin_user_B}

@@ -115,15 +115,29 @@ def test_total_is_the_weighted_sum_of_the_terms():
     assert terms["total"] == pytest.approx(terms["item/total"] + terms["user/total"] + weighted, rel=1e-5)
 
 
-def test_every_alignment_term_moves_a_code_side_and_a_collaborative_side():
+def test_every_alignment_term_moves_its_sides_and_company_is_codes_with_codes():
     model = stage()
     terms = model.losses(model.catalogue.items, noise(), quantise=True, world=World())
     sides = {"u2i": ("user", "item_tower"), "i2u": ("item", "user_tower"), "i2i": ("item", "item_tower"), "u2u": ("user", "user_tower")}
-    sides |= {"co_i2i": ("item", "item_tower"), "co_u2u": ("user", "user_tower")}
+    sides |= {"co_i2i": ("item", ""), "co_u2u": ("user", "")}
     for name, (coded, tower) in sides.items():
-        weights = [getattr(model.network, coded).encoder[0].weight, getattr(model.network, tower)[0].weight]
+        weights = [getattr(model.network, coded).encoder[0].weight, *([getattr(model.network, tower)[0].weight] if tower else [])]
         for gradient in torch.autograd.grad(terms[name], weights, retain_graph=True):
             assert bool(gradient.any()), name
+    towers = [*model.network.item_tower.parameters(), *model.network.user_tower.parameters()]
+    for name in ("co_i2i", "co_u2u"):
+        assert not any(gradient is not None for gradient in torch.autograd.grad(terms[name], towers, retain_graph=True, allow_unused=True)), name
+
+
+def test_codes_after_the_alignment_leave_the_training_unquantised():
+    model = stage(joint=False)
+    rows = model.network.item.codebook_LKD
+    model.losses(model.catalogue.items, noise(), quantise=True, world=World())["total"].backward()
+    assert rows.grad is None or not bool(rows.grad.any())
+    tokenizer = Das(das_settings(joint=False))
+    report = tokenizer.fit(tiny_items(), FitOptions(seed=1, settings=training(), history=tiny_history()))
+    assert report.metrics["perplexity"] > 2
+    assert report.metrics["left_over/level_1"] < report.metrics["left_over/level_0"] < 0.5, "code rows belong to the latents as they ended"
 
 
 @pytest.mark.parametrize("debias", [True, False])
