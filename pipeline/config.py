@@ -379,7 +379,7 @@ class RqKmeans(Section):
 
 
 class RqVae(Section):
-    """RQ-VAE in TIGER's form, trained by this loop; the paper's sizes are 3 levels of 256 codes, its training Adagrad 0.4 for 20,000 epochs."""
+    """RQ-VAE in TIGER's form, trained by this loop; the paper's sizes are 3 levels of 256 codes."""
 
     num_levels: int = Field(6, ge=1, description="L residual levels")
     codebook_size: int = Field(100, ge=2, description="K codes per level")
@@ -588,7 +588,7 @@ class Parallel(Section):
 
 
 class Tiger(Section):
-    """T5-like encoder-decoder on code tokens; the paper's sizes are dim 128, 6 heads of 64 (here heads divide dim), feed_dim 1024, 4 + 4 layers."""
+    """T5-like encoder-decoder on code tokens; reruns of the paper have dim 128, 6 heads of 64 (here heads divide dim), feed_dim 1024, 4 + 4 layers."""
 
     dim: int = Field(64, ge=4, description="width of token rows and states")
     num_heads: int = Field(4, ge=1, description="attention heads")

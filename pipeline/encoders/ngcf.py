@@ -1,7 +1,8 @@
 """NGCF: rows of users and items, propagated with weights, a product of both ends and an activation; an item's vector is its layers end to end.
 
-Source: NGCF, Wang et al. 2019. Two forms, which differ in more than the paper says: `paper` follows its equations; `released` follows the published program
-(row-normalised adjacency with self loops, an activation and a bias per part, layers of unit length).
+Source: NGCF (arXiv 1905.08108); its formulas were checked against notes that print them, so parts are named in place of equation numbers. Two forms, which
+differ in more than the paper says: `paper` follows its equations; `released` follows the published program (row-normalised adjacency with self loops, an
+activation and a bias per part, layers of unit length).
 differs: dropout falls on the outputs of a layer, as in the published program, not on single messages; there is no node dropout.
 Tensor suffixes: U users, N items, V nodes, B batch, D width, F = (layers + 1) * D.
 """
@@ -22,7 +23,7 @@ def message(from_ED: Tensor, to_ED: Tensor, degrees_E: Tensor, sum_DD: Tensor, p
     """What one end of each pair tells the other [E, D]: (from W1 + (from * to) W2) / sqrt(product of the degrees of both ends).
 
     `paper_layer` adds these messages up without making them one by one.
-    Source: NGCF, 2019, message
+    Source: NGCF (arXiv 1905.08108), message construction with its Laplacian norm
     """
     return (from_ED @ sum_DD + (from_ED * to_ED) @ product_DD) * degrees_E.rsqrt()[:, None]
 
@@ -32,7 +33,7 @@ def paper_layer(adjacency: graph.Sparse, x_VD: Tensor, sum_DD: Tensor, product_D
 
     Args:
         product_DD: None leaves the product part out.
-    Source: NGCF, 2019, layer
+    Source: NGCF (arXiv 1905.08108), propagation rule in matrix form
     """
     near_VD = adjacency @ x_VD
     total_VD = (near_VD + x_VD) @ sum_DD
@@ -71,7 +72,7 @@ class Network(graph.GraphNetwork):
     def forward(self) -> tuple[Tensor, Tensor]:
         """Layers end to end of users [U, F] and items [N, F].
 
-        Source: NGCF, 2019, concatenation of the layers
+        Source: NGCF (arXiv 1905.08108), concatenation of layers 0 .. K
         """
         layers = [self.ego.weight]
         hidden_VD = self.ego.weight
@@ -101,7 +102,7 @@ class Network(graph.GraphNetwork):
 class Ngcf(graph.RowEncoder):
     """NGCF as a behaviour encoder.
 
-    Source: NGCF, 2019, training; differs: stops on NDCG@10 (published: Recall@20).
+    Source: NGCF (arXiv 1905.08108), training; differs: stops on NDCG@10 (said to be Recall@20 there).
     """
 
     network = Network

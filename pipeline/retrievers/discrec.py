@@ -18,7 +18,8 @@ class Branch(nn.Module):
     """Token rows (*X, Q, D) mixed with what attention among the Q tokens of a block adds.
 
     c0 = LN(s + P); c1 = c0 + attention(c0); c = c1 + FFN(LN(c1)); out = a_s s + a_c c with (a_s, a_c) = softmax(w_s . s, w_c . c).
-    Source: DiscRec (arXiv 2506.15576), dual-branch module; differs: no end token after the history, so no block has to stand beside it.
+    Source: DiscRec (arXiv 2506.15576), dual-branch module, checked against the authors' program; differs: no end token after the history, so no block has
+    to stand beside it, and the attention ends in a linear map, which theirs has not.
 
     Args:
         length: tokens of a block at most.

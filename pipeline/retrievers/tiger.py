@@ -1,7 +1,7 @@
 """`tiger`: a small encoder-decoder that reads a history token by token and writes the next item's tokens, disambiguator last.
 
 Source: TIGER (arXiv 2305.05065). differs: learned places (slot in the item, events ago) instead of T5's relative buckets, no user token, pre-norm blocks,
-heads that divide the width (6 of 64 at width 128 there), the reserved code of a masked slot has a row of its own and no term in the loss.
+heads that divide the width (6 of 64 at width 128 in its reruns), the reserved code of a masked slot has a row of its own and no term in the loss.
 Tensor suffixes: B rows, T history, S tokens of an item, W beams, s tokens so far, Q states, K codes, D width, M = T * S.
 """
 

@@ -1,5 +1,6 @@
 """LETTER (arXiv 2405.07314): an RQ-VAE of the content whose quantised latent agrees with behaviour and whose code rows spread evenly.
 
+The terms are those of the authors' program: L = L_sem + alpha L_CF + beta L_Div.
 Behaviour is a teacher, never an input: an item gets its codes from its content alone. Colliding items are told apart by assign_sid, not by reassignment here.
 Not here: the autoencoder and Sinkhorn assignment (rq_vae.py). Suffixes: B batch, C candidates of all processes, D width, L levels, K codes.
 """
@@ -45,7 +46,7 @@ def collaborative_loss(quantized_BD: Tensor, behavior_CD: Tensor, positive_B: Te
 def diversity_loss(rows_BD: Tensor, codes_B: Tensor, partner_B: Tensor, codebook_KD: Tensor) -> Tensor:
     """-log of the share a partner from the same cluster takes of exp(inner product with the item's code row) over all other rows, (B,).
 
-    Source: LETTER (arXiv 2405.07314), L_Div
+    Source: LETTER (arXiv 2405.07314), L_Div; as in the authors' program: inner products without a temperature, the item's own row left out.
     """
     own_BK = F.one_hot(codes_B, len(codebook_KD)).bool()
     return F.cross_entropy((rows_BD @ codebook_KD.T).masked_fill(own_BK, -torch.inf), partner_B, reduction="none")

@@ -1,7 +1,7 @@
 """RQ-VAE in TIGER's form, trained by this package's loop: an encoder, residual levels of code rows, a decoder.
 
-Source: TIGER (arXiv 2305.05065). differs: AdamW with a cosine, 60 epochs at most by default and a warm-up without quantisation, there Adagrad at 0.4 for
-20,000 epochs.
+Source: TIGER (arXiv 2305.05065). differs: AdamW with a cosine, 60 epochs at most by default and a warm-up without quantisation, there (as it is retold, not
+checked against the paper) Adagrad at 0.4 for 20,000 epochs.
 `Autoencoder` is LETTER's too. Not here: k-means, revival and Sinkhorn (quantize.py), the training loop (fit.py).
 Suffixes: B batch, N items, D width, L levels, K codes.
 """

@@ -1,7 +1,7 @@
 """UNGER, first called PRORec (arXiv 2502.06269): content and behaviour become one vector before anything is quantised.
 
 An adapter maps content to behaviour's width, a contrastive term aligns the two, and a next-item loss over users' histories moves both; the integrated
-vector, both halves at unit length, then gets residual k-means codes. Known here from summaries, not from the paper: parts are named in place of equations.
+vector, both halves at unit length, then gets residual k-means codes. Known here from its abstract and summaries: parts are named in place of equations.
 Not here: residual k-means (rq_kmeans.py), questions and reader (histories.py), the loop (fit.py), a generator (retrievers).
 Suffixes: B batch, N items, R distinct items of a batch, D width.
 """
@@ -47,7 +47,7 @@ def adapted(hidden_BD: Tensor, gain_BD: Tensor, shift_BD: Tensor) -> Tensor:
 
     Args:
         hidden_BD: W E_S + b; gain_BD / shift_BD: linear in the content E_S as well.
-    Source: UNGER (arXiv 2502.06269), stage one, modality adaption layer
+    Source: UNGER (arXiv 2502.06269), stage one, modality adaption layer; differs: that it is an adaptive layer norm is a third party's reading of it.
     """
     return (1.0 + gain_BD) * F.layer_norm(hidden_BD, hidden_BD.shape[1:]) + shift_BD
 
@@ -57,7 +57,7 @@ def integrate(behavior_BD: Tensor, content_BD: Tensor, behavior_B: Tensor, conte
 
     Args:
         behavior_B / content_B: True where the item has that side; the other one stands in where it has not.
-    Source: UNGER (arXiv 2502.06269), stage one, concat(l2(E_C), l2(E_T));
+    Source: UNGER (arXiv 2502.06269), stage one, concat(l2(E_C), l2(E_T)) as a third party has it;
     differs: standing in, possible because the sides are aligned; the paper's items have both.
     """
     behavior_BD, content_BD = F.normalize(behavior_BD.float(), dim=1), F.normalize(content_BD.float(), dim=1)

@@ -105,8 +105,9 @@ def main() -> None:
                 if not number:
                     units.setdefault(name, []).append(item + seed * len(shelf.content))
     for arm, found in hits.items():
-        sizes = {name: sum(part.size for part in parts) for name, parts in found.items()}
-        sys.stdout.write(json.dumps({"arm": arm, **{name: round(float(np.concatenate(parts).mean()), 4) for name, parts in found.items()}, "rows": sizes}) + "\n")
+        joined = {name: np.concatenate(parts) for name, parts in found.items()}
+        rows = {name: values.size for name, values in joined.items()}
+        sys.stdout.write(json.dumps({"arm": arm, **{name: round(float(values.mean()), 4) for name, values in joined.items()}, "rows": rows}) + "\n")
     for one, other in (("seq", "content"), ("seq_id", "seq"), ("seq_id", "content")):
         for name, unit in units.items():
             gain = np.concatenate(hits[one][name]) - np.concatenate(hits[other][name])

@@ -1,7 +1,8 @@
 """Which behaviour encoder on the graph finds the films a user rated last? Popularity, BPR-MF, LightGCN, NGCF and AlphaRec on MovieLens-100K.
 
 Each user's last events by (timestamp, item_id) are questions, one row each; everything is fitted on the events before them, validation included.
-Full ranking with the history masked; an item that nobody had before is a target all the same. `--pairs` instead times one epoch on a random graph.
+Full ranking with the history masked; an item that nobody had before is a target all the same. An arm `dealt_alpharec` reads the texts of other films.
+`--cold` instead takes a share of the films out of training and ranks those alone, `--pairs` times one epoch on a random graph.
 """
 
 from __future__ import annotations
@@ -51,13 +52,21 @@ def make(name: str, params: Any, content: Tensor, edges: graph.Edges) -> graph.G
     return NETWORKS[name](edges.num_users, edges.num_items, params)
 
 
-def arm(name: str, settings: dict[str, Any], seed: int, train: Sequences, questions: Holdout, content: Tensor) -> np.ndarray:
-    """Ranks of the questions under one trained arm; what it cost goes to stderr."""
+def trained(name: str, settings: dict[str, Any], seed: int, train: Sequences, content: Tensor) -> graph.Fitted:
+    """One trained arm; what it cost goes to stderr."""
+    dealt, name = name.startswith("dealt_"), name.removeprefix("dealt_")
+    content = content[torch.randperm(len(content), generator=torch.Generator().manual_seed(seed))] if dealt else content
     params, started = SECTIONS[name](**settings), time.process_time()
     fitted = graph.fit(lambda edges: make(name, params, content, edges), train, content.shape[0], params, seed=seed, device="cpu", what=name)
     facts = {key: round(value, 4) for key, value in fitted.metrics.items() if key in ("best_epoch", "epochs", "valid_recall@20", "valid_ndcg@10")}
     sys.stderr.write(f"{name} {settings} seed={seed} {facts} cpu={time.process_time() - started:.0f}s\n")
-    return graph.answer(fitted.network, train, questions)
+    return fitted
+
+
+def texts_of(texts: list[str]) -> Tensor:
+    """MiniLM's vectors of the texts (N, C)."""
+    options = EncoderOptions(name="minilm", batch=64, size=64, normalize=True)
+    return torch.from_numpy(CONTENT_ENCODERS["text"]["minilm"](model_folder("minilm", ""), options).encode(texts))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -66,22 +75,49 @@ def compare(args: argparse.Namespace) -> None:
     train, last = packed([part[: -args.last] for part in lists]), np.concatenate([part[-args.last :] for part in lists])
     users = torch.arange(len(lists)).repeat_interleave(args.last)
     questions = Holdout(users, torch.zeros_like(users), torch.zeros_like(users), torch.from_numpy(last))
-    options = EncoderOptions(name="minilm", batch=64, size=64, normalize=True)
-    content = torch.from_numpy(CONTENT_ENCODERS["text"]["minilm"](model_folder("minilm", ""), options).encode(texts))
+    content = texts_of(texts)
     popularity = np.bincount(train.items.numpy(), minlength=len(texts)).astype(np.float32)
     history = evaluation.Packed(train.users(users).offsets.numpy(), train.users(users).items.numpy())
     ranks = {"popularity": evaluation.ranks_in_chunks(lambda rows: torch.from_numpy(popularity).repeat(rows.stop - rows.start, 1), last, len(texts), history)}
     for text in args.arms:
         name, _, settings = text.partition(":")
-        found = [arm(name, json.loads(settings or "{}"), seed, train, questions, content) for seed in range(args.seeds)]
-        ranks[text] = np.stack(found)
+        fitted = [trained(name, json.loads(settings or "{}"), seed, train, content) for seed in range(args.seeds)]
+        ranks[text] = np.stack([graph.answer(each.network, train, questions) for each in fitted])
     for text, found in ranks.items():
         sys.stdout.write(json.dumps({"arm": text, **{m: round(v, 4) for m, v in evaluation.ranking_metrics(found, (20,)).items()}}) + "\n")
     names = list(ranks)
     for one, other in zip(names[1:], names, strict=False):
-        gain = (evaluation.recall_at(ranks[one], 20) - evaluation.recall_at(ranks[other], 20)).reshape(-1, users.numel()).mean(0)
-        interval = evaluation.paired_bootstrap(gain, users.numpy())
-        sys.stdout.write(f"recall@20 {one} - {other}: {interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]\n")
+        gain = (evaluation.recall_at(ranks[one], 20) - args.times * evaluation.recall_at(ranks[other], 20)).reshape(-1, users.numel()).mean(0)
+        say(f"{one} - {args.times:g} * {other}" if args.times != 1 else f"{one} - {other}", evaluation.paired_bootstrap(gain, users.numpy()))
+
+
+def say(what: str, interval: evaluation.Interval) -> None:
+    sys.stdout.write(f"recall@20 {what}: {interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]\n")
+
+
+def cold(args: argparse.Namespace) -> None:
+    """Prints recall@20 among films that training never saw, one JSON line and two intervals per seed."""
+    lists, texts = read(Path(args.path))
+    content = texts_of(texts)
+    for seed in range(args.seeds):
+        cold_world(args, lists, content, np.random.default_rng(seed).random(len(texts)) < args.cold, seed)
+
+
+def cold_world(args: argparse.Namespace, lists: list[np.ndarray], content: Tensor, cold_N: np.ndarray, seed: int) -> None:
+    """AlphaRec beside chance and beside the popularity that the cold films were to have; a user's text is the mean of its other films."""
+    films, asked = np.flatnonzero(cold_N), [(user, part[cold_N[part]]) for user, part in enumerate(lists) if (~cold_N[part]).any()]
+    user_Q = np.repeat([user for user, _ in asked], [part.size for _, part in asked])
+    place_Q = np.searchsorted(films, np.concatenate([part for _, part in asked]))
+    fitted = trained("alpharec", json.loads(args.arms[0] or "{}"), seed, packed([part[~cold_N[part]] for part in lists]), content)
+    users_UD, items_ND = (torch.nn.functional.normalize(part, dim=1) for part in fitted.final())
+    ranks_Q = evaluation.ranks_in_chunks(lambda rows: users_UD[user_Q[rows]] @ items_ND[films].T, place_Q, films.size)
+    count_C = torch.from_numpy(np.bincount(place_Q, minlength=films.size).astype(np.float32))
+    later_Q = evaluation.ranks_in_chunks(lambda rows: count_C.repeat(rows.stop - rows.start, 1), place_Q, films.size)
+    hits_Q, other_Q, chance = evaluation.recall_at(ranks_Q, 20), evaluation.recall_at(later_Q, 20), min(1.0, 20 / films.size)
+    facts = {"seed": seed, "films": int(films.size), "questions": int(place_Q.size), "chance": round(chance, 4)}
+    sys.stdout.write(json.dumps({**facts, "alpharec": round(float(hits_Q.mean()), 4), "popularity in hindsight": round(float(other_Q.mean()), 4)}) + "\n")
+    say("alpharec - chance", evaluation.paired_bootstrap(hits_Q - chance, user_Q))
+    say("alpharec - popularity in hindsight", evaluation.paired_bootstrap(hits_Q - other_Q, user_Q))
 
 
 def clock(args: argparse.Namespace) -> None:
@@ -110,12 +146,16 @@ def main() -> None:
     parser.add_argument("--path", default="", help="MovieLens-100K: folder, zip or recbole wheel")
     parser.add_argument("--last", type=int, default=10, help="events of each user that are asked for")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--times", type=float, default=1.0, help="an arm is compared with so many times its neighbour's recall")
+    parser.add_argument("--cold", type=float, default=0.0, help="share of the films that training never sees; the one arm is AlphaRec's settings, JSON")
     parser.add_argument("--pairs", type=int, default=0, help="time one epoch on a random graph of so many pairs instead")
     parser.add_argument("arms", nargs="+", help='an encoder, or an encoder with settings: lightgcn:{"learning_rate": 0.002}')
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.pairs:
         clock(args)
+    elif args.cold:
+        cold(args)
     else:
         compare(args)
 
