@@ -84,7 +84,8 @@ class ItemBatch:
 
     def take(self, rows: Tensor | slice) -> ItemBatch:
         """The items of those rows, in that order; a bool tensor takes those where it is True."""
-        return self.map(lambda value: value[rows])
+        there = rows.to(self.device) if isinstance(rows, Tensor) else rows
+        return self.map(lambda value: value[there])
 
     @property
     def device(self) -> torch.device:

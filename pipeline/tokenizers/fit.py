@@ -198,11 +198,12 @@ class Trainer:
             self.model.start_codes(self.items.take(self.rows), generator=generator_for(self.seed, "codes"))
             self.world.same(self.model.network.state_dict().values())
         order = self.rows[torch.randperm(len(self.rows), generator=generator_for(self.seed, "order", epoch))].to(self.items.device)
-        sums: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}
+        sums_T = torch.zeros(())
         for step, batch in enumerate(order.tensor_split(self.steps)):
-            for name, value in self._step(batch, epoch, step, quantise).items():
-                sums[name] = sums.get(name, 0.0) + value / self.steps
-        losses = dict(zip(sums, self.world.total(torch.stack(list(sums.values()))).tolist(), strict=True))
+            seen = self._step(batch, epoch, step, quantise)
+            sums_T = sums_T + torch.stack(list(seen.values())) / self.steps
+        losses = dict(zip(seen, self.world.total(sums_T).tolist(), strict=True))
         if quantise and not self.anchors and epoch < self.settings.revive_until * self.settings.max_epochs:  # an anchored word is not given to others
             self._revive(epoch)
         self._judge(epoch, losses, quantise)

@@ -33,7 +33,7 @@ from rows.assign import counted_flops
 from torch import Tensor
 
 from pipeline import config
-from pipeline.device import deterministic
+from pipeline.device import best_device, deterministic
 from pipeline.encoders import sasrec
 from pipeline.retrievers import build, training
 from pipeline.retrievers.base import Catalogue, numbered
@@ -449,6 +449,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the product takes the best device it sees
+    if best_device() != args.device:  # asked before the first product, because it also settles in which order products add up
+        parser.error(f"the product would compute on {best_device()}, not on {args.device}")
     args.out.mkdir(parents=True, exist_ok=True)
     document = run(Bench(torch.device(args.device), QUICK if args.quick else Sizes(), args.path), args.seconds, args.out)
     (args.out / "accelerator.md").write_text(page(document), encoding="utf-8")

@@ -140,6 +140,14 @@ def test_a_case_that_fails_or_outlasts_its_time_costs_no_other(accelerator, monk
     assert "out of luck" in accelerator.page(document)
 
 
+def test_a_device_that_is_not_there_is_refused(accelerator, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(accelerator, "best_device", lambda: "cpu")
+    with pytest.raises(SystemExit):
+        accelerator.main(["--out", str(tmp_path / "none")])
+    assert "compute on cpu, not on cuda" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_sequences_of_a_file(accelerator, tmp_path):
     path = tmp_path / "interactions.csv"
     path.write_text("user_id,item_id,position\nb,y,1\na,x,1\nb,x,0\na,z,0\n", encoding="utf-8")
