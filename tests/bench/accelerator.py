@@ -37,7 +37,7 @@ from pipeline.device import best_device, deterministic
 from pipeline.encoders import sasrec
 from pipeline.retrievers import build, training
 from pipeline.retrievers.base import Catalogue, numbered
-from pipeline.tokenizers import ada_sid
+from pipeline.tokenizers import ada_sid, fit
 from pipeline.tokenizers.ada_sid import AdaSid
 from pipeline.tokenizers.base import FitOptions, ItemBatch, Tokenizer
 from pipeline.tokenizers.rq_kmeans import RqKmeans
@@ -48,7 +48,7 @@ SHOWN = {"text": 1.0, "image": 0.9, "behavior": 0.8}  # share of the items that 
 CENTRES, LATENT, BLOCK = 4_096, 32, 1 << 19
 BEAUTY = {"users": 22_363, "items": 12_101, "mean_length": 8.9}  # Amazon Beauty, 5-core
 LARGE_STEP = 512  # windows of a step large enough to keep an accelerator busy
-HEADER = ("case", "seconds", "items/s", "floor", "quality", "peak GB")
+HEADER = ("case", "seconds", "items/s", "ms a step", "floor", "quality", "peak GB")
 GIGA = 1e9
 
 
@@ -184,20 +184,20 @@ class Epochs:
 
 
 def train_ada(bench: Bench, count: int, epochs: int, precision: str, *, recorded: bool) -> dict[str, Any]:
-    """`AdaSid.fit`; items per second of the last epochs, in which codes are used and everything is recorded and allocated."""
+    """`AdaSid.fit`; items per second of the last epoch, in which codes are used and everything is allocated and recorded."""
     items, watch, batch = bench.catalogue(count), Epochs(bench.clock), bench.sizes.batch
     tokenizer = AdaSid(config.AdaSid())
     settings = config.TrainTokenizer(max_epochs=epochs, patience=epochs, batch_size=batch, precision=precision, cuda_graph=recorded)
     report = tokenizer.fit(items, FitOptions(seed=0, settings=settings, progress=watch))
     bench.fitted["ada_sid"], bench.records = tokenizer, recorded
     rows = count - int(count * settings.valid_share)
-    seconds = statistics.median(watch.seconds[-2:])
+    seconds, steps = watch.seconds[-1], fit.steps_per_epoch(rows, batch)
     flops, moved = step_cost(items.take(slice(0, batch)))
     return {
         "items_s": rows / seconds,
         "share": bench.floor(flops, moved, precision) * rows / batch / seconds,
+        "step_ms": 1000 * seconds / steps,
         "epoch_s": watch.seconds,
-        "steps": len(watch.seconds) * round(rows / batch),
         "quality": quality(report.metrics),
         "recorded": recorded,
     }
@@ -409,7 +409,7 @@ def page(document: Mapping[str, Any]) -> str:
         f"`python tests/bench/accelerator.py`, {document['wall_s']:.0f} s in all on {facts['device']}, torch {facts['torch']}; "
         f"measured in the run: {', '.join(ceilings)}.",
         f"Vectors of {' + '.join(map(str, WIDTHS.values()))} in half precision are made on the device; ADA-SID's steps hold {sizes['batch']:,} items. "
-        "Items/s of a training are those of its last epochs with their validation, of an epoch its events.",
+        "Items/s of a training are those of its last epoch with its validation, of an epoch its events.",
         "Floor: the share of the time that the counted float operations or the fewest bytes would take at the measured limits. "
         "Recorded: `train_tokenizer.cuda_graph`.",
         "",
@@ -427,11 +427,12 @@ def page(document: Mapping[str, Any]) -> str:
 def row(case: Mapping[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
     if "failed" in case:
-        return (case["case"], f"{case['seconds']:.1f}", "failed", "-", str(case["failed"]).split("\n")[0][:160].replace("|", "/"), "-")
+        return (case["case"], f"{case['seconds']:.1f}", "failed", "-", "-", str(case["failed"]).split("\n")[0][:160].replace("|", "/"), "-")
     said = ", ".join(f"{name} {value:.3f}" for name, value in case.get("quality", {}).items())
     share = f"{case['share']:.1%}" if "share" in case else "-"
+    step = f"{case['step_ms']:.2f}" if "step_ms" in case else "-"
     name = case["case"] + ", recorded" * (case.get("recorded", False) and "recorded" not in case["case"])
-    return (name, f"{case['seconds']:.1f}", rate(case), share, said or "-", f"{case['peak_bytes'] / GIGA:.1f}")
+    return (name, f"{case['seconds']:.1f}", rate(case), step, share, said or "-", f"{case['peak_bytes'] / GIGA:.1f}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline import config, device
 from pipeline.encoders.sasrec import gather, places
-from pipeline.tokenizers import ada_sid, rq_vae
+from pipeline.tokenizers import ada_sid, fit, rq_vae
 from pipeline.tokenizers.ada_sid import AdaSid
 from pipeline.tokenizers.base import ENCODE_ROWS_THERE, FitOptions
 from pipeline.tokenizers.world import World
@@ -108,6 +108,37 @@ def test_random_state_and_switches_are_put_back():
         assert torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.rand(3), expected)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_each_kind_of_step_is_recorded_once_and_replayed(monkeypatch):
+    made = []
+
+    class Played:
+        """Stands for a recording where nothing can record: it takes the step again."""
+
+        def __init__(self, step, batch, noise_BU, quantise):
+            made.append((quantise, len(batch)))
+            self.step = lambda batch, noise_BU: step(batch, noise_BU, quantise)
+
+        def __call__(self, batch, noise_BU):
+            return self.step(batch, noise_BU)
+
+    class Recording(fit.Trainer):
+        """The loop as it goes on an accelerator."""
+
+        def run(self):
+            self.recording = True
+            return super().run()
+
+    states = []
+    for loop in (fit.Trainer, Recording):
+        monkeypatch.setattr(ada_sid, "Trainer", loop)
+        monkeypatch.setattr(fit, "Replay", Played)
+        tokenizer = AdaSid(ada_settings())
+        tokenizer.fit(tiny_items(), seed=1, settings=training(batch_size=14, max_epochs=8))  # steps of 14 and of 13
+        states.append(tokenizer.state())
+    assert sorted(made) == [(False, 13), (False, 14), (True, 13), (True, 14)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.gpu
