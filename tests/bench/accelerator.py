@@ -46,7 +46,7 @@ from pipeline.tokenizers.world import World
 WIDTHS = {"text": 256, "image": 256, "behavior": 64}
 SHOWN = {"text": 1.0, "image": 0.9, "behavior": 0.8}  # share of the items that have the modality
 CENTRES, LATENT, BLOCK = 4_096, 32, 1 << 19
-BEAUTY = {"users": 22_363, "items": 12_101, "mean_length": 8.9}  # Amazon Beauty, 5-core
+USERS, ITEMS, MEAN_LENGTH = 22_363, 12_101, 8.9  # Amazon Beauty, 5-core
 LARGE_STEP = 512  # windows of a step large enough to keep an accelerator busy
 HEADER = ("case", "seconds", "items/s", "ms a step", "floor", "quality", "peak GB")
 GIGA = 1e9
@@ -62,7 +62,7 @@ class Sizes:
     epochs: int = 4
     recorded_epochs: int = 8
     large_epochs: int = 3
-    users: int = BEAUTY["users"]  # type: ignore[assignment]
+    users: int = USERS
     square: int = 8_192
     copied: int = 1 << 32
     repeats: int = 20_000
@@ -143,9 +143,9 @@ def sequences(users: int, path: Path | None) -> tuple[sasrec.Sequences, int]:
     """Users' events and the number of items: of a file (user_id, item_id, position), or generated with Beauty's counts."""
     if path is None:
         generator = np.random.default_rng(0)
-        lengths = 5 + generator.geometric(1 / (BEAUTY["mean_length"] - 4), users) - 1
-        items = (BEAUTY["items"] * generator.random(int(lengths.sum())) ** 2).astype(np.int64)
-        return sasrec.Sequences(torch.from_numpy(np.append(0, np.cumsum(lengths))), torch.from_numpy(items)), int(BEAUTY["items"])
+        lengths = 5 + generator.geometric(1 / (MEAN_LENGTH - 4), users) - 1
+        items = (ITEMS * generator.random(int(lengths.sum())) ** 2).astype(np.int64)
+        return sasrec.Sequences(torch.from_numpy(np.append(0, np.cumsum(lengths))), torch.from_numpy(items)), ITEMS
     from pyarrow import csv
 
     table = csv.read_csv(path).sort_by([("user_id", "ascending"), ("position", "ascending")])
@@ -452,6 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the product takes the best device it sees
     if best_device() != args.device:  # asked before the first product, because it also settles in which order products add up
         parser.error(f"the product would compute on {best_device()}, not on {args.device}")
+    torch.zeros(1, device=args.device)  # what starting the device takes is no case's time
     args.out.mkdir(parents=True, exist_ok=True)
     document = run(Bench(torch.device(args.device), QUICK if args.quick else Sizes(), args.path), args.seconds, args.out)
     (args.out / "accelerator.md").write_text(page(document), encoding="utf-8")

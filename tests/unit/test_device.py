@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizer_items import ada_settings, noise, tiny_items, training
+from tokenizer_items import ada_settings, mmq_settings, noise, tiny_items, training
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import config, device
 from pipeline.encoders.sasrec import gather, places
-from pipeline.tokenizers import ada_sid, fit, rq_vae
+from pipeline.tokenizers import ada_sid, fit, mmq, rq_vae
 from pipeline.tokenizers.ada_sid import AdaSid
 from pipeline.tokenizers.base import ENCODE_ROWS_THERE, FitOptions
 from pipeline.tokenizers.world import World
@@ -45,6 +45,7 @@ def no_autocast(monkeypatch):
     [
         (ada_sid, lambda widths: ada_sid.Network(ada_settings(), widths)),
         (ada_sid, lambda widths: ada_sid.Network(ada_settings(form="v2", sparsity="scalar"), widths)),
+        (mmq, lambda widths: mmq.Network(mmq_settings(), {name: widths[name] for name in ("text", "image")})),
         (rq_vae, lambda widths: rq_vae.Autoencoder(config.RqVae(codebook_size=12, latent_dim=8, hidden_dims=[16]), widths)),
     ],
 )
@@ -53,7 +54,7 @@ def test_a_step_waits_for_no_value_and_stays_on_its_device(no_autocast, module, 
     network = make(items.widths()).to(NOWHERE)
     learner, there, noise_BU = module.Training(network), items.to(NOWHERE), noise().to(NOWHERE)
     with OneDevice():
-        batch = network.prepare(there).take(torch.zeros(96, dtype=torch.int64, device=NOWHERE))
+        batch = getattr(network, "inputs", network).prepare(there).take(torch.zeros(96, dtype=torch.int64, device=NOWHERE))
         learner.losses(batch, noise_BU, quantise=quantise, world=World())["total"].backward()
         World().add_gradients(network.parameters())
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
