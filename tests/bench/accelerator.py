@@ -50,6 +50,7 @@ USERS, ITEMS, MEAN_LENGTH = 22_363, 12_101, 8.9  # Amazon Beauty, 5-core
 LARGE_STEP = 512  # windows of a step large enough to keep an accelerator busy
 HEADER = ("case", "seconds", "items/s", "ms a step", "floor", "quality", "peak GB")
 GIGA = 1e9
+SECONDS = 150.0  # for all cases
 
 
 @dataclass(frozen=True)
@@ -371,7 +372,13 @@ def attempt(bench: Bench, name: str, seconds: float, work: Callable[[Bench], dic
 def run(bench: Bench, seconds: float, out: Path) -> dict[str, Any]:
     """All cases one after the other as long as seconds are left; the file is written anew after each."""
     begun = time.perf_counter()
-    document: dict[str, Any] = {"machine": machine(bench.device), "sizes": vars(bench.sizes), "limits": bench.limits, "cases": []}
+    document: dict[str, Any] = {
+        "command": command(bench, seconds),
+        "machine": machine(bench.device),
+        "sizes": vars(bench.sizes),
+        "limits": bench.limits,
+        "cases": [],
+    }
     for name, most, work in cases(bench.sizes, cuda=bench.device.type == "cuda"):
         left = seconds - (time.perf_counter() - begun)
         document["cases"].append(attempt(bench, name, min(most, left), work) if left > 1 else {"case": name, "failed": "no time was left", "seconds": 0.0})
@@ -380,6 +387,13 @@ def run(bench: Bench, seconds: float, out: Path) -> dict[str, Any]:
         sys.stderr.write(f"{document['wall_s']:6.1f} s  {name}: {last.get('failed') or rate(last)}\n")
         (out / "accelerator.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document
+
+
+def command(bench: Bench, seconds: float) -> str:
+    """How to do it again, without the folders of this machine."""
+    words = ["python tests/bench/accelerator.py", *(["--device cpu"] if bench.device.type == "cpu" else []), *(["--quick"] if bench.sizes is QUICK else [])]
+    words += ([f"--seconds {seconds:g}"] if seconds != SECONDS else []) + ([f"--path {bench.path.name}"] if bench.path else [])
+    return " ".join(words)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -401,13 +415,12 @@ def rate(case: Mapping[str, Any]) -> str:
 def page(document: Mapping[str, Any]) -> str:
     """The section of docs/results.md: the machine, the table, what failed, which runs repeat."""
     facts, found, sizes = document["machine"], document["limits"], document["sizes"]
-    ceilings = [f"{name} {found[name] / GIGA / 1000:,.0f} TFLOP/s" for name in ("float32", "bfloat16") if name in found]
+    ceilings = [f"{name} {found[name] / GIGA / 1000:,.3g} TFLOP/s" for name in ("float32", "bfloat16") if name in found]
     ceilings += [f"memory {found['memory'] / GIGA:,.0f} GB/s"] if "memory" in found else []
     lines = [
         "## On an accelerator",
         "",
-        f"`python tests/bench/accelerator.py`, {document['wall_s']:.0f} s in all on {facts['device']}, torch {facts['torch']}; "
-        f"measured in the run: {', '.join(ceilings)}.",
+        f"`{document['command']}`, {document['wall_s']:.0f} s in all on {facts['device']}, torch {facts['torch']}; measured in the run: {', '.join(ceilings)}.",
         f"Vectors of {' + '.join(map(str, WIDTHS.values()))} in half precision are made on the device; ADA-SID's steps hold {sizes['batch']:,} items. "
         "Items/s of a training are those of its last epoch with its validation, of an epoch its events.",
         "Floor: the share of the time that the counted float operations or the fewest bytes would take at the measured limits. "
@@ -440,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
-    parser.add_argument("--seconds", type=float, default=150.0, help="all cases together; what is left over is reported as failed")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="all cases together; what is left over is reported as failed")
     parser.add_argument("--path", type=Path, help="interactions.csv with user_id, item_id, position, in place of generated events")
     parser.add_argument("--out", type=Path, default=Path(".sid") / "bench")
     parser.add_argument("--page", type=Path, help="print the page of this accelerator.json and do nothing else")
