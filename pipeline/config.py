@@ -504,7 +504,7 @@ class TrainTokenizer(Section):
     clip_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type")
     cuda_graph: bool = Field(
-        False, description="one process on an accelerator: record the step once and replay it, launching its small kernels costs more than running them"
+        False, description="one process on an accelerator: record the step once and replay it (ada_sid, rq_vae, mmq before its tuning; others run as they come)"
     )
     revive_until: float = Field(0.8, ge=0, le=1, description="share of the epochs in which dead codes are revived")
 

@@ -352,6 +352,7 @@ class Training:
         self.settings = network.settings
         self.warmup_epochs = network.settings.warmup_epochs
         self.codebook_names = ("codebook_LKD",)
+        self.recordable = True
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """Reconstruction, codebook, commitment, alignment and gate terms, and their weighted `total`."""

@@ -47,6 +47,10 @@ class Trainable(Protocol):
     def codebook_names(self) -> tuple[str, ...]:
         """Names of the network's parameters that hold code rows."""
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a step asks the device for nothing and sends it nothing, so that an accelerator can record it."""
+
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """Loss terms of this process's rows, parts of sums over all processes; `total` is descended."""
 
@@ -165,8 +169,10 @@ class Trainer:
         named = dict(model.network.named_parameters())
         self.anchors = {name: named[name].detach().clone() for name in model.codebook_names} if self.pull else {}
         self.steps = steps_per_epoch(len(self.rows), settings.batch_size)
-        self.recording = settings.cuda_graph and self.device.type != "cpu"
+        self.recording = settings.cuda_graph and self.device.type != "cpu" and model.recordable
         self.optimizer = optimizer_of(model.network, settings.learning_rate)
+        if settings.cuda_graph and not self.recording:
+            logger.info("steps run as they come: %s", "there is no accelerator" if self.device.type == "cpu" else "this tokenizer's cannot be recorded")
         if self.recording and self.world.size > 1:
             raise ValueError("a step of several processes cannot be recorded: set train_tokenizer.cuda_graph to false")
         self.taken: dict[tuple[bool, int], int] = {}

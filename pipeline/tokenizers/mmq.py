@@ -203,6 +203,7 @@ class Training:
         self.settings = network.settings
         self.warmup_epochs = network.settings.warmup_epochs
         self.codebook_names = ("codebook_LKD",)
+        self.recordable = True
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """Reconstruction, auxiliary, orthogonality, codebook and commitment terms, and their weighted `total`.
@@ -295,6 +296,7 @@ class Tuning:
 
     warmup_epochs = 0
     codebook_names = ("tokenizer.codebook_LKD",)
+    recordable = False  # a step draws its questions on the host
 
     def __init__(self, network: Tuned, events: histories.Events, prepared: ItemBatch) -> None:
         self.network, self.events, self.prepared = network, events, prepared

@@ -293,6 +293,7 @@ class Training:
         self.network = network
         self.warmup_epochs = network.settings.warmup_epochs
         self.codebook_names = ("codebook_LKD",)
+        self.recordable = True
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """Reconstruction, codebook and commitment terms, and their weighted `total`."""

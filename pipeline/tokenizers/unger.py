@@ -131,6 +131,7 @@ class Training:
 
     warmup_epochs = 0
     codebook_names = ()
+    recordable = False  # a step draws its questions on the host
 
     def __init__(self, network: Network, events: histories.Events, prepared: ItemBatch) -> None:
         self.network, self.events, self.prepared = network, events, prepared
