@@ -506,7 +506,8 @@ class AdaSid(Networked[Network]):
         curves = Trainer(training, prepared, options).run()
         self.network = network.eval()
         self._freeze_export(prepared)
-        return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
+        guess = {} if network.prior is None else {"prior_error": float(network.prior.error)}
+        return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True) | guess)
 
     @torch.no_grad()
     def _freeze_export(self, prepared: ItemBatch) -> None:

@@ -19,6 +19,7 @@ from pipeline.tokenizers.base import ItemBatch, aligned, shows
 CONTENT = ("text", "image")
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # penalties tried, in units of the mean square of the content columns times the weight of the items
 HELD = 10  # every tenth item judges the penalty
+MOST_ERROR = 0.95  # content that explains less than a twentieth of the behaviour says nothing of it, and its guess would be one vector for all
 
 
 def shrunk(behavior_ND: Tensor, guess_ND: Tensor, richness_N: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def ridge(design_NX: Tensor, target_ND: Tensor, weight_N: Tensor, penalty: float
 
 
 class BehaviorPrior(nn.Module):
-    """A linear guess of the behaviour vector from the content vectors an item has.
+    """A linear guess of the behaviour vector from the content vectors an item has, used where content explains behaviour (`MOST_ERROR`).
 
     Args:
         widths: modality -> width of its vectors; needs `behavior` and some content.
@@ -91,7 +92,7 @@ class BehaviorPrior(nn.Module):
         Args:
             shrink: draw behaviour towards the guess as far as it is poor; else it stays as it comes.
         """
-        guessed_N = shows(items, self.content)
+        guessed_N = shows(items, self.content) & (self.error <= MOST_ERROR)
         behavior_ND = items.behavior_ND
         assert behavior_ND is not None, "no behavior vectors"
         own_ND = torch.where(items.behavior_N[:, None], behavior_ND.float(), 0.0)

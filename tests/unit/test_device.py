@@ -136,7 +136,7 @@ def test_each_kind_of_step_is_recorded_once_and_replayed(monkeypatch):
         monkeypatch.setattr(ada_sid, "Trainer", loop)
         monkeypatch.setattr(fit, "Replay", Played)
         tokenizer = AdaSid(ada_settings())
-        tokenizer.fit(tiny_items(), seed=1, settings=training(batch_size=14, max_epochs=8))  # steps of 14 and of 13
+        tokenizer.fit(tiny_items(), FitOptions(seed=1, settings=training(batch_size=14, max_epochs=8)))  # steps of 14 and of 13
         states.append(tokenizer.state())
     assert sorted(made) == [(False, 13), (False, 14), (True, 13), (True, 14)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

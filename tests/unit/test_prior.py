@@ -73,6 +73,15 @@ def test_an_item_without_content_keeps_what_it_has():
     assert torch.equal(seen.behavior_ND, torch.where(items.behavior_N[:, None], items.behavior_ND, 0.0))
 
 
+def test_content_that_says_nothing_of_behaviour_gives_no_guess():
+    items = replace(tiny_items(400), behavior_ND=rand(400, 6, seed=9))
+    prior = fitted(items)
+    assert float(prior.error) > 0.95
+    seen = prior.apply_to(items, shrink=True)
+    assert torch.equal(seen.behavior_N, items.behavior_N)
+    assert torch.equal(seen.behavior_ND, torch.where(items.behavior_N[:, None], items.behavior_ND, 0.0))
+
+
 def test_too_few_items_teach_nothing():
     items = tiny_items(20)
     prior = fitted(items)
