@@ -18,7 +18,7 @@ test-services: $(SETTLED)  ## a night, its readers and a backfill on PostgreSQL,
 	$(BIN)/python tests/services/run.py $(if $(S3),--s3)
 
 test-unit: $(SETTLED)  ## the fast tests: no JVM, no network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
 
 chaos: $(SETTLED)  ## random kills and faults on a small shop, half an hour or so; .sid/chaos.json says what held
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills $(or $(KILLS),50)

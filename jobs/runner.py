@@ -1,6 +1,7 @@
 """Runs one stage: pins snapshots, calls the job, cuts branches, gates, publishes, tracks, and says how it ended.
 
-The same for every launcher. A job computes; only this module has side effects on the lake and on MLflow
+The same for every launcher. A job computes (`run`) and may say beforehand that the night has no work for it (`idle`, asked before there is a session,
+returns the stage's result or None); only this module has side effects on the lake and on MLflow
 (publish_release alone moves its held branch itself, because the tag is its result).
 
 The steps a kill may fall between are named (`step`); SID_KILL_AT=<stage>:<step> kills the process there, for tests.
