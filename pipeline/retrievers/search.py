@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.retrievers.base import Generator, Memory, weighted_mean
 from pipeline.retrievers.trie import DEAD, Trie
@@ -76,24 +75,26 @@ def _step(state: _State, log_prob_QK: Tensor, table: Trie, step: int, beams: int
     """The best continuations by one token."""
     size, (batch, width) = table.sizes[step], state.node_BW.shape
     real = log_prob_QK.shape[1]
-    log_prob_BWK = F.pad(log_prob_QK, (0, size - real)).view(batch, width, size)  # the reserved token has no term
-    counts_K = (torch.arange(size, device=log_prob_BWK.device) < real).float()
-    count_BWK, total_BWK = state.count_BW[..., None] + counts_K, state.total_BW[..., None] + log_prob_BWK
-    value_BWK = torch.where(count_BWK > 0, total_BWK / count_BWK.clamp(min=1), -math.log(size))  # nothing said yet: no better than a guess
-    allowed_BWK = table.allowed(step, state.node_BW.flatten()).view(batch, width, size) if constrained else (counts_K > 0).expand_as(value_BWK)
-    if not constrained:
-        allowed_BWK = allowed_BWK & (state.total_BW > -torch.inf)[..., None]
-    value_BX = value_BWK.masked_fill(~allowed_BWK, -torch.inf).flatten(1)
+    value_BWK = (state.total_BW[..., None] + log_prob_QK.view(batch, width, real)).div_(state.count_BW[..., None] + 1)
+    if real < size:  # the reserved token has no term; where nothing is said yet it is no better than a guess
+        silent_BW = torch.where(state.count_BW > 0, state.total_BW / state.count_BW.clamp(min=1), -math.log(size))
+        value_BWK = torch.cat([value_BWK, silent_BW[..., None].expand(batch, width, size - real)], dim=2)
+    if constrained:
+        allowed_BWK = table.allowed(step, state.node_BW.flatten()).view(batch, width, size)
+    else:
+        allowed_BWK = (torch.arange(size, device=value_BWK.device) < real) & (state.total_BW > -torch.inf)[..., None]
+    value_BX = value_BWK.masked_fill_(~allowed_BWK, -torch.inf).flatten(1)
     best_BW, at_BW = value_BX.topk(min(beams, value_BX.shape[1]), dim=1)
     parent_BW, token_BW = at_BW // size, at_BW % size
     kept = state.take(parent_BW)
-    said_BW = log_prob_BWK.flatten(1).gather(1, at_BW)
+    spoken_BW = token_BW < real
+    said_BW = log_prob_QK.view(batch, width * real).gather(1, parent_BW * real + token_BW.clamp(max=real - 1)).where(spoken_BW, 0.0)
     node_BW = table.advance(step, kept.node_BW.flatten(), token_BW.flatten()).view_as(token_BW)
     return _State(
         torch.where(best_BW > -torch.inf, node_BW, DEAD),
         torch.cat([kept.tokens_BWs, token_BW[..., None]], dim=2),
         torch.cat([kept.log_prob_BWs, said_BW[..., None]], dim=2),
-        kept.count_BW + counts_K[token_BW],
+        kept.count_BW + spoken_BW,
         torch.where(best_BW > -torch.inf, kept.total_BW + said_BW, -torch.inf),
     )
 

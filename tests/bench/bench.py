@@ -108,10 +108,14 @@ def peer(name: str) -> ModuleType | None:
         return None
 
 
-def checkout(variable: str, holds: str) -> Path | None:
-    """The folder of a peer that is a repository: the environment variable names it; None where it does not, or the folder lacks the path `holds`."""
-    folder = Path(os.environ.get(variable, ""))
-    return folder if variable in os.environ and (folder / holds).exists() else None
+def repository(variable: str, *modules: str, below: str = "") -> tuple[ModuleType, ...] | None:
+    """Modules of a peer that is a repository: the environment variable names its checkout; None where it does not."""
+    if variable not in os.environ:
+        return None
+    folder = str(Path(os.environ[variable]).resolve() / below)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return tuple(importlib.import_module(name) for name in modules)
 
 
 def answered(work: Callable[[], Any]) -> tuple[Any, float, float]:

@@ -6,8 +6,6 @@ log-probabilities with minus infinity where no item continues.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import Case, checkout
+from bench import Case, repository
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,14 +39,9 @@ def cases(scale: str) -> Iterator[Case]:
             yield search(tokens_NS)
 
 
-def static() -> tuple[ModuleType, ModuleType] | None:
+def static() -> tuple[ModuleType, ...] | None:
     """STATIC's modules for the index and for decoding, None without a checkout."""
-    folder = checkout(STATIC, "static_decoding/decoding_pt.py")
-    if folder is None:
-        return None
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    return importlib.import_module("static_decoding.csr_utils"), importlib.import_module("static_decoding.decoding_pt")
+    return repository(STATIC, "static_decoding.csr_utils", "static_decoding.decoding_pt")
 
 
 def static_index(tokens_NS: Tensor) -> tuple[Any, ...]:
