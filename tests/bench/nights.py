@@ -33,7 +33,9 @@ WIDTH, CLUSTERS = 64, 500
 EVENTS_AN_ITEM, EVENTS_A_NIGHT = 6.0, 0.25  # of the first file, and of every later one, per item of the catalogue
 NEW, CHANGED = 0.01, 0.01  # shares of the catalogue, every night after the first
 LOOK_SECONDS = 0.2
-SIZES = {"quick": (2_000,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
+SHORT = "launch.java_options=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # as the demo has it: nights of a small catalogue are over before hard compiling pays
+SMALL = 10_000  # items
+SIZES = {"quick": (500,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
 COUNT = {"quick": 2, "normal": 3, "full": 3}  # nights, the first included
 FITS = ("train_behavior_encoder", "train_tokenizer")
 
@@ -66,8 +68,20 @@ def run(folder: Path, items: int, nights: int) -> list[Night]:
     write_days(folder / "landing", items, nights)
     environment = {**os.environ, "SID_HOME": str(folder / "home"), "SID_PROFILE": str(PROFILE)}
     last = FIRST + timedelta(days=nights - 1)
-    landing = f"source.path={folder / 'landing'}"
-    command = [sys.executable, "-m", "jobs.cli", "backfill", "--start", str(FIRST), "--end", str(last), "--reason", "bench", "--set", landing]
+    sets = [f"source.path={folder / 'landing'}", *([SHORT] if items < SMALL else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli",
+        "backfill",
+        "--start",
+        str(FIRST),
+        "--end",
+        str(last),
+        "--reason",
+        "bench",
+        *(word for change in sets for word in ("--set", change)),
+    ]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         seen: list[tuple[float, float]] = []
         watcher = threading.Thread(target=_watch, args=(process, seen))
