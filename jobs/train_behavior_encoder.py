@@ -190,7 +190,7 @@ def fit_richness(
 
 def gated(metrics: Mapping[str, float], rows: int) -> dict[str, float]:
     """The metrics that behavior_embedding's audit judges; from fewer than ENOUGH_ITEMS items nothing is judged."""
-    judged = ["low_strength_share", "mean_strength"] if rows >= ENOUGH_ITEMS else []
+    judged = ["low_strength_share", "mean_strength", "probe_lift"] if rows >= ENOUGH_ITEMS else []
     if metrics.get("measured_items", 0) >= ENOUGH_ITEMS:
         judged.append("richness_spearman")
     return {name: metrics[name] for name in judged if name in metrics}

@@ -315,6 +315,9 @@ class TrainBehaviorEncoder(Section):
     beta: float | None = Field(None, description="fixed beta of eq. 17; None = from low_strength_share")
     measure_reliability: bool = Field(True, description="train two half encoders and measure split-half neighbour overlap (needed by richness = reliability)")
     half_epochs: int = Field(10, ge=1, description="epochs of each half encoder at most")
+    min_probe_lift: float = Field(
+        1.0, ge=0, description="gate at a new generation, alpharec: recall of its linear probe of the texts over that of texts dealt out at random"
+    )
     min_spearman: float = Field(0.2, ge=-1, le=1, description="gate at a new generation: rank correlation of richness and split-half overlap")
 
 

@@ -290,7 +290,7 @@ class Cell:
         return hashlib.sha256(f"{self.kind}|{self.spec}".encode()).hexdigest()[:16]
 
 
-FREE_OF_VECTORS = ("richness", "low_strength_share", "alpha", "beta", "min_spearman")  # settings that leave an encoder's vectors as they are
+FREE_OF_VECTORS = ("richness", "low_strength_share", "alpha", "beta", "min_spearman", "min_probe_lift")  # settings that leave an encoder's vectors as they are
 
 
 def grid(page: Page, digests: Mapping[str, str], part: Part = "valid") -> list[Cell]:

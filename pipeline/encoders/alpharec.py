@@ -176,9 +176,9 @@ class AlphaRec:
         return graph.user_features(own, layer_UD, edges.degrees()[0])
 
     def probe(self, sequences: Sequences, num_items: int, *, seed: int, device: str = "cpu", content: Tensor | None = None) -> dict[str, float]:
-        """`probe/<recall@20 | ndcg@20>` of a linear map of the text vectors without graph, and `probe/dealt_<...>` of the same vectors dealt out at random.
+        """`probe/<recall@20 | ndcg@20>` of a linear map of the text vectors without graph, `probe/dealt_<...>` of the same vectors dealt out at random.
 
-        A new text encoder whose probe falls is not worth a new tokenizer; vectors that carry something stand well above the dealt ones.
+        A new text encoder whose probe falls is not worth a new tokenizer; `probe_lift`, recall over recall of the dealt ones, is what a gate judges.
         """
         if content is None or not self.params.probe:
             return {}
@@ -188,4 +188,6 @@ class AlphaRec:
         for name, vectors in (("", content), ("dealt_", dealt)):
             metrics = linear.fit(sequences, num_items, vectors, seed=seed, device=device, what=f"{name}linear probe").metrics
             found |= {f"probe/{name}{metric}": metrics[f"valid_{metric}"] for metric in ("recall@20", "ndcg@20") if f"valid_{metric}" in metrics}
+        if "probe/recall@20" in found:
+            found["probe_lift"] = found["probe/recall@20"] / max(found["probe/dealt_recall@20"], 1e-12)
         return found

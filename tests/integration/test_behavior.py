@@ -140,7 +140,7 @@ def test_a_new_generation_exports_warm_items_and_a_frozen_reference(tmp_path: Pa
 def test_few_items_are_not_judged_and_many_are() -> None:
     found = {"low_strength_share": 0.4, "mean_strength": 0.3, "richness_spearman": 0.1, "measured_items": 199.0, "beta": 7.0}
     assert job.gated(found, 199) == {}
-    assert job.gated(found, 200) == {"low_strength_share": 0.4, "mean_strength": 0.3}
+    assert job.gated(found | {"probe_lift": 4.0}, 200) == {"low_strength_share": 0.4, "mean_strength": 0.3, "probe_lift": 4.0}
     assert set(job.gated(found | {"measured_items": 200.0}, 500)) == {"low_strength_share", "mean_strength", "richness_spearman"}
     assert set(job.gated({"low_strength_share": 0.4, "mean_strength": 0.3}, 500)) == {"low_strength_share", "mean_strength"}
 

@@ -106,7 +106,8 @@ def test_a_new_item_is_placed_by_text_and_users_and_by_nothing_else(base) -> Non
 def test_the_probe_tells_texts_from_texts_dealt_out_at_random() -> None:
     encoder = alpharec.AlphaRec(SMALL.model_copy(update={"max_epochs": 5}))
     found = encoder.probe(sequences(lists()), ITEMS, seed=1, content=texts())
-    assert set(found) == {"probe/recall@20", "probe/ndcg@20", "probe/dealt_recall@20", "probe/dealt_ndcg@20"}
+    assert set(found) == {"probe/recall@20", "probe/ndcg@20", "probe/dealt_recall@20", "probe/dealt_ndcg@20", "probe_lift"}
+    assert found["probe_lift"] == pytest.approx(found["probe/recall@20"] / found["probe/dealt_recall@20"])
     assert found["probe/ndcg@20"] > found["probe/dealt_ndcg@20"] + 0.1
     assert alpharec.AlphaRec(SMALL.model_copy(update={"probe": False})).probe(sequences(lists()), ITEMS, seed=1, content=texts()) == {}
 
