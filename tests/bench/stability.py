@@ -1,22 +1,21 @@
-"""What each refresh policy keeps and costs over consecutive nights, through the real pipeline: `make stability SOURCE=<folder of day files>`.
+"""What each refresh policy keeps and costs over consecutive nights: `make stability SOURCE=<folder of day files> WORK=<folder>`.
 
-The stages that no policy touches run once for all nights. Then every (tokenizer, policy) continues a copy of that lake from the same first release, night
-by night, resumable: a night that is published is not run again. The lake is reached through one link, because Iceberg's metadata holds absolute paths.
-Measured on the releases: SIDs kept from night to night and since the first (by items, by popularity mass, in the head; moved items apart from copied ones),
-collisions, Recall@20 of neighbours by shared codes against what is bought together in the next 7 days, and the reference `never update`: the first release
-read on every later night, in which new items have no codes. And what a change of codes costs a reader that is not trained again: rankers trained on the
-first release score the next 7 days with the codes of each later night, less the AUC they have with the codes they were trained on.
-Suffixes: N items, L positions, Q queries.
+The default policy runs through the real pipeline, one Spark session for all nights; what no policy touches is computed there, once. Every other (tokenizer,
+policy) is replayed on those manifests from the same first night (stability_replay.py); the replay of the default policy must give the published releases row by
+row, or the bench stops. All of it is resumable by night. Beside the policies stand `never update`, the first release read on every later night, in which new
+items have no codes, and `content only`, frozen and with behaviour masked. What is measured: stability_measures.py; a fresh reader and old ones: here.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,147 +23,105 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy import stats
+import torch
+from stability_measures import baskets, collision_rate, compared, kept, matrix, mean, mean_recall, over_nights, recalls, upper_bound
+from stability_replay import CONTENT_ONLY, POLICIES, Base, Branch, Released, View, differs, replay, with_threads
 
+from jobs import train_retriever
+from jobs.train_ranker import Vocabulary
 from pipeline import config, evaluation, lakehouse, ranker
-from pipeline.context import Home, derive_seed, read_json
+from pipeline.context import Home, derive_seed
 from pipeline.ranker import RankerFit
+from pipeline.retrievers import training
+from pipeline.retrievers.base import Catalogue
 
-WITHOUT_POLICY = "item_popularity,content_embedding,user_sequence"
-WITH_POLICY = (
-    "content_embedding,content_pair,train_behavior_encoder,behavior_embedding,train_content_encoder,content_cre,"
-    "item_feature,train_tokenizer,assign_sid,publish_release,gate_drift"
-)
-POLICIES = ("frozen", "anchored", "warm", "cold")
 FUTURE_DAYS = 7
-NEIGHBOURS = 20
-READERS = 3
-LOOSE = ["publish_release.max_churn=1.0", "publish_release.max_head_churn=1.0", "publish_release.max_refit_churn=1.0", "plan_night.refit=anchored"]
+OLD_READERS = 3
+FRESH_READERS = 2
+EXAMPLES = "stability_examples"
+NEVER = "never update"
+RELAXED = ("publish_release.max_churn=1.0", "publish_release.max_head_churn=1.0", "publish_release.max_refit_churn=1.0")  # the bench measures, it does not gate
 
 
-class Work:
-    """The folder of the experiment: one lake folder and one home per branch, and the link through which all lakes are reached."""
-
-    def __init__(self, root: Path, profile: str, sets: list[str]) -> None:
-        self.root, self.profile, self.sets = root.resolve(), profile, sets
-        for name in ("lakes", "homes"):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
-
-    def use(self, name: str, origin: str = "") -> Home:
-        """The home of a branch, its lake behind the link; on first use both are copies of those of `origin`."""
-        for kind in ("lakes", "homes"):
-            folder = self.root / kind / name
-            if origin and not folder.exists():
-                shutil.copytree(self.root / kind / origin, folder.with_suffix(".partial"), dirs_exist_ok=True)
-                folder.with_suffix(".partial").rename(folder)
-            folder.mkdir(exist_ok=True)
-        link = self.root / "lake"
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.root / "lakes" / name)
-        os.environ.update(SID_HOME=str(self.root / "homes" / name), SID_WAREHOUSE=str(link), SID_PROFILE=self.profile)
-        return Home(self.root / "homes" / name)
-
-    def sid(self, *words: str, sets: tuple[str, ...] = ()) -> None:
-        """Run a `sid` command on the branch in use.
-
-        Raises: CalledProcessError when it fails.
-        """
-        changes = [word for change in (*self.sets, *LOOSE, *sets) for word in ("--set", change)]
-        subprocess.run([sys.executable, "-m", "jobs.cli", *words, *changes], check=True)
+# ---------------------------------------------------------------- the real pipeline
 
 
-def run_nights(work: Work, first: date, last: date, tokenizers: list[str], policies: list[str]) -> None:
-    """Every branch up to the last night; what is there already is not run again."""
-    span = ("backfill", "--start", str(first), "--reason", "stability")
-    if not (work.root / "lakes" / "base").exists():
-        work.use("base.new")
-        work.sid("run", "ingest", "--date", str(last + timedelta(days=FUTURE_DAYS)))  # the future is for measuring; no stage of a night reads past it
-        work.sid(*span, "--end", str(last), "--stages", WITHOUT_POLICY)
-        for kind in ("lakes", "homes"):
-            (work.root / kind / "base.new").rename(work.root / kind / "base")
-    for tokenizer in tokenizers:
-        chosen = f"train_tokenizer.tokenizer={tokenizer}"
-        work.use(tokenizer, "base")
-        work.sid(*span, "--end", str(first), "--stages", WITH_POLICY, sets=(chosen,))
-        examples = ("run", "rank_example", "--run-id", "stability_examples", "--param", f"release=d{first:%Y%m%d}")
-        work.sid(*examples, "--date", str(last + timedelta(days=FUTURE_DAYS)), sets=(chosen, "rank_example.train_on=before_cutoff"))
-        for policy in policies:
-            work.use(f"{tokenizer}_{policy}", tokenizer)
-            nights = ("backfill", "--start", str(first + timedelta(days=1)), "--reason", "stability", "--end", str(last), "--stages", WITH_POLICY)
-            work.sid(*nights, sets=(chosen, f"plan_night.policy={policy}"))
+def run_pipeline(home: Home, given: argparse.Namespace) -> None:
+    """The default policy up to the last night, with the days to come loaded and ranking examples around the first release; nothing that is there runs again."""
+    os.environ.update(SID_HOME=str(home.root), SID_PROFILE=given.profile)
+    lake, future = config.load(given.profile).lake, str(given.last + timedelta(days=FUTURE_DAYS))
+    there = set(lakehouse.read_releases(home, lake)["logical_date"].to_pylist())
+    missing = [night for night in days(given.first, given.last) if night not in there]
+    if given.first in missing:
+        sid(given.sets, "run", "ingest", "--date", future)  # for measuring; no stage of a night reads past it
+    if missing:
+        sid(given.sets, "backfill", "--start", str(missing[0]), "--end", str(given.last), "--reason", "stability")
+    if not (home.run_folder(EXAMPLES) / "rank_example.json").is_file():
+        drawn = ("run", "rank_example", "--run-id", EXAMPLES, "--param", f"release=d{given.first:%Y%m%d}", "--date", future)
+        sid([*given.sets, "rank_example.train_on=before_cutoff"], *drawn)
 
 
-# ---------------------------------------------------------------- measuring
+def sid(sets: Sequence[str], *words: str) -> None:
+    """Run a `sid` command.
+
+    Raises: CalledProcessError when it fails.
+    """
+    changes = [word for change in (*sets, *RELAXED) for word in ("--set", change)]
+    subprocess.run([sys.executable, "-m", "jobs.cli", *words, *changes], check=True)
 
 
-def sids(release: pa.Table) -> pa.Table:
-    """item_id, one text per full SID (codes and number), popularity, stratum of the live items."""
-    live = release.filter(pc.equal(release["status"], "live")).sort_by("item_id")
-    codes = pc.binary_join(pc.cast(live["codes"].combine_chunks(), pa.list_(pa.string())), "-")
-    full = pc.binary_join_element_wise(codes, pc.cast(live["disambiguator"], pa.string()), "/")
-    return pa.table({"item_id": live["item_id"], "sid": full, "popularity": live["popularity"], "stratum": live["popularity_stratum"]})
+def days(first: date, last: date) -> list[date]:
+    """Every day from the first to the last."""
+    return [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
 
 
-def kept(old: pa.Table, new: pa.Table) -> dict[str, float]:
-    """Shares of the items of both releases that keep their full SID: of items, of popularity mass, of the head; `new_items` are those without a past."""
-    before, after = sids(old), sids(new)
-    place = pc.index_in(after["item_id"], value_set=before["item_id"].combine_chunks())
-    known = place.is_valid().to_numpy()
-    same = np.asarray(pc.equal(before["sid"].take(place.drop_null()), after["sid"].filter(place.is_valid())))
-    mass, head = after["popularity"].to_numpy()[known], np.asarray(pc.equal(after["stratum"], "head"))[known]
-    return {
-        "items": float(same.mean()),
-        "mass": float(same @ mass / mass.sum()),
-        "head": float(same[head].mean()),
-        "moved": float((~same).sum()),
-        "new_items": float((~known).sum()),
-    }
+# ---------------------------------------------------------------- readers
 
 
-def future_pairs(home: Home, lake: config.Lake, night: date) -> pa.Table:
-    """(item_a, item_b) of different items that one user bought in one basket within the next days, both directions, distinct."""
-    rows = lakehouse.read_arrow(home, lake, "raw.interaction", where=f"file_date > '{night}' and file_date <= '{night + timedelta(days=FUTURE_DAYS)}'")
-    bought = rows.select(["session_id", "item_id"]).group_by(["session_id", "item_id"]).aggregate([])
-    small = bought.group_by("session_id").aggregate([("item_id", "count")]).filter(pc.field("item_id_count") <= 30)  # a wholesaler's list says little
-    bought = bought.filter(pc.is_in(bought["session_id"], value_set=small["session_id"].combine_chunks()))
-    pairs = bought.join(bought, "session_id", right_suffix="_b", join_type="inner")
-    return pairs.filter(pc.not_equal(pairs["item_id"], pairs["item_id_b"])).group_by(["item_id", "item_id_b"]).aggregate([])
+@dataclass(frozen=True)
+class World:
+    """What branches are measured against: manifests, ranking examples around the first release, what is bought in the days after each night."""
+
+    base: Base
+    examples: pa.Table
+    pairs: Mapping[date, pa.Table]
+    with_file: frozenset[date]
+
+    @classmethod
+    def read(cls, base: Base, nights: Sequence[date]) -> World:
+        """The world of those nights."""
+        events = lakehouse.read_arrow(
+            base.home, base.config.lake, "raw.interaction", where=f"file_date >= '{nights[0]}'", columns=("file_date", "session_id", "item_id")
+        )
+        examples = lakehouse.read_arrow(base.home, base.config.lake, "rank.rank_example")
+
+        def after(night: date) -> pa.Table:
+            """The events of the day files that follow."""
+            until = pa.scalar(night + timedelta(days=FUTURE_DAYS))
+            return events.filter(pc.and_(pc.greater(events["file_date"], pa.scalar(night)), pc.less_equal(events["file_date"], until)))
+
+        return cls(base, examples, {night: baskets(after(night)) for night in nights}, frozenset(pc.unique(events["file_date"]).to_pylist()))
+
+    def shelf(self, night: date) -> pa.ChunkedArray:
+        """The live items of a night."""
+        rows = self.base.manifests[night]
+        return rows.filter(pc.equal(rows["status"], "live"))["item_id"]
+
+    def later(self, night: date) -> pa.Table:
+        """The test rows of the days after a night."""
+        begin, end = (datetime.combine(night + timedelta(days=1 + offset), time(), tzinfo=UTC) for offset in (0, FUTURE_DAYS))
+        when = self.examples["event_ts"]
+        return self.examples.filter(pc.and_(pc.equal(self.examples["split"], "test"), pc.and_(pc.greater_equal(when, begin), pc.less(when, end))))
 
 
-def recall(release: pa.Table, sizes: list[int], pairs: pa.Table) -> float:
-    """Share of future partners among an item's 20 items with most shared codes, mean over items with partners; ties go to the more popular item."""
-    live = release.filter(pc.equal(release["status"], "live")).sort_by([("popularity", "descending"), ("item_id", "ascending")])
-    codes_NL = np.array(live["codes"].to_pylist())
-    weights_NL = np.array(live["weights"].to_pylist())
-    ids = live["item_id"].combine_chunks()
-    query = pc.index_in(pairs["item_id"], value_set=ids).to_numpy(zero_copy_only=False)
-    partner = pc.index_in(pairs["item_id_b"], value_set=ids).to_numpy(zero_copy_only=False)
-    asked = np.unique(query[~np.isnan(query)]).astype(int)
-    usable = ~np.isnan(query) & ~np.isnan(partner)
-    wanted = np.zeros((len(ids), len(ids)), dtype=bool)
-    wanted[query[usable].astype(int), partner[usable].astype(int)] = True
-    found = []
-    for row in asked:  # a bench: a few thousand queries of one matrix line each
-        shared_NL = (codes_NL == codes_NL[row]) & (codes_NL < np.array(sizes))
-        score_N = (shared_NL * np.minimum(weights_NL, weights_NL[row])).sum(1)
-        score_N[row] = -1.0
-        nearest = np.argsort(-score_N, kind="stable")[:NEIGHBOURS]
-        if partners := int(wanted[row].sum()):
-            found.append(wanted[row, nearest].sum() / min(partners, NEIGHBOURS))
-    return float(np.mean(found)) if found else float("nan")
+def old_readers(world: World, first: Released) -> list[RankerFit]:
+    """Rankers trained on the first release's codes."""
+    data = ranker.rank_data(world.examples, first.table, first.sizes)
+    settings = world.base.config.train_ranker
+    return [with_threads(world.base.config, ranker.fit, data, "id_sid", settings, derive_seed("stability", seed)) for seed in range(OLD_READERS)]
 
 
-def old_readers(work: Work, tokenizer: str, first: date) -> tuple[list[RankerFit], pa.Table]:
-    """Rankers trained on the first release's codes, and the rows of later days."""
-    home, lake = work.use(tokenizer), config.load(work.profile).lake
-    examples = lakehouse.read_arrow(home, lake, "rank.rank_example")
-    sizes = lakehouse.read_arrow(home, lake, "sid.generation").to_pylist()[0]["codebook_sizes"]
-    data = ranker.rank_data(examples, lakehouse.read_release(home, lake, f"d{first:%Y%m%d}"), sizes)
-    fits = [ranker.fit(data, "id_sid", config.TrainRanker(), derive_seed("stability", seed)) for seed in range(READERS)]
-    return fits, examples.filter(pc.equal(examples["split"], "test"))
-
-
-def read_by(fits: list[RankerFit], release: pa.Table, rows: pa.Table) -> list[float]:
+def read_by(fits: Sequence[RankerFit], release: pa.Table, rows: pa.Table) -> list[float]:
     """AUC of each ranker on the rows with the codes of a release."""
     labels = rows["label"].to_numpy()
     made = {"codebook_digest": "", "sid_version": ""}
@@ -172,83 +129,207 @@ def read_by(fits: list[RankerFit], release: pa.Table, rows: pa.Table) -> list[fl
     return [evaluation.auc(labels, reader.score(rows)) for reader in readers]
 
 
-def measure(work: Work, name: str, first: date, fits: list[RankerFit], later: pa.Table) -> list[dict[str, Any]]:
-    """One row per night of a branch."""
-    home, lake = work.use(name), config.load(work.profile).lake
-    releases = [row for row in lakehouse.read_releases(home, lake).to_pylist() if row["status"] == "current"]
-    tables = {row["logical_date"]: lakehouse.read_release(home, lake, row["tag"]) for row in releases}
-    sizes = {row["generation"]: row["codebook_sizes"] for row in lakehouse.read_arrow(home, lake, "sid.generation").to_pylist()}
-    rows, before = [], None
-    for row in releases:
-        night, table = row["logical_date"], tables[row["logical_date"]]
-        pairs = future_pairs(home, lake, night)
-        seconds = {path.stem: read_json(path)["seconds"] for path in (home.root / "reports" / row["tag"]).glob("*.json")}
-        found: dict[str, Any] = {"branch": name, "night": str(night), "generation": row["generation"], "refit_due": row["refit_due"]}
-        found |= {f"since_first_{key}": value for key, value in kept(tables[first], table).items()}
-        found |= {f"night_{key}": value for key, value in kept(before, table).items()} if before is not None else {}
-        found |= {"collision_rate": read_json(home.root / "reports" / row["tag"] / "assign_sid.json")["metrics"]["collision_rate"]}
-        found |= {
-            "recall": recall(table, sizes[row["generation"]], pairs),
-            "recall_never_update": recall(tables[first], sizes[releases[0]["generation"]], pairs),
-        }
-        after = later.filter(pc.and_(pc.greater(later["event_ts"], _instant(night, 1)), pc.less(later["event_ts"], _instant(night, 1 + FUTURE_DAYS))))
-        losses = [one - other for one, other in zip(read_by(fits, tables[first], after), read_by(fits, table, after), strict=True)]
-        found |= {"reader_loss": float(np.mean(losses)), "reader_losses": losses, "reader_rows": len(after)}
-        rows.append(found | {"seconds": round(sum(seconds.values()), 1)})
-        before = table
+def fresh_reader(world: World, one: Released, night: date) -> float:
+    """R@20 of next-item retrievers trained on the night's sequences with a release's codes, on the days to come; an item without codes is a miss."""
+    rows = one.table.filter(pc.equal(one.table["status"], "live")).sort_by("item_id")
+    number_N = torch.from_numpy(rows["disambiguator"].to_numpy().astype("int64"))
+    catalogue = Catalogue(
+        codes_NL=torch.from_numpy(matrix(rows["codes"]).astype("int64")),
+        weights_NL=torch.from_numpy(matrix(rows["weights"]).astype("float32")),
+        number_N=number_N,
+        codebook_sizes=one.sizes,
+        numbers=int(number_N.max()) + 1,
+    )
+    words = Vocabulary(tag="", logical_date=night, generation=1, codebook_sizes=one.sizes, codebook_digest="")
+    shelf = train_retriever.Shelf(words, night, rows["item_id"].combine_chunks(), catalogue, rows["popularity"].to_numpy())
+    base, settings = world.base, world.base.config.train_retriever
+    snapshots = {"feature.user_sequence": lakehouse.current_snapshot(base.home, base.config.lake, "feature.user_sequence")}
+    sequences, users = train_retriever.read_sequences(View(base.home, base.config.lake, snapshots), shelf)
+    questions = train_retriever.read_questions(world.later(night), shelf, sequences, users, settings, derive_seed("stability", "questions"))
+    found = []
+    for seed in range(FRESH_READERS):
+        made = with_threads(base.config, lambda seed=seed: training.fit(catalogue, sequences, settings, seed=derive_seed("stability", "fresh", seed)))
+        ranks = train_retriever.ranked(made, questions, settings)
+        found.append(evaluation.recall_at(ranks, 20).sum() / (len(ranks) + sum(questions.left_out.values())))
+    return float(np.mean(found))
+
+
+# ---------------------------------------------------------------- one branch
+
+
+def measure(world: World, name: str, released: Sequence[Released], fits: Sequence[RankerFit]) -> list[dict[str, Any]]:
+    """One row per night after the first."""
+    first, rows = released[0], []
+    for number, (before, one) in enumerate(itertools.pairwise(released), start=1):
+        step = compared(before.table, one.table, one.sizes)
+        row: dict[str, Any] = {"branch": name, "night": str(one.night), "start": one.start, "file": one.night in world.with_file, "seconds": one.seconds}
+        row |= {f"night_{key}": value for key, value in kept(step).items()}
+        row |= {f"since_first_{key}": value for key, value in kept(compared(first.table, one.table, one.sizes)).items()}
+        row |= {"collision_rate": collision_rate(one.table, one.sizes), **neighbours(world, before, one, step)}
+        later = world.later(one.night)
+        at_home, now = read_by(fits, first.table, later), read_by(fits, one.table, later)
+        row |= {"reader_auc": mean(np.array(now)), "reader_losses": [a - b for a, b in zip(at_home, now, strict=True)], "reader_rows": len(later)}
+        if number % FUTURE_DAYS == 0:
+            row["fresh_reader"] = fresh_reader(world, one, one.night)
+        rows.append(row)
     return rows
 
 
-def _instant(day: date, days: int) -> datetime:
-    """The first instant some days later, UTC."""
-    return datetime.combine(day + timedelta(days=days), time(), tzinfo=UTC)
+def neighbours(world: World, before: Released, one: Released, step: pa.Table) -> dict[str, float]:
+    """R@20 of the night; of the items with their first code, and of those that moved, with last night's codes and with tonight's."""
+    pairs, shelf = world.pairs[one.night], world.shelf(one.night)
+    now, then = (recalls(release.table, one.sizes, pairs, shelf) for release in (one, before))
+    found = {"recall": mean_recall(now)[0]}
+    moved = pc.and_(pc.invert(step["same"]), pc.invert(step["first_code"]))
+    for name, chosen in (("first", step["first_code"]), ("moved", moved)):
+        items = step["item_id"].filter(chosen)
+        (found[f"{name}_before"], found[f"{name}_asked"]), (found[f"{name}_after"], _) = mean_recall(then, items), mean_recall(now, items)
+    return found
 
 
-def upper_loss(rows: list[dict[str, Any]]) -> float:
-    """Upper end of the 95 % interval, over rankers, of the mean AUC loss over nights."""
-    by_ranker = np.array([row["reader_losses"] for row in rows]).mean(axis=0)
-    return float(by_ranker.mean() + stats.t.ppf(0.975, len(by_ranker) - 1) * stats.sem(by_ranker))
+# ---------------------------------------------------------------- the tables
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: one line per branch, means over the nights, kept shares at the last one."""
-    parts = "(items / mass / head)"
-    kept_titles = [f"kept a night {parts}", f"kept since the first {parts}"]
-    titles = ["branch", "nights", *kept_titles, "moved a night", "collisions", "R@20", "R@20 never update", "AUC loss of old readers (upper 95 %)", "s a night"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    for branch in dict.fromkeys(row["branch"] for row in rows):
-        mine = [row for row in rows if row["branch"] == branch and "night_items" in row]
-        mean = {key: float(np.nanmean([row[key] for row in mine])) for key in mine[0] if isinstance(mine[0][key], float)}
-        views = {"night": mean, "since_first": mine[-1]}
-        shares = [" / ".join(f"{values[f'{kind}_{part}']:.3f}" for part in ("items", "mass", "head")) for kind, values in views.items()]
-        quality = f"{mean['night_moved']:.0f} | {mean['collision_rate']:.3f} | {mean['recall']:.4f} | {mean['recall_never_update']:.4f}"
-        cost = f"{mean['reader_loss']:.4f} ({upper_loss(mine):.4f}) | {mean['seconds']:.0f}"
-        lines.append(f"| {branch} | {len(mine)} | {shares[0]} | {shares[1]} | {quality} | {cost} |")
-    return "\n".join(lines)
+def three(row: Mapping[str, float], prefix: str) -> str:
+    """Items / mass / head."""
+    return " / ".join(f"{row[f'{prefix}{part}']:.3f}" for part in ("items", "mass", "head"))
 
 
-def main() -> None:
-    """Run what is missing, measure everything, write JSON and print the table."""
+def sid_line(mine: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells of what a branch keeps."""
+    average = {key: over_nights(mine, key) for key in mine[0] if isinstance(mine[0][key], float)}
+    with_file = over_nights([row for row in mine if row["file"]], "night_head")
+    since = [
+        cell for row in (mine[min(FUTURE_DAYS, len(mine)) - 1], mine[-1]) for cell in (three(row, "since_first_"), f"{row['since_first_apart_items']:.3f}")
+    ]
+    numbers = [f"{average['night_moved']:.0f} + {average['night_first_codes']:.0f}", f"{average['collision_rate']:.3f}"]
+    counts = f"{average['night_retrained']:.3f}"
+    return [three(average, "night_"), f"{with_file:.3f}", three(average, "night_apart_"), counts, *since, *numbers]
+
+
+def quality_line(mine: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells of what a branch's codes are worth."""
+    pairs = [
+        f"{over_nights(mine, f'{name}_before', f'{name}_asked'):.3f} -> {over_nights(mine, f'{name}_after', f'{name}_asked'):.3f} "
+        f"({sum(row[f'{name}_asked'] for row in mine)})"
+        for name in ("first", "moved")
+    ]
+    fresh = " / ".join(f"{row['fresh_reader']:.4f}" for row in mine if "fresh_reader" in row)
+    losses = [row["reader_losses"] for row in mine]
+    old = f"{over_nights(mine, 'reader_auc'):.4f}, {np.mean(losses):.4f} ({upper_bound(losses):.4f})"
+    return [f"{over_nights(mine, 'recall'):.4f}", *pairs, fresh, old, f"{over_nights(mine, 'seconds'):.0f}"]
+
+
+SID_TITLES = (
+    "kept a night, items / mass / head",
+    "head, nights with a file",
+    "kept a night, first codes apart",
+    "rows trained again",
+    "kept after 7 nights",
+    "first codes apart",
+    "kept at the end",
+    "first codes apart",
+    "moved + first codes a night",
+    "collisions",
+)
+QUALITY_TITLES = (
+    "R@20",
+    "items with their first code, before -> after (n)",
+    "moved items, before -> after (n)",
+    "fresh reader R@20, each seventh night",
+    "old rankers: AUC, loss (upper 95 %)",
+    "s a night",
+)
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two Markdown tables, one line per branch: what is kept, and what the codes are worth."""
+    parts = []
+    for titles, cells in ((SID_TITLES, sid_line), (QUALITY_TITLES, quality_line)):
+        lines = ["| " + " | ".join(("branch", *titles)) + " |", "|" + "---|" * (len(titles) + 1)]
+        for branch in dict.fromkeys(row["branch"] for row in rows):
+            lines.append("| " + " | ".join([branch, *cells([row for row in rows if row["branch"] == branch])]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- main
+
+
+def branches(given: argparse.Namespace, settings: config.Config, due: frozenset[date]) -> list[Branch]:
+    """The branches to replay, the default one first; further margins are further frozen branches."""
+    margin = settings.assign_sid.hold_margin
+    chosen = [Branch(tokenizer=tokenizer, policy=policy, margin=margin, due=due) for tokenizer in given.tokenizers for policy in given.policies]
+    more = [Branch(tokenizer=tokenizer, policy="frozen", margin=float(text), due=due) for tokenizer in given.tokenizers for text in given.margins]
+    return list(dict.fromkeys([*chosen, *more]))
+
+
+def check_replay(base: Base, released: Sequence[Released]) -> None:
+    """Nothing, when the replayed nights hold the published rows.
+
+    Raises: SystemExit naming the first night that differs.
+    """
+    tags = {row["logical_date"]: row["tag"] for row in lakehouse.read_releases(base.home, base.config.lake).to_pylist() if row["status"] == "current"}
+    for one in released:
+        if unequal := differs(one.table, lakehouse.read_release(base.home, base.config.lake, tags[one.night])):
+            sys.exit(f"the replay of {one.night} differs from release {tags[one.night]} in: {unequal}")
+    sys.stderr.write(f"replayed {len(released)} nights of the default policy: the published rows\n")
+
+
+def label(branch: Branch, settings: config.Config) -> str:
+    """Its name in the table."""
+    margin = "" if branch.margin == settings.assign_sid.hold_margin else f", margin {branch.margin:g}"
+    return f"{branch.tokenizer} {branch.policy}{margin}"
+
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of all branches."""
+    home = Home((given.work / "home").resolve())
+    run_pipeline(home, given)
+    settings, nights = config.load(given.profile, tuple(given.sets)), days(given.first, given.last)
+    releases = lakehouse.read_releases(home, settings.lake).to_pylist()
+    due = frozenset(row["logical_date"] + timedelta(days=1) for row in releases if row["refit_due"])
+    base = Base.read(home, settings, nights)
+    world = World.read(base, nights)
+    rows: list[dict[str, Any]] = []
+    readers: dict[str, list[RankerFit]] = {}
+    for branch in branches(given, settings, due):
+        released = replay(base, given.work.resolve() / "replay", branch, nights)
+        if (branch.tokenizer, branch.policy, branch.margin) == (settings.train_tokenizer.tokenizer, "frozen", settings.assign_sid.hold_margin):
+            check_replay(base, released)
+        fits = readers.get(released[0].tokenizer) or old_readers(world, released[0])
+        if released[0].tokenizer not in readers and branch.policy != CONTENT_ONLY:
+            never = [replace(released[0], night=night, seconds=0.0) for night in nights]
+            rows += measure(world, f"{branch.tokenizer} {NEVER}", never, fits)
+        readers[released[0].tokenizer] = fits
+        rows += measure(world, label(branch, settings), released, fits)
+        given.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        sys.stderr.write(f"measured {label(branch, settings)}\n")
+    return rows
+
+
+def arguments() -> argparse.Namespace:
+    """What was typed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
     parser.add_argument("--profile", default="online_retail")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--first", type=date.fromisoformat, default=date(2010, 12, 31))
-    parser.add_argument("--last", type=date.fromisoformat, default=date(2011, 1, 18))
-    parser.add_argument("--tokenizers", default="ada_sid,rq_kmeans")
-    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--last", type=date.fromisoformat, default=date(2011, 1, 14))
+    parser.add_argument("--tokenizers", type=names, default=["ada_sid", "rq_kmeans"])
+    parser.add_argument("--policies", type=names, default=[*POLICIES, CONTENT_ONLY])
+    parser.add_argument("--margins", type=names, default=[], help="further values of assign_sid.hold_margin, as further frozen branches")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(".sid/stability.json"))
-    given = parser.parse_args()
-    work = Work(given.work, given.profile, given.sets)
-    tokenizers, policies = ([name for name in text.split(",") if name] for text in (given.tokenizers, given.policies))
-    run_nights(work, given.first, given.last, tokenizers, policies)
-    rows: list[dict[str, Any]] = []
-    for tokenizer in tokenizers:
-        fits, later = old_readers(work, tokenizer, given.first)
-        rows += [row for policy in policies for row in measure(work, f"{tokenizer}_{policy}", given.first, fits, later)]
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, measure everything, write JSON and print the tables."""
+    given = arguments()
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    sys.stdout.write(table(rows) + "\n")
+    rows = run(given)
+    sys.stdout.write(tables(rows) + "\n")
 
 
 if __name__ == "__main__":
