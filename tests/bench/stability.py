@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -24,14 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from stability_measures import baskets, collision_rate, compared, kept, matrix, mean, mean_recall, over_nights, recalls, upper_bound
-from stability_replay import CONTENT_ONLY, POLICIES, Base, Branch, Released, View, differs, replay, with_threads
+from safetensors.torch import load_file, save_file
+from stability_measures import baskets, collision_rate, compared, kept, matrix, mean_recall, over_nights, recalls, upper_bound
+from stability_replay import CONTENT_ONLY, POLICIES, Base, Branch, Released, differs, replay, with_threads
 
 from jobs import train_retriever
 from jobs.train_ranker import Vocabulary
 from pipeline import config, evaluation, lakehouse, ranker
-from pipeline.context import Home, derive_seed
-from pipeline.ranker import RankerFit
+from pipeline.context import Home, derive_seed, read_json, write_json
 from pipeline.retrievers import training
 from pipeline.retrievers.base import Catalogue
 
@@ -114,19 +114,31 @@ class World:
         return self.examples.filter(pc.and_(pc.equal(self.examples["split"], "test"), pc.and_(pc.greater_equal(when, begin), pc.less(when, end))))
 
 
-def old_readers(world: World, first: Released) -> list[RankerFit]:
-    """Rankers trained on the first release's codes."""
-    data = ranker.rank_data(world.examples, first.table, first.sizes)
-    settings = world.base.config.train_ranker
-    return [with_threads(world.base.config, ranker.fit, data, "id_sid", settings, derive_seed("stability", seed)) for seed in range(OLD_READERS)]
+@dataclass(frozen=True)
+class OldReader:
+    """A ranker trained on a first release: what rebuilds the network."""
+
+    config: Mapping[str, Any]
+    state: Mapping[str, torch.Tensor]
 
 
-def read_by(fits: Sequence[RankerFit], release: pa.Table, rows: pa.Table) -> list[float]:
+def old_readers(world: World, first: Released, folder: Path) -> list[OldReader]:
+    """Rankers trained on the first release's codes, kept in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{seed}.safetensors" for seed in range(OLD_READERS)]
+    for seed, path in enumerate(paths):
+        if not path.is_file():
+            data = ranker.rank_data(world.examples, first.table, first.sizes)
+            made = with_threads(world.base.config, ranker.fit, data, "id_sid", world.base.config.train_ranker, derive_seed("stability", seed))
+            write_json(path.with_suffix(".json"), {**made.config, "codebook_digest": "", "sid_version": ""})
+            save_file(dict(made.state), path)
+    return [OldReader(read_json(path.with_suffix(".json")), load_file(path)) for path in paths]
+
+
+def read_by(readers: Sequence[OldReader], release: pa.Table, rows: pa.Table) -> list[float]:
     """AUC of each ranker on the rows with the codes of a release."""
-    labels = rows["label"].to_numpy()
-    made = {"codebook_digest": "", "sid_version": ""}
-    readers = [ranker.load_ranker({**one.config, **made}, one.state, release, codebook_digest="", allow_foreign_codebook=True) for one in fits]
-    return [evaluation.auc(labels, reader.score(rows)) for reader in readers]
+    loaded = [ranker.load_ranker(one.config, one.state, release, codebook_digest="", allow_foreign_codebook=True) for one in readers]
+    return [evaluation.auc(rows["label"].to_numpy(), one.score(rows)) for one in loaded]
 
 
 def fresh_reader(world: World, one: Released, night: date) -> float:
@@ -143,8 +155,7 @@ def fresh_reader(world: World, one: Released, night: date) -> float:
     words = Vocabulary(tag="", logical_date=night, generation=1, codebook_sizes=one.sizes, codebook_digest="")
     shelf = train_retriever.Shelf(words, night, rows["item_id"].combine_chunks(), catalogue, rows["popularity"].to_numpy())
     base, settings = world.base, world.base.config.train_retriever
-    snapshots = {"feature.user_sequence": lakehouse.current_snapshot(base.home, base.config.lake, "feature.user_sequence")}
-    sequences, users = train_retriever.read_sequences(View(base.home, base.config.lake, snapshots), shelf)
+    sequences, users = train_retriever.read_sequences(base.view(), shelf)
     questions = train_retriever.read_questions(world.later(night), shelf, sequences, users, settings, derive_seed("stability", "questions"))
     found = []
     for seed in range(FRESH_READERS):
@@ -157,31 +168,47 @@ def fresh_reader(world: World, one: Released, night: date) -> float:
 # ---------------------------------------------------------------- one branch
 
 
-def measure(world: World, name: str, released: Sequence[Released], fits: Sequence[RankerFit]) -> list[dict[str, Any]]:
-    """One row per night after the first."""
-    first, rows = released[0], []
-    for number, (before, one) in enumerate(itertools.pairwise(released), start=1):
-        step = compared(before.table, one.table, one.sizes)
-        row: dict[str, Any] = {"branch": name, "night": str(one.night), "start": one.start, "file": one.night in world.with_file, "seconds": one.seconds}
-        row |= {f"night_{key}": value for key, value in kept(step).items()}
-        row |= {f"since_first_{key}": value for key, value in kept(compared(first.table, one.table, one.sizes)).items()}
-        row |= {"collision_rate": collision_rate(one.table, one.sizes), **neighbours(world, before, one, step)}
-        later = world.later(one.night)
-        at_home, now = read_by(fits, first.table, later), read_by(fits, one.table, later)
-        row |= {"reader_auc": mean(np.array(now)), "reader_losses": [a - b for a, b in zip(at_home, now, strict=True)], "reader_rows": len(later)}
-        if number % FUTURE_DAYS == 0:
-            row["fresh_reader"] = fresh_reader(world, one, one.night)
-        rows.append(row)
+def measure(world: World, root: Path, name: str, released: Sequence[Released], readers: Sequence[OldReader]) -> list[dict[str, Any]]:
+    """One row per night after the first, each measured once; the last one with a fresh reader."""
+    folder, first = root / "measured" / name.replace(" ", "_"), released[0]
+    rows = []
+    for before, one in itertools.pairwise(released):
+        row = remembered(folder / f"{one.night}.json", lambda before=before, one=one: measured(world, first, before, one, readers))
+        rows.append({"branch": name, **row})
+    last = released[-1]
+    rows[-1] |= remembered(folder / f"fresh-{last.night}.json", lambda: {"fresh_reader": fresh_reader(world, last, last.night)})
     return rows
 
 
+def remembered(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON document of that path, made where it is not there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, make())
+    return read_json(path)
+
+
+def measured(world: World, first: Released, before: Released, one: Released, readers: Sequence[OldReader]) -> dict[str, Any]:
+    """The numbers of a night."""
+    step, since = (compared(old.table, one.table) for old in (before, first))
+    row: dict[str, Any] = {"night": str(one.night), "start": one.start, "file": one.night in world.with_file}
+    row |= {f"{view}_{key}": value for view, items in (("night", step), ("since_first", since)) for key, value in kept(items).items()}
+    row |= {"collision_rate": collision_rate(one.table, one.sizes), **neighbours(world, before, one, step)}
+    later = world.later(one.night)
+    known, now = read_by(readers, first.table, later), read_by(readers, one.table, later)
+    losses = [a - b for a, b in zip(known, now, strict=True)]
+    return row | {"reader_auc": float(np.mean(now)), "reader_losses": losses, "reader_rows": len(later)}
+
+
 def neighbours(world: World, before: Released, one: Released, step: pa.Table) -> dict[str, float]:
-    """R@20 of the night; of the items with their first code, and of those that moved, with last night's codes and with tonight's."""
+    """R@20 of the night; of the items with their first behaviour row, and of those that moved, with last night's codes and with tonight's."""
     pairs, shelf = world.pairs[one.night], world.shelf(one.night)
-    now, then = (recalls(release.table, one.sizes, pairs, shelf) for release in (one, before))
-    found = {"recall": mean_recall(now)[0]}
-    moved = pc.and_(pc.invert(step["same"]), pc.invert(step["first_code"]))
-    for name, chosen in (("first", step["first_code"]), ("moved", moved)):
+    now = recalls(one.table, one.sizes, pairs, shelf)
+    moved = pc.and_(pc.invert(step["same"]), pc.invert(step["first_row"]))
+    changed = step["item_id"].filter(pc.or_(moved, step["first_row"])).combine_chunks()
+    then = recalls(before.table, one.sizes, pairs.filter(pc.is_in(pairs["item_id"], value_set=changed)), shelf)
+    found: dict[str, float] = {"recall": mean_recall(now)[0]}
+    for name, chosen in (("first", step["first_row"]), ("moved", moved)):
         items = step["item_id"].filter(chosen)
         (found[f"{name}_before"], found[f"{name}_asked"]), (found[f"{name}_after"], _) = mean_recall(then, items), mean_recall(now, items)
     return found
@@ -202,7 +229,7 @@ def sid_line(mine: Sequence[Mapping[str, Any]]) -> list[str]:
     since = [
         cell for row in (mine[min(FUTURE_DAYS, len(mine)) - 1], mine[-1]) for cell in (three(row, "since_first_"), f"{row['since_first_apart_items']:.3f}")
     ]
-    numbers = [f"{average['night_moved']:.0f} + {average['night_first_codes']:.0f}", f"{average['collision_rate']:.3f}"]
+    numbers = [f"{average['night_moved']:.0f} + {average['night_unmasked']:.0f}", f"{average['collision_rate']:.3f}"]
     counts = f"{average['night_retrained']:.3f}"
     return [three(average, "night_"), f"{with_file:.3f}", three(average, "night_apart_"), counts, *since, *numbers]
 
@@ -214,31 +241,29 @@ def quality_line(mine: Sequence[Mapping[str, Any]]) -> list[str]:
         f"({sum(row[f'{name}_asked'] for row in mine)})"
         for name in ("first", "moved")
     ]
-    fresh = " / ".join(f"{row['fresh_reader']:.4f}" for row in mine if "fresh_reader" in row)
     losses = [row["reader_losses"] for row in mine]
     old = f"{over_nights(mine, 'reader_auc'):.4f}, {np.mean(losses):.4f} ({upper_bound(losses):.4f})"
-    return [f"{over_nights(mine, 'recall'):.4f}", *pairs, fresh, old, f"{over_nights(mine, 'seconds'):.0f}"]
+    return [f"{over_nights(mine, 'recall'):.4f}", *pairs, f"{over_nights(mine, 'fresh_reader'):.4f}", old]
 
 
 SID_TITLES = (
     "kept a night, items / mass / head",
     "head, nights with a file",
-    "kept a night, first codes apart",
+    "kept a night, first behaviour rows apart",
     "rows trained again",
     "kept after 7 nights",
-    "first codes apart",
+    "first rows apart",
     "kept at the end",
-    "first codes apart",
-    "moved + first codes a night",
+    "first rows apart",
+    "moved + unmasked a night",
     "collisions",
 )
 QUALITY_TITLES = (
     "R@20",
-    "items with their first code, before -> after (n)",
+    "items with their first behaviour row, before -> after (n)",
     "moved items, before -> after (n)",
-    "fresh reader R@20, each seventh night",
+    "fresh reader R@20, last night",
     "old rankers: AUC, loss (upper 95 %)",
-    "s a night",
 )
 
 
@@ -292,17 +317,17 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     base = Base.read(home, settings, nights)
     world = World.read(base, nights)
     rows: list[dict[str, Any]] = []
-    readers: dict[str, list[RankerFit]] = {}
+    root, first_seen = given.work.resolve() / "replay", set()
     for branch in branches(given, settings, due):
-        released = replay(base, given.work.resolve() / "replay", branch, nights)
+        released = replay(base, root, branch, nights)
         if (branch.tokenizer, branch.policy, branch.margin) == (settings.train_tokenizer.tokenizer, "frozen", settings.assign_sid.hold_margin):
             check_replay(base, released)
-        fits = readers.get(released[0].tokenizer) or old_readers(world, released[0])
-        if released[0].tokenizer not in readers and branch.policy != CONTENT_ONLY:
-            never = [replace(released[0], night=night, seconds=0.0) for night in nights]
-            rows += measure(world, f"{branch.tokenizer} {NEVER}", never, fits)
-        readers[released[0].tokenizer] = fits
-        rows += measure(world, label(branch, settings), released, fits)
+        words = f"{branch.tokenizer} {CONTENT_ONLY if branch.policy == CONTENT_ONLY else NEVER}"
+        readers = old_readers(world, released[0], root / "readers" / words.replace(" ", "_"))
+        if words not in first_seen and branch.policy != CONTENT_ONLY:
+            rows += measure(world, root, words, [replace(released[0], night=night) for night in nights], readers)
+        first_seen.add(words)
+        rows += measure(world, root, label(branch, settings), released, readers)
         given.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         sys.stderr.write(f"measured {label(branch, settings)}\n")
     return rows

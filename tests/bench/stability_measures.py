@@ -19,6 +19,7 @@ from pipeline.tokenizers import collisions
 NEIGHBOURS = 20
 LONGEST_BASKET = 30  # a wholesaler's list says little
 QUERIES = 256  # scored at once
+TIE = 1e-9  # what a row later in the order costs: below any difference of weights
 
 
 def matrix(lists: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -34,26 +35,26 @@ def live(release: pa.Table) -> pa.Table:
 # ---------------------------------------------------------------- kept SIDs
 
 
-def compared(old: pa.Table, new: pa.Table, sizes: Sequence[int]) -> pa.Table:
+def compared(old: pa.Table, new: pa.Table) -> pa.Table:
     """The items of both releases: item_id, popularity, head, and what became of each.
 
-    same: full SID, codes and number. first_code: a masked slot got its first code. retrained: it had a behaviour row and has another one.
+    same: full SID, codes and number. first_row: it had no behaviour row and has one, so its masked slots have codes. retrained: it had another row.
     """
     before, after = live(old), live(new)
     place = pc.index_in(after["item_id"], value_set=before["item_id"].combine_chunks())
     known = place.is_valid()
     before, after = before.take(place.drop_null()), after.filter(known)
-    old_NL, new_NL, masked_L = matrix(before["codes"]), matrix(after["codes"]), np.asarray(sizes)
+    same_codes_N = (matrix(before["codes"]) == matrix(after["codes"])).all(1)
     same_number_N = before["disambiguator"].to_numpy() == after["disambiguator"].to_numpy()
-    had_N = before["behavior_date"].is_valid().to_numpy()
+    had_N, has_N = (rows["behavior_date"].is_valid().to_numpy() for rows in (before, after))
     other_row_N = pc.fill_null(pc.not_equal(before["behavior_date"], after["behavior_date"]), False).to_numpy()
     return pa.table(
         {
             "item_id": after["item_id"],
             "popularity": after["popularity"],
             "head": pc.equal(after["popularity_stratum"], "head"),
-            "same": (old_NL == new_NL).all(1) & same_number_N,
-            "first_code": ((old_NL == masked_L) & (new_NL < masked_L)).any(1),
+            "same": same_codes_N & same_number_N,
+            "first_row": ~had_N & has_N,
             "retrained": had_N & other_row_N,
         }
     )
@@ -62,10 +63,10 @@ def compared(old: pa.Table, new: pa.Table, sizes: Sequence[int]) -> pa.Table:
 def kept(items: pa.Table) -> dict[str, float]:
     """Shares of the items of `compared` that keep their full SID.
 
-    items / mass / head: an item with its first behaviour code counts as moved, if its SID is another. apart_*: among the items without one.
-    retrained: among the items whose behaviour row was trained again; a copied item cannot move. moved / first_codes: numbers of items.
+    items / mass / head: an item whose first behaviour row gave it another SID counts as moved. apart_*: among the items without a first row.
+    retrained: among the items whose behaviour row was trained again; a copied item cannot move. moved / unmasked: items with another SID, by reason.
     """
-    same_N, first_N, head_N, retrained_N = (items[name].to_numpy() for name in ("same", "first_code", "head", "retrained"))
+    same_N, first_N, head_N, retrained_N = (items[name].to_numpy() for name in ("same", "first_row", "head", "retrained"))
     mass_N, apart_N = items["popularity"].to_numpy(), ~first_N
 
     def shares(chosen_N: np.ndarray) -> dict[str, float]:
@@ -80,7 +81,7 @@ def kept(items: pa.Table) -> dict[str, float]:
     return found | {
         "retrained": mean(same_N[retrained_N & apart_N]),
         "moved": float((~same_N & apart_N).sum()),
-        "first_codes": float((~same_N & first_N).sum()),
+        "unmasked": float((~same_N & first_N).sum()),
     }
 
 
@@ -117,38 +118,35 @@ def recalls(release: pa.Table, sizes: Sequence[int], pairs: pa.Table, shelf: pa.
     """(item_id, recall): share of an item's future partners among its 20 items with most shared codes, ties to the more popular item.
 
     Args:
-        pairs: `baskets` of the days to come.
-        shelf: the items that are asked for, as queries and as partners; one that the release does not know is never found and finds nothing.
+        pairs: `baskets` of the days to come, (item_id, item_id_b) in both directions; items asked for are those of the first column.
+        shelf: the items that may be partners or queries; one that the release does not know is never found and finds nothing.
     """
     rows = live(release).sort_by([("popularity", "descending"), ("item_id", "ascending")])
     asked = pairs.filter(pc.and_(*(pc.is_in(pairs[name], value_set=shelf.combine_chunks()) for name in ("item_id", "item_id_b"))))
-    ids = rows["item_id"].combine_chunks()
-    queries = pc.unique(asked["item_id"]).sort()
-    query_P, item_P, partner_P = (
-        pc.fill_null(pc.index_in(asked[name], value_set=values), -1).to_numpy().astype(np.int64)
-        for name, values in (("item_id", queries), ("item_id", ids), ("item_id_b", ids))
+    ids, queries = rows["item_id"].combine_chunks(), pc.unique(asked["item_id"]).sort()
+    query_P, partner_P = (
+        pc.fill_null(pc.index_in(asked[name], value_set=values), -1).to_numpy().astype(np.int64) for name, values in (("item_id", queries), ("item_id_b", ids))
     )
-    wanted_Q = np.bincount(query_P, minlength=len(queries))
-    place_Q = np.full(len(queries), -1)
-    place_Q[query_P] = item_P
+    place_Q = pc.fill_null(pc.index_in(queries, value_set=ids), -1).to_numpy(zero_copy_only=False).astype(np.int64)
     near_QK = nearest(matrix(rows["codes"]), matrix(rows["weights"]), np.asarray(sizes), np.maximum(place_Q, 0))
-    hit_P = (near_QK[query_P] == partner_P[:, None]).any(1) & (partner_P >= 0) & (item_P >= 0)
-    hits_Q = np.bincount(query_P, weights=hit_P, minlength=len(queries))
+    hit_P = (near_QK[query_P] == partner_P[:, None]).any(1) & (partner_P >= 0) & (place_Q[query_P] >= 0)
+    wanted_Q, hits_Q = (np.bincount(query_P, weights=weight_P, minlength=len(queries)) for weight_P in (np.ones(len(query_P)), hit_P))
     return pa.table({"item_id": queries, "recall": hits_Q / np.minimum(wanted_Q, NEIGHBOURS)})
 
 
 def nearest(codes_NL: np.ndarray, weights_NL: np.ndarray, sizes_L: np.ndarray, query_Q: np.ndarray) -> np.ndarray:
-    """Rows of the 20 items that share most codes with each query row, (Q, 20); a shared code counts its smaller weight, earlier rows win ties."""
-    described_NL = codes_NL < sizes_L
-    found = []
+    """Rows of the 20 items that share most codes with each query row, (Q, 20), in no order; a shared code counts its smaller weight, earlier rows win ties."""
+    described_NL, few = codes_NL < sizes_L, min(NEIGHBOURS, len(codes_NL))
+    first_N = np.arange(len(codes_NL)) * TIE
+    found = [np.zeros((0, few), np.int64)]
     for chosen_B in np.split(query_Q, range(QUERIES, len(query_Q), QUERIES)):
-        score_BN = np.zeros((len(chosen_B), len(codes_NL)))
+        score_BN = np.tile(-first_N, (len(chosen_B), 1))
         for code_N, weight_N, described_N in zip(codes_NL.T, weights_NL.T, described_NL.T, strict=True):  # over positions, never over items
             shared_BN = (code_N == code_N[chosen_B, None]) & described_N
             score_BN += shared_BN * np.minimum(weight_N, weight_N[chosen_B, None])
-        score_BN[np.arange(len(chosen_B)), chosen_B] = -1.0
-        found.append(np.argsort(-score_BN, axis=1, kind="stable")[:, :NEIGHBOURS])
-    return np.concatenate(found) if found else np.zeros((0, NEIGHBOURS), np.int64)
+        score_BN[np.arange(len(chosen_B)), chosen_B] = -np.inf
+        found.append(np.argpartition(-score_BN, few - 1, axis=1)[:, :few])
+    return np.concatenate(found)
 
 
 def mean_recall(found: pa.Table, item_ids: pa.ChunkedArray | None = None) -> tuple[float, int]:

@@ -1,14 +1,14 @@
-"""The stages that a refresh policy touches, replayed in one process on the manifests of a lake: no Spark, no tables, seconds a night.
+"""The stages that a refresh policy touches, replayed in one process on the lake of the default policy: no Spark, no tables, seconds a night.
 
-What no policy touches (events, popularity, sequences, content vectors, the manifest's other fields) is read from the lake that the pipeline made. The jobs
-`train_behavior_encoder` and `train_tokenizer` run as they are, on a view of that lake in which the tables a policy touches are the branch's own; the manifest's
-behaviour fields and the assignment are their SQL in Arrow. `differs` compares a replayed night with the release the pipeline published, row by row.
-A night that is there is not replayed again. Suffixes: N items, L positions.
+What no policy touches (events, popularity, sequences, content vectors, the manifest's other fields) is read from the lake that the pipeline made, and so
+are the first night's models and the default policy's behaviour rows. Elsewhere the jobs `train_behavior_encoder` and `train_tokenizer` run as they are, on a
+view of the lake in which the tables a policy touches are the branch's own; the manifest's behaviour fields and the assignment are their SQL in Arrow. `differs`
+compares a replayed night with the release that the pipeline published, row by row. A night that is there is not replayed again.
+Suffixes: N items, L positions.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -32,7 +32,7 @@ from pipeline.stages import BY_NAME
 from pipeline.tokenizers import collisions
 from pipeline.tokenizers.base import join_vectors
 
-BEHAVIOUR = ("behavior_date", "evidence_count", "evidence_bucket", "richness", "strength")
+MASKED = {"behavior_date": None, "evidence_count": 0, "evidence_bucket": -1, "richness": 0.0, "strength": 0.0}  # of an item without a behaviour row
 VECTORS = pa.schema([("logical_date", pa.date32()), ("item_id", pa.string()), ("vector", pa.large_list(pa.float32()))])
 POLICIES = ("frozen", "anchored", "warm", "cold")
 CONTENT_ONLY = "content only"
@@ -54,8 +54,9 @@ class Branch:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
-        return f"{self.tokenizer}-{self.policy.replace(' ', '_')}-{self.margin:g}"
+        """Name of its folder; only where a vocabulary goes on is anything held."""
+        held = "" if self.policy in ("warm", "cold") else f"-{self.margin:g}"
+        return f"{self.tokenizer}-{self.policy.replace(' ', '_')}{held}"
 
     @property
     def track(self) -> str:
@@ -95,13 +96,15 @@ class View(Inputs):
 
 @dataclass(frozen=True)
 class Base:
-    """What every branch reads of the lake, once: manifests and popularity by night, content vectors."""
+    """What every branch reads of the lake, once: manifests and popularity by night, content vectors, the default policy's behaviour rows and generations."""
 
     home: Home
     config: Config
     manifests: Mapping[date, pa.Table]
     evidence: Mapping[date, pa.Table]
     content: pa.Table
+    vectors: pa.Table
+    generations: Mapping[int, Mapping[str, Any]]
     snapshots: Mapping[str, int | None]
 
     @classmethod
@@ -117,7 +120,17 @@ class Base:
         manifests = {night: plain(rows("feature.item_feature", night)) for night in nights}
         evidence = {night: plain(rows("feature.item_popularity", night)) for night in nights}
         content = lakehouse.read_arrow(home, config.lake, "feature.item_content_vector", columns=("encoder_id", "modality", "content_hash", "vector"))
-        return cls(home, config, manifests, evidence, content, snapshots)
+        vectors = lakehouse.read_arrow(home, config.lake, "feature.item_behavior_vector", columns=("generation", *VECTORS.names))
+        generations = {row["generation"]: row for row in lakehouse.read_arrow(home, config.lake, "sid.generation").to_pylist()}
+        return cls(home, config, manifests, evidence, content, vectors, generations, snapshots)
+
+    def generation(self, night: date) -> Mapping[str, Any]:
+        """The generation of the release that the pipeline published for a night."""
+        return self.generations[self.manifests[night]["generation"][0].as_py()]
+
+    def view(self, tables: Mapping[str, pa.Table] | None = None, parent: pa.Table | None = None) -> View:
+        """The lake with those tables in place of its own."""
+        return View(self.home, self.config.lake, self.snapshots, tables=tables or {}, parent=parent)
 
 
 def plain(table: pa.Table) -> pa.Table:
@@ -136,59 +149,64 @@ class Behaviour:
     Args:
         manifest: the night's item_feature rows.
         vectors: rows (logical_date, item_id, vector) of the generation so far.
-        born / encoder: night and folder of the generation's encoder; empty without behaviour.
-        seconds: what the night's stages took.
+        born / encoder: night and address of the generation's encoder; no address without behaviour.
     """
 
     manifest: pa.Table
     vectors: pa.Table
     born: date
     encoder: str
-    seconds: float
 
     def save(self, folder: Path) -> None:
         """Write the state; the last file marks it complete."""
         pq.write_table(self.manifest, folder / "manifest.parquet")
         pq.write_table(self.vectors, folder / "vectors.parquet")
-        write_json(folder / "night.json", {"born": str(self.born), "encoder": self.encoder, "seconds": self.seconds})
+        write_json(folder / "night.json", {"born": str(self.born), "encoder": self.encoder})
 
     @classmethod
     def load(cls, folder: Path) -> Behaviour:
         """The state that was saved."""
         about = read_json(folder / "night.json")
         tables = {name: pq.read_table(folder / f"{name}.parquet") for name in ("manifest", "vectors")}
-        return cls(**tables, born=date.fromisoformat(about["born"]), encoder=about["encoder"], seconds=about["seconds"])
+        return cls(**tables, born=date.fromisoformat(about["born"]), encoder=about["encoder"])
 
 
 def behaviour_night(base: Base, root: Path, branch: Branch, night: date, start: str, before: Behaviour | None) -> Behaviour:
-    """The track's rows of a night: train_behavior_encoder as it is, behavior_embedding and item_feature in Arrow."""
-    folder = root / "behaviour" / ("masked" if not branch.track else branch.track if before else "first") / str(night)
-    if (folder / "night.json").is_file():
-        return Behaviour.load(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    rows, reference, encoder = behavior_embedding.SCHEMA.empty_table(), {}, before.encoder if before and not start else ""
-    if branch.track:
-        ctx = context(base, root / "runs" / branch.track, "train_behavior_encoder", night, start, before.born if before else None)
-        tables = {} if before is None else {"feature.item_feature": before.manifest, "sid.generation": generation_row(before.born, encoder_uri=before.encoder)}
-        inputs = View(base.home, base.config.lake, base.snapshots, tables=tables)
-        found = with_threads(base.config, train_behavior_encoder.run, inputs, base.config.train_behavior_encoder, ctx)
-        if found.model is not None:
-            model = tracking.save_bundle(folder / "model", found.model)
-            rows, reference = behavior_embedding.bundle_rows(model), found.outputs["richness_reference"]
-            encoder = str(model) if start else encoder
-    trained = trained_rows(rows, base.evidence[night], reference)
-    old = before if before and not start else None
+    """The track's rows of a night: the pipeline's own on the first night and under the default policy, else trained or masked."""
+    if branch.track and (before is None or branch.policy == "frozen"):
+        return published(base, night)
+    folder = root / "behaviour" / (branch.track or "masked") / str(night)
+    if not (folder / "night.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        (trained_night(base, root, branch, night, start, before) if before and branch.track else masked(base, night)).save(folder)
+    return Behaviour.load(folder)
+
+
+def published(base: Base, night: date) -> Behaviour:
+    """The rows that the pipeline made under the default policy."""
+    generation = base.generation(night)
+    mine = pc.and_(pc.equal(base.vectors["generation"], generation["generation"]), pc.less_equal(base.vectors["logical_date"], pa.scalar(night)))
+    vectors = base.vectors.filter(mine).select(VECTORS.names).cast(VECTORS)
+    return Behaviour(manifest=base.manifests[night], vectors=vectors, born=generation["logical_date"], encoder=generation["encoder_uri"])
+
+
+def masked(base: Base, night: date) -> Behaviour:
+    """No item has a behaviour row."""
+    nothing = trained_rows(behavior_embedding.SCHEMA.empty_table(), base.evidence[night], {})
+    return Behaviour(manifest=manifest(base.manifests[night], nothing, night), vectors=VECTORS.empty_table(), born=night, encoder="")
+
+
+def trained_night(base: Base, root: Path, branch: Branch, night: date, start: str, before: Behaviour) -> Behaviour:
+    """A new generation's rows: train_behavior_encoder as it is, behavior_embedding and item_feature in Arrow."""
+    ctx = context(base, root / "runs" / branch.track, "train_behavior_encoder", night, start, before.born)
+    inputs = base.view({"sid.generation": generation_row(before.born, encoder_uri=before.encoder)})
+    found = with_threads(base.config, train_behavior_encoder.run, inputs, base.config.train_behavior_encoder, ctx)
+    assert found.model is not None, "a new generation has an encoder"
+    model = tracking.save_bundle(root / "behaviour" / branch.track / str(night) / "model", found.model)
+    rows = behavior_embedding.bundle_rows(model)
+    trained = trained_rows(rows, base.evidence[night], found.outputs["richness_reference"])
     vectors = pa.table({"logical_date": pa.array([night] * len(rows), pa.date32()), "item_id": rows["item_id"], "vector": rows["vector"]}, schema=VECTORS)
-    made = Behaviour(
-        manifest=manifest(base.manifests[night], trained, old.manifest if old else None, night),
-        vectors=pa.concat_tables([old.vectors, vectors]) if old else vectors,
-        born=night if start or before is None else before.born,
-        encoder=encoder,
-        seconds=time.monotonic() - began,
-    )
-    made.save(folder)
-    return made
+    return Behaviour(manifest=manifest(base.manifests[night], trained, night), vectors=vectors, born=night, encoder=str(model))
 
 
 def trained_rows(rows: pa.Table, evidence: pa.Table, reference: Mapping[str, Any]) -> pa.Table:
@@ -197,19 +215,17 @@ def trained_rows(rows: pa.Table, evidence: pa.Table, reference: Mapping[str, Any
     count = evidence["evidence_count"].take(place)
     buckets = pa.array(richness.evidence_bucket(count.to_numpy().astype(np.int64)), pa.int32())
     given = pa.table({"item_id": rows["item_id"], "evidence_count": count, "evidence_bucket": buckets, "norm": rows["norm"]}).combine_chunks()
-    schema = pa.schema([("item_id", pa.string()), *zip(BEHAVIOUR[1:], (pa.int64(), pa.int32(), pa.float32(), pa.float32()), strict=True)])
+    schema = pa.schema([("item_id", pa.string()), *zip(list(MASKED)[1:], (pa.int64(), pa.int32(), pa.float32(), pa.float32()), strict=True)])
     return pa.Table.from_batches(item_feature.richness_mapper(reference)(iter(given.to_batches())) if len(given) else [], schema)
 
 
-def manifest(shelf: pa.Table, trained: pa.Table, parent: pa.Table | None, night: date) -> pa.Table:
-    """The night's manifest with behaviour fields of `trained`, else the parent's bit by bit, else masked."""
+def manifest(shelf: pa.Table, trained: pa.Table, night: date) -> pa.Table:
+    """The manifest of a new generation: the behaviour fields of `trained`, else masked."""
     dated = trained.append_column("behavior_date", pa.array([night] * len(trained), pa.date32()))
-    masked = {"behavior_date": None, "evidence_count": 0, "evidence_bucket": -1, "richness": 0.0, "strength": 0.0}
-    for name in BEHAVIOUR:
+    for name, value in MASKED.items():
         at = shelf.column_names.index(name)
-        sources = [matched(shelf["item_id"], rows, name) for rows in (dated, parent) if rows is not None]
-        filled = pc.coalesce(*[pc.cast(source, shelf.schema.field(at).type) for source in sources], pa.scalar(masked[name], shelf.schema.field(at).type))
-        shelf = shelf.set_column(at, shelf.schema.field(at), filled)
+        kind = shelf.schema.field(at).type
+        shelf = shelf.set_column(at, shelf.schema.field(at), pc.coalesce(pc.cast(matched(shelf["item_id"], dated, name), kind), pa.scalar(value, kind)))
     return shelf
 
 
@@ -230,7 +246,6 @@ class Released:
         sizes: K per position.
         start: how the night began, empty = frozen.
         born / tokenizer: night and folder of its generation's tokenizer.
-        seconds: of the stages a policy touches.
     """
 
     night: date
@@ -239,12 +254,11 @@ class Released:
     start: str
     born: date
     tokenizer: str
-    seconds: float
 
     def save(self, folder: Path) -> None:
         """Write the night; the last file marks it complete."""
         pq.write_table(self.table, folder / "release.parquet")
-        about = {"sizes": list(self.sizes), "start": self.start, "born": str(self.born), "tokenizer": self.tokenizer, "seconds": self.seconds}
+        about = {"sizes": list(self.sizes), "start": self.start, "born": str(self.born), "tokenizer": self.tokenizer}
         write_json(folder / "night.json", about)
 
     @classmethod
@@ -273,7 +287,6 @@ def released_night(base: Base, root: Path, branch: Branch, night: date, start: s
     """train_tokenizer as it is, where a generation begins, and assign_sid in Arrow."""
     folder = root / "branches" / branch.name / str(night)
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     if start:
         tokenizer, born = fitted(base, root, branch, night, start, behaviour, parent), night
     else:
@@ -283,23 +296,22 @@ def released_night(base: Base, root: Path, branch: Branch, night: date, start: s
     margin = branch.margin if start in assign_sid.SAME_WORDS else None
     encoded = encode(base, behaviour, parent, tokenizer, sizes, night if not start else None, margin)
     table = release_rows(behaviour.manifest, encoded, parent.table if parent else None, carry=not start, same_words=start in assign_sid.SAME_WORDS)
-    seconds = behaviour.seconds + time.monotonic() - began
-    return Released(night=night, table=table, sizes=sizes, start=start, born=born, tokenizer=tokenizer, seconds=seconds)
+    return Released(night=night, table=table, sizes=sizes, start=start, born=born, tokenizer=tokenizer)
 
 
 def fitted(base: Base, root: Path, branch: Branch, night: date, start: str, behaviour: Behaviour, parent: Released | None) -> str:
-    """Folder of the tokenizer fitted tonight; the first night's is shared by all policies that see behaviour."""
-    shared = "masked" if not branch.track else "first"
-    folder = root / "tokenizers" / (f"{branch.tokenizer}-{shared}" if parent is None else branch.name) / str(night)
+    """Folder of the tokenizer fitted tonight; the first one that sees behaviour is shared by all policies, and is the pipeline's own for its tokenizer."""
+    if parent is None and branch.track and branch.tokenizer == base.config.train_tokenizer.tokenizer:
+        return str(base.view().model(base.generation(night)["tokenizer_uri"]))
+    folder = root / "tokenizers" / (branch.name if parent or not branch.track else f"{branch.tokenizer}-first") / str(night)
     if not (folder / "config.json").is_file():
         ctx = context(base, root / "runs" / branch.name, "train_tokenizer", night, start, parent.born if parent else None)
         tables = {"feature.item_feature": behaviour.manifest.filter(pc.equal(behaviour.manifest["status"], "live"))}
         tables["feature.item_behavior_vector"] = behaviour.vectors
         if parent is not None:
             tables["sid.generation"] = generation_row(parent.born, tokenizer_uri=parent.tokenizer)
-        inputs = View(base.home, base.config.lake, base.snapshots, tables=tables, parent=parent.table if parent else None)
         params = base.config.train_tokenizer.model_copy(update={"tokenizer": branch.tokenizer})
-        found = with_threads(base.config, train_tokenizer.run, inputs, params, ctx)
+        found = with_threads(base.config, train_tokenizer.run, base.view(tables, parent.table if parent else None), params, ctx)
         assert found.model is not None, "a generation has a tokenizer"
         tracking.save_bundle(folder, found.model)
     return str(folder)
