@@ -515,7 +515,7 @@ class TrainTokenizer(Section):
 class AssignSid(Section):
     """Collisions."""
 
-    hold_margin: float = Field(0.1, ge=0, description="frozen and anchored: a code stays while its distance is within this share of the nearest code's")
+    hold_margin: float = Field(0.5, ge=0, description="frozen and anchored: a code stays while its distance is within this share of the nearest code's")
     max_disambiguator: int = Field(64, ge=1, description="D_max: items that may share one code tuple")
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file, save_file
-from stability_measures import baskets, collision_rate, compared, kept, matrix, mean_recall, over_nights, recalls, upper_bound
+from stability_measures import aged, baskets, collision_rate, compared, kept, matrix, mean_recall, over_nights, recalls, upper_bound
 from stability_replay import CONTENT_ONLY, POLICIES, Base, Branch, Released, differs, replay, with_threads
 
 from jobs import train_retriever
@@ -168,14 +168,12 @@ def fresh_reader(world: World, one: Released, night: date) -> float:
 # ---------------------------------------------------------------- one branch
 
 
-def measure(world: World, root: Path, name: str, released: Sequence[Released], readers: Sequence[OldReader]) -> list[dict[str, Any]]:
-    """One row per night after the first, each measured once; the last one with a fresh reader."""
-    folder, first = root / "measured" / name.replace(" ", "_"), released[0]
-    rows = []
+def measure(world: World, folder: Path, name: str, released: Sequence[Released], readers: Sequence[OldReader]) -> list[dict[str, Any]]:
+    """One row per night after the first, each measured once and kept in the folder; the last one with a fresh reader."""
+    first, last, rows = released[0], released[-1], []
     for before, one in itertools.pairwise(released):
         row = remembered(folder / f"{one.night}.json", lambda before=before, one=one: measured(world, first, before, one, readers))
         rows.append({"branch": name, **row})
-    last = released[-1]
     rows[-1] |= remembered(folder / f"fresh-{last.night}.json", lambda: {"fresh_reader": fresh_reader(world, last, last.night)})
     return rows
 
@@ -195,7 +193,8 @@ def measured(world: World, first: Released, before: Released, one: Released, rea
     row |= {f"{view}_{key}": value for view, items in (("night", step), ("since_first", since)) for key, value in kept(items).items()}
     row |= {"collision_rate": collision_rate(one.table, one.sizes), **neighbours(world, before, one, step)}
     later = world.later(one.night)
-    known, now = read_by(readers, first.table, later), read_by(readers, one.table, later)
+    now = read_by(readers, one.table, later)
+    known = now if one.table is first.table else read_by(readers, first.table, later)
     losses = [a - b for a, b in zip(known, now, strict=True)]
     return row | {"reader_auc": float(np.mean(now)), "reader_losses": losses, "reader_rows": len(later)}
 
@@ -206,7 +205,7 @@ def neighbours(world: World, before: Released, one: Released, step: pa.Table) ->
     now = recalls(one.table, one.sizes, pairs, shelf)
     moved = pc.and_(pc.invert(step["same"]), pc.invert(step["first_row"]))
     changed = step["item_id"].filter(pc.or_(moved, step["first_row"])).combine_chunks()
-    then = recalls(before.table, one.sizes, pairs.filter(pc.is_in(pairs["item_id"], value_set=changed)), shelf)
+    then = recalls(aged(before.table, one.table), one.sizes, pairs.filter(pc.is_in(pairs["item_id"], value_set=changed)), shelf)
     found: dict[str, float] = {"recall": mean_recall(now)[0]}
     for name, chosen in (("first", step["first_row"]), ("moved", moved)):
         items = step["item_id"].filter(chosen)
@@ -317,17 +316,18 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     base = Base.read(home, settings, nights)
     world = World.read(base, nights)
     rows: list[dict[str, Any]] = []
-    root, first_seen = given.work.resolve() / "replay", set()
+    root, seen = given.work.resolve() / "replay", set()
     for branch in branches(given, settings, due):
         released = replay(base, root, branch, nights)
         if (branch.tokenizer, branch.policy, branch.margin) == (settings.train_tokenizer.tokenizer, "frozen", settings.assign_sid.hold_margin):
             check_replay(base, released)
         words = f"{branch.tokenizer} {CONTENT_ONLY if branch.policy == CONTENT_ONLY else NEVER}"
         readers = old_readers(world, released[0], root / "readers" / words.replace(" ", "_"))
-        if words not in first_seen and branch.policy != CONTENT_ONLY:
-            rows += measure(world, root, words, [replace(released[0], night=night) for night in nights], readers)
-        first_seen.add(words)
-        rows += measure(world, root, label(branch, settings), released, readers)
+        if words not in seen and branch.policy != CONTENT_ONLY:
+            first_always = [replace(released[0], night=night, table=aged(released[0].table, base.manifests[night])) for night in nights]
+            rows += measure(world, root / "measured" / words.replace(" ", "_"), words, first_always, readers)
+        seen.add(words)
+        rows += measure(world, root / "measured" / branch.name, label(branch, settings), released, readers)
         given.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         sys.stderr.write(f"measured {label(branch, settings)}\n")
     return rows

@@ -32,6 +32,14 @@ def live(release: pa.Table) -> pa.Table:
     return release.filter(pc.equal(release["status"], "live")).sort_by("item_id")
 
 
+def aged(release: pa.Table, tonight: pa.Table) -> pa.Table:
+    """A release with the popularity and strata of a later night, so that two releases differ in codes alone; its items must be known tonight."""
+    place = pc.index_in(release["item_id"], value_set=tonight["item_id"].combine_chunks())
+    for name in ("popularity", "popularity_stratum"):
+        release = release.set_column(release.column_names.index(name), name, tonight[name].take(place))
+    return release
+
+
 # ---------------------------------------------------------------- kept SIDs
 
 

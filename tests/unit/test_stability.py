@@ -78,6 +78,14 @@ def test_another_number_is_another_sid_and_retired_items_do_not_count(measures):
     assert measures.compared(old, new)["same"].to_pylist() == [True, False]
 
 
+def test_an_aged_release_has_its_own_codes_and_tonights_popularity(measures):
+    old, tonight = release([[0, 0], [1, 1]]), release([[2, 2], [3, 3], [0, 1]], popularity=[1.0, 5.0, 2.0])
+    made = measures.aged(old, tonight)
+    assert made["codes"].to_pylist() == old["codes"].to_pylist()
+    assert made["popularity"].to_pylist() == [1.0, 5.0]
+    assert made["popularity_stratum"].to_pylist() == ["tail", "head"]
+
+
 def test_a_share_of_nothing_is_nan(measures):
     found = measures.kept(measures.compared(release([[0, 0]], trained=[None]), release([[0, 0]], trained=[None])))
     assert math.isnan(found["retrained"])
