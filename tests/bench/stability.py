@@ -25,15 +25,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file, save_file
-from stability_measures import aged, baskets, collision_rate, compared, kept, matrix, mean_recall, over_nights, recalls, upper_bound
+from stability_measures import aged, baskets, collision_rate, compared, kept, mean_recall, over_nights, recalls, upper_bound
 from stability_replay import CONTENT_ONLY, POLICIES, Base, Branch, Released, differs, replay, with_threads
 
-from jobs import train_retriever
-from jobs.train_ranker import Vocabulary
 from pipeline import config, evaluation, lakehouse, ranker
 from pipeline.context import Home, derive_seed, read_json, write_json
-from pipeline.retrievers import training
-from pipeline.retrievers.base import Catalogue
 
 FUTURE_DAYS = 7
 OLD_READERS = 3
@@ -95,12 +91,12 @@ class World:
         )
         examples = lakehouse.read_arrow(base.home, base.config.lake, "rank.rank_example")
 
-        def after(night: date) -> pa.Table:
+        def bought(night: date) -> pa.Table:
             """The events of the day files that follow."""
             until = pa.scalar(night + timedelta(days=FUTURE_DAYS))
             return events.filter(pc.and_(pc.greater(events["file_date"], pa.scalar(night)), pc.less_equal(events["file_date"], until)))
 
-        return cls(base, examples, {night: baskets(after(night)) for night in nights}, frozenset(pc.unique(events["file_date"]).to_pylist()))
+        return cls(base, examples, {night: baskets(bought(night)) for night in nights}, frozenset(pc.unique(events["file_date"]).to_pylist()))
 
     def shelf(self, night: date) -> pa.ChunkedArray:
         """The live items of a night."""
@@ -108,10 +104,14 @@ class World:
         return rows.filter(pc.equal(rows["status"], "live"))["item_id"]
 
     def later(self, night: date) -> pa.Table:
-        """The test rows of the days after a night."""
-        begin, end = (datetime.combine(night + timedelta(days=1 + offset), time(), tzinfo=UTC) for offset in (0, FUTURE_DAYS))
+        """The ranking rows of the days after a night."""
         when = self.examples["event_ts"]
-        return self.examples.filter(pc.and_(pc.equal(self.examples["split"], "test"), pc.and_(pc.greater_equal(when, begin), pc.less(when, end))))
+        return self.examples.filter(pc.and_(pc.greater_equal(when, after(night)), pc.less(when, after(night + timedelta(days=FUTURE_DAYS)))))
+
+
+def after(night: date) -> datetime:
+    """The first instant after a night, UTC."""
+    return datetime.combine(night + timedelta(days=1), time(), tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -142,27 +142,14 @@ def read_by(readers: Sequence[OldReader], release: pa.Table, rows: pa.Table) -> 
 
 
 def fresh_reader(world: World, one: Released, night: date) -> float:
-    """R@20 of next-item retrievers trained on the night's sequences with a release's codes, on the days to come; an item without codes is a miss."""
-    rows = one.table.filter(pc.equal(one.table["status"], "live")).sort_by("item_id")
-    number_N = torch.from_numpy(rows["disambiguator"].to_numpy().astype("int64"))
-    catalogue = Catalogue(
-        codes_NL=torch.from_numpy(matrix(rows["codes"]).astype("int64")),
-        weights_NL=torch.from_numpy(matrix(rows["weights"]).astype("float32")),
-        number_N=number_N,
-        codebook_sizes=one.sizes,
-        numbers=int(number_N.max()) + 1,
-    )
-    words = Vocabulary(tag="", logical_date=night, generation=1, codebook_sizes=one.sizes, codebook_digest="")
-    shelf = train_retriever.Shelf(words, night, rows["item_id"].combine_chunks(), catalogue, rows["popularity"].to_numpy())
-    base, settings = world.base, world.base.config.train_retriever
-    sequences, users = train_retriever.read_sequences(base.view(), shelf)
-    questions = train_retriever.read_questions(world.later(night), shelf, sequences, users, settings, derive_seed("stability", "questions"))
-    found = []
-    for seed in range(FRESH_READERS):
-        made = with_threads(base.config, lambda seed=seed: training.fit(catalogue, sequences, settings, seed=derive_seed("stability", "fresh", seed)))
-        ranks = train_retriever.ranked(made, questions, settings)
-        found.append(evaluation.recall_at(ranks, 20).sum() / (len(ranks) + sum(questions.left_out.values())))
-    return float(np.mean(found))
+    """AUC on the days to come of rankers that read codes alone, trained with a release's codes on all rows up to the night; an item without codes is masked."""
+    later = world.later(night)
+    known = world.examples.filter(pc.less(world.examples["event_ts"], after(night)))
+    splits = [rows.set_column(rows.column_names.index("split"), "split", pa.array([name] * len(rows))) for name, rows in (("train", known), ("test", later))]
+    data = ranker.rank_data(pa.concat_tables(splits), one.table, one.sizes)
+    settings, seeds = world.base.config.train_ranker, [derive_seed("stability", "fresh", number) for number in range(FRESH_READERS)]
+    fits = [with_threads(world.base.config, ranker.fit, data, "sid", settings, seed) for seed in seeds]
+    return float(np.mean([evaluation.auc(data.test.label, fit.scores_test) for fit in fits]))
 
 
 # ---------------------------------------------------------------- one branch
@@ -233,13 +220,16 @@ def sid_line(mine: Sequence[Mapping[str, Any]]) -> list[str]:
     return [three(average, "night_"), f"{with_file:.3f}", three(average, "night_apart_"), counts, *since, *numbers]
 
 
+def before_after(mine: Sequence[Mapping[str, Any]], name: str) -> str:
+    """R@20 with last night's codes and with tonight's, over the items of all nights, and how many were asked for."""
+    asked = sum(row[f"{name}_asked"] for row in mine)
+    then, now = (over_nights(mine, f"{name}_{when}", f"{name}_asked") for when in ("before", "after"))
+    return f"{then:.3f} -> {now:.3f} ({asked})" if asked else "-"
+
+
 def quality_line(mine: Sequence[Mapping[str, Any]]) -> list[str]:
     """Cells of what a branch's codes are worth."""
-    pairs = [
-        f"{over_nights(mine, f'{name}_before', f'{name}_asked'):.3f} -> {over_nights(mine, f'{name}_after', f'{name}_asked'):.3f} "
-        f"({sum(row[f'{name}_asked'] for row in mine)})"
-        for name in ("first", "moved")
-    ]
+    pairs = [before_after(mine, name) for name in ("first", "moved")]
     losses = [row["reader_losses"] for row in mine]
     old = f"{over_nights(mine, 'reader_auc'):.4f}, {np.mean(losses):.4f} ({upper_bound(losses):.4f})"
     return [f"{over_nights(mine, 'recall'):.4f}", *pairs, f"{over_nights(mine, 'fresh_reader'):.4f}", old]
@@ -261,7 +251,7 @@ QUALITY_TITLES = (
     "R@20",
     "items with their first behaviour row, before -> after (n)",
     "moved items, before -> after (n)",
-    "fresh reader R@20, last night",
+    "fresh rankers on codes alone: AUC, last night",
     "old rankers: AUC, loss (upper 95 %)",
 )
 

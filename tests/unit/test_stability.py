@@ -180,6 +180,8 @@ def test_a_replay_names_what_differs(replay):
     assert replay.differs(one, release([[0, 0], [1, 2]])) == "codes"
     assert replay.differs(one, release([[0, 0], [1, 1]], numbers=[0, 1])) == "disambiguator"
     assert replay.differs(one, release([[0, 0]])) == "item_id"
+    assert replay.differs(one, release([[0, 0], [1, 1]], weights=[[1.0, 1.0], [1.0, 0.9]])) == "weights"
+    assert replay.differs(one, release([[0, 0], [1, 1]], weights=[[1.0, 1.0], [1.0, 0.9999999]])) == ""
 
 
 def test_the_tables_have_one_line_per_branch_with_all_cells(bench):
