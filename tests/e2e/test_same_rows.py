@@ -16,7 +16,7 @@ from pipeline.context import Home
 from pipeline.stages import BY_NAME, group
 
 pytestmark = pytest.mark.e2e
-NIGHT, NEXT = date(2026, 3, 2), date(2026, 3, 3)
+NIGHT, NEXT = date(2026, 3, 10), date(2026, 3, 11)
 LAKE = config.load("tiny").lake
 RUN = ("--date", str(NIGHT), "--run-id", "k")
 BRANCHES = {"before_job": 0, "before_write": 0, "after_write": 1, "after_audit": 4, "after_publish_1": 3, "after_publish_3": 1}  # left by a kill there
