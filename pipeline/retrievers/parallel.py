@@ -40,6 +40,26 @@ def item_scores(log_probs: Sequence[Tensor], codes_NL: Tensor, weights_NL: Tenso
     return score_BN.masked_fill(weight_N == 0, NOWHERE)
 
 
+def marginal_scores(log_probs: Sequence[Tensor], prior_LK: Tensor, codes_NL: Tensor, weights_NL: Tensor) -> Tensor:
+    """Score of every item (B, N): the mean over all slots of log p(code) as far as the slot counts, and of the log-probability of any code for the rest.
+
+    A slot that an item lacks, or that its router closes, says then what a slot says whose code is not known; left out of the mean, it would make the item
+    easier to reach than one that must have all its codes foretold.
+
+    Args:
+        log_probs: per position (B, K).
+        prior_LK: log share of the training events per code, which an unknown code is drawn from.
+        weights_NL: 0 for masked slots.
+    Source: ADA-SID (arXiv 2510.25622), weights of the router; differs: what a weight takes off is marginalised, the paper says nothing of scoring.
+    """
+    score_BN = torch.zeros(len(log_probs[0]), len(codes_NL), device=codes_NL.device)
+    for log_prob_BK, prior_K, code_N, weight_N in zip(log_probs, prior_LK, codes_NL.unbind(1), weights_NL.unbind(1), strict=True):
+        any_B1 = (log_prob_BK + prior_K[: log_prob_BK.shape[1]]).logsumexp(1, keepdim=True)
+        score_BN += F.pad(log_prob_BK, (0, 1))[:, code_N] * weight_N + any_B1 * (1.0 - weight_N).clamp(min=0.0)
+    score_BN = score_BN / weights_NL.clamp(min=1.0).sum(1)
+    return score_BN.masked_fill(weights_NL.sum(1) == 0, NOWHERE)
+
+
 class Parallel(nn.Module):
     """The reader of a catalogue; item input = mean of its code rows.
 
@@ -105,12 +125,14 @@ class Parallel(nn.Module):
         last_B = (history_BT != self.pad).sum(1) - 1
         state_BD = self.encode(history_BT)[torch.arange(len(history_BT), device=history_BT.device), last_B]
         log_probs = self.log_probs(state_BD)
+        if self.params.scoring == "marginal":
+            return marginal_scores(log_probs, self.prior_LK, self.codes_NL, self.weights_NL)
         if self.params.scoring == "prior":
             log_probs = [row_BK - prior_K[: row_BK.shape[1]] for row_BK, prior_K in zip(log_probs, self.prior_LK, strict=True)]
         return item_scores(log_probs, self.codes_NL, self.weights_NL, total=self.params.scoring != "mean")
 
     def count(self, events_N: Tensor) -> None:
-        """Learn what `prior` scoring subtracts: per position the log share of the training events per code, add-one smoothed.
+        """Learn what `prior` scoring subtracts and `marginal` scoring averages over: the log share of the training events per code of each position.
 
         A reader that knows nothing of its user predicts these shares, so that each slot then says nothing, whether it is there or not.
 

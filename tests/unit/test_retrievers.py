@@ -140,6 +140,25 @@ def test_item_scores_equal_a_slow_loop_over_items(total: bool) -> None:
     assert float(found[0, 4]) == pytest.approx(float(found[0, 5]), rel=0.5)
 
 
+def test_marginal_scores_equal_a_slow_loop_and_give_an_unknown_slot_the_chance_of_any_code() -> None:
+    items, users = catalogue(), 2
+    log_probs = [torch.log_softmax(rand(users, size, seed=position), 1) for position, size in enumerate(SIZES)]
+    share = [torch.softmax(rand(size, seed=9 + position), 0) for position, size in enumerate(SIZES)]
+    prior_LK = torch.stack([torch.nn.functional.pad(part.log(), (0, max(SIZES) - len(part))) for part in share])
+    weights = torch.rand(items.codes_NL.shape, generator=torch.Generator().manual_seed(3)) * 2 * items.present_NL
+    found = parallel.marginal_scores(log_probs, prior_LK, items.codes_NL, weights)
+    for user in range(users):
+        for item, codes in enumerate(items.codes_NL.tolist()):
+            total = norm = 0.0
+            for position, code in enumerate(codes):
+                weight = float(weights[item, position])
+                anything = float(np.log(sum(float(share[position][k]) * float(log_probs[position][user, k].exp()) for k in range(SIZES[position]))))
+                total += (weight * float(log_probs[position][user, code]) if weight else 0.0) + max(0.0, 1 - weight) * anything
+                norm += max(1.0, weight)
+            slow = total / norm if float(weights[item].sum()) else parallel.NOWHERE
+            assert float(found[user, item]) == pytest.approx(slow, rel=1e-5)
+
+
 def test_the_heads_of_parallel_equal_their_formula_and_prior_scoring_subtracts_the_codes_share() -> None:
     items = catalogue()
     model = model_of("parallel", items)
