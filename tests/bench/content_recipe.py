@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--run-id", default="", help="run whose manifest and outcomes are read; empty = the command line's")
     parser.add_argument("--set", action="append", default=[], help="section.key=value")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sources", nargs="*", help="sources that are learnt from; all are measured. `category words` leaves behaviour to the distillations")
     args = parser.parse_args()
     torch.set_num_threads(1)
     inputs, ctx, params = context(args)
@@ -96,11 +97,12 @@ def main() -> None:
         held_N = held_items(len(shelf.content), params.held_share, seed)
         known_N = torch.stack(list(shelf.content.shown.values())).any(0)
         asked = held_questions(history, known_N, held_N & known_N, params, seed)
+        valid = [sail_pairs.split(part, known_N & ~held_N, known_N & held_N)[1] for part in pairs]
         for number, (arm, changes) in enumerate(ARMS.items()):
-            own = params.model_copy(update=changes)
+            own = params.model_copy(update={**changes, "sources": args.sources or params.sources})
             given = sail.lessons(shelf.content, pairs, history, teachers, held_N, own, seed)
             encoder, _ = sail.Sail.fit(shelf.content, given, own, seed=seed)
-            for name, (hit, item) in measured(encoder, shelf, list(given.valid.values()), asked).items():
+            for name, (hit, item) in measured(encoder, shelf, valid, asked).items():
                 hits[arm].setdefault(name, []).append(hit)
                 if not number:
                     units.setdefault(name, []).append(item + seed * len(shelf.content))
