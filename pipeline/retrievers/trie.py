@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DEAD = -1  # state of a beam that has left the table
-DENSE_CELLS = 4_000_000  # a step whose masks fit into this many bytes keeps them ready; wide steps come first and have few nodes
+DENSE_CELLS = 1 << 25  # a step whose masks fit into this many bytes keeps them ready: three tokens of 256 do, at any number of items
 WORD = 2**62  # packed tokens stay below this, so that int64 never overflows
 Ints = NDArray[np.int64]
 
