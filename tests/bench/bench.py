@@ -123,7 +123,7 @@ def answered(work: Callable[[], Any]) -> tuple[Any, float, float]:
     wall, cpu = time.perf_counter(), _cpu()
     answer = work()
     wall, cpu = time.perf_counter() - wall, _cpu() - cpu
-    return (answer.answer, answer.seconds, cpu) if isinstance(answer, Timed) else (answer, wall, cpu)
+    return (answer.answer, answer.seconds, math.nan) if isinstance(answer, Timed) else (answer, wall, cpu)
 
 
 def _cpu() -> float:
@@ -147,8 +147,11 @@ def peak_of(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def resident(what: str, process: str = "self") -> float:
-    """A memory figure of a process in MB: VmRSS (now) or VmHWM (peak)."""
-    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    """A memory figure of a process in MB: VmRSS (now) or VmHWM (peak); nothing of one that has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0.0
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(what)), 0.0)
 
 

@@ -35,7 +35,7 @@ NEW, CHANGED = 0.01, 0.01  # shares of the catalogue, every night after the firs
 LOOK_SECONDS = 0.2
 SHORT = "launch.java_options=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # as the demo has it: nights of a small catalogue are over before hard compiling pays
 SMALL = 10_000  # items
-SIZES = {"quick": (500,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
+SIZES = {"quick": (2_000,), "normal": (20_000, 200_000), "full": (20_000, 200_000, 1_000_000)}
 COUNT = {"quick": 2, "normal": 3, "full": 3}  # nights, the first included
 FITS = ("train_behavior_encoder", "train_tokenizer")
 
