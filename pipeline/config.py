@@ -586,9 +586,9 @@ class Parallel(Section):
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout on embeddings, attention output and feed-forward")
     temperature: float = Field(0.07, gt=0, description="tau of the heads' cosine logits")
     scoring: Literal["mean", "sum", "prior", "marginal"] = Field(
-        "mean",
-        description="item score from weighted log-probabilities: mean over present slots, sum, sum after subtracting log p of the code, "
-        "or mean over all slots, absent ones as any code",
+        "marginal",
+        description="item score from weighted log-probabilities: mean over all slots, absent ones as any code (marginal); mean over present slots; "
+        "sum; or sum after subtracting log p of the code (prior)",
     )
 
 
