@@ -75,7 +75,7 @@ def submit_commands(ctx: Context, request: Request) -> Commands:
     jars = list(map(str, spark_gate.jars()))
     options = ["--master", launch_settings.master, "--driver-memory", launch_settings.driver_memory]
     options += ["--jars", ",".join(jars), "--driver-class-path", os.pathsep.join(jars)]
-    options += ["--driver-java-options", launch_settings.java_options] if launch_settings.java_options else []  # the session comes too late for them
+    options += ["--driver-java-options", spark_gate.driver_options(launch_settings)]  # the session comes too late for them
     return ([submit, *options, str(ENTRY), *request.arguments(ctx)],)
 
 

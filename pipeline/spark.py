@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CATALOG = "lake"
 SUITABLE_JAVA = ("17",)
+# A JVM that compiles less reserves a fifth of this by itself; a night's generated classes fill that, and a JVM whose code cache is full stops with an InternalError.
+CODE_CACHE = "-XX:ReservedCodeCacheSize=240m"
 
 
 def session(home: Home, lake: Lake, launch: Launch) -> SparkSession:
@@ -38,6 +40,11 @@ def session(home: Home, lake: Lake, launch: Launch) -> SparkSession:
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def driver_options(launch: Launch) -> str:
+    """JVM options of the driver, the profile's own last; a launcher that starts the JVM itself must hand them over."""
+    return f"-Duser.timezone=UTC {CODE_CACHE} {launch.java_options}".strip()
 
 
 def stop() -> None:
@@ -109,7 +116,7 @@ def _settings(launch: Launch) -> dict[str, str]:
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.shuffle.partitions": str(launch.shuffle_partitions),
         "spark.driver.memory": launch.driver_memory,
-        "spark.driver.extraJavaOptions": f"-Duser.timezone=UTC {launch.java_options}".strip(),
+        "spark.driver.extraJavaOptions": driver_options(launch),
         "spark.driver.bindAddress": "0.0.0.0" if host else "127.0.0.1",  # noqa: S104  asked for by name
         "spark.driver.host": host or "127.0.0.1",
         "spark.ui.enabled": "false",
