@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CATALOG = "lake"
 SUITABLE_JAVA = ("17",)
-# A JVM that compiles less reserves a fifth of this by itself; a night's generated classes fill that, and a JVM whose code cache is full stops with an InternalError.
+# A JVM that compiles less reserves a fifth of this by itself; a night's generated classes fill that, and a JVM without room for code dies of an InternalError.
 CODE_CACHE = "-XX:ReservedCodeCacheSize=240m"
 
 
