@@ -237,8 +237,9 @@ class Network(nn.Module):
 
         Content is centred and turned to its principal axes; behaviour is neither, because its norm carries meaning.
         """
-        for name in self.modalities:
-            sample_ND = _sample(items, name).vectors(name)
+        samples = {name: _sample(items, name) for name in self.modalities}
+        for name, sample in samples.items():
+            sample_ND = sample.vectors(name)
             assert sample_ND is not None, f"no {name} vectors"
             if name != "behavior":
                 mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
@@ -247,10 +248,10 @@ class Network(nn.Module):
             spread = self._input(sample_ND.float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
             self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
         if self.prior is not None:
-            self.prior.fit(self._turned(_sample(items, "behavior")))
+            self.prior.fit(self._turned(samples["behavior"]))
         for name, bank in self.expert.items():
             if name != "shared" and isinstance(bank, ExpertBank):
-                prepared = self.prepare(_sample(items, name)).vectors(name)
+                prepared = self.prepare(samples[name]).vectors(name)
                 assert prepared is not None, f"no {name} vectors"
                 bank.start_on(prepared)
         self.controller.fit_buckets(items.richness_N[items.behavior_N].cpu())
