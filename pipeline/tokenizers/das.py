@@ -153,7 +153,7 @@ class Training:
         self.settings = network.settings
         self.warmup_epochs = network.settings.warmup_epochs
         self.codebook_names = ("item.codebook_LKD", "user.codebook_LKD")
-        self.recordable = False  # a step asks the device or draws on the host
+        self.recordable = False  # a step draws its questions on the host
         self.done = False  # nothing but the code books is left to make
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:

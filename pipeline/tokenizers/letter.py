@@ -132,7 +132,7 @@ class Training:
         self.settings = network.settings
         self.warmup_epochs = network.settings.warmup_epochs
         self.codebook_names = ("autoencoder.codebook_LKD",)
-        self.recordable = False  # a step asks the device or draws on the host
+        self.recordable = False  # a step asks the device for its number: every so often it clusters the code rows anew
 
     def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
         """The autoencoder's terms, `collaborative`, `diversity`, and the weighted `total`; in the warm-up behaviour draws on the latent itself."""
