@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import secrets
 import shutil
 import socket
@@ -339,7 +340,8 @@ def write_profile(stack: Stack, yesterday: date, *, cluster: bool) -> None:
     """The profile `tiny`, with a shop that is open now, on the catalog server, submitted to the cluster or with Spark inside the process."""
     text = (ROOT / "pipeline" / "profiles" / "tiny.toml").read_text(encoding="utf-8")
     launch = f'kind = "submit"\nmaster = "spark://{HOST}:{stack.ports["master"]}"' if cluster else 'kind = "inline"'
-    text = text.replace("[launch]", f'[lake]\ncatalog = "jdbc"\n\n[launch]\n{launch}', 1)
+    text = re.sub(r"^master = .*$", launch, text, count=1, flags=re.MULTILINE)
+    text = text.replace("[launch]", '[lake]\ncatalog = "jdbc"\n\n[launch]', 1)
     text = text.replace("[source.options]", f'[source.options]\nstart = "{yesterday - timedelta(days=2)}"', 1)
     stack.profile.write_text(text, encoding="utf-8")
     loaded = config.parse({"name": "services", **tomllib.loads(text)}, where="services.toml")
