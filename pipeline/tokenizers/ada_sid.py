@@ -9,9 +9,8 @@ Suffixes: B batch, N items, D width, L positions, E experts of one input, K code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from pipeline.tokenizers.base import (
 )
 from pipeline.tokenizers.fit import Trainer, generator_for
 from pipeline.tokenizers.prior import CONTENT, BehaviorPrior
-from pipeline.tokenizers.quantize import deal_axes, gather_codes, held_codes, nearest_code, principal_axes, straight_through, take_rows
+from pipeline.tokenizers.quantize import deal_axes, gather_codes, held_codes, nearest_code, principal_axes, straight_through
 from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.router import SparsityController, behavior_router, router_feature
 from pipeline.tokenizers.world import World
@@ -176,7 +175,8 @@ class Network(nn.Module):
     def __init__(self, settings: profile.AdaSid, raw_widths: Mapping[str, int]) -> None:
         super().__init__()
         self.settings = settings
-        self.modalities = tuple(name for name in MODALITIES if name in raw_widths)
+        self.raw_widths = {name: int(raw_widths[name]) for name in MODALITIES if name in raw_widths}
+        self.modalities = tuple(self.raw_widths)
         reduced = {"text": settings.text_dim, "image": settings.image_dim}
         self.widths = {name: min(raw_widths[name], reduced.get(name, raw_widths[name])) for name in self.modalities}
         self.experts = _experts(settings, self.modalities)
@@ -468,27 +468,16 @@ def held(made: Pass, network: Network, keep: Keep) -> Pass:
     return replace(made, codes_BL=codes_BL, zq_BLD=zq_BLD, quantized_BD=fuse(zq_BLD, made.gate_BL))
 
 
-class AdaSid(Networked[Network]):
+class AdaSid(Networked[profile.AdaSid, Network]):
     """The ADA-SID tokenizer (`base.Tokenizer`).
 
     Args:
         settings: the [train_tokenizer.ada_sid] section.
     """
 
-    needs_history: ClassVar[bool] = False
-
-    def __init__(self, settings: profile.AdaSid) -> None:
-        self.settings = settings
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the positions."""
-        return self.fitted.slots
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """K per position."""
-        return (self.settings.codebook_size,) * len(self.slots)
+    name = "ada_sid"
+    section = profile.AdaSid
+    build = Network
 
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
@@ -497,7 +486,7 @@ class AdaSid(Networked[Network]):
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
         items = items.settle(best_device())
-        network = begin(self, Network, lambda network: network.fit_inputs(items), options, items.widths())
+        network = begin(self, lambda network: network.fit_inputs(items), options, items.widths())
         prepared = network.to(items.device).prepare(items).settle(best_device())
         known_N = items.behavior_N.to(prepared.device)
         strength_N = controlled_strength(prepared.strength_N, known_N, self.settings.strength, generator=generator_for(options.seed, "strength"))
@@ -539,27 +528,6 @@ class AdaSid(Networked[Network]):
         return encode_in_chunks(items, block, keep, device=network.codebook_LKD.device)
 
     @torch.no_grad()
-    def relabel(self, order: Sequence[Tensor]) -> None:
-        """Rename codes: code k of position l is what order[l][k] was."""
-        self.fitted.codebook_LKD.copy_(take_rows(self.fitted.codebook_LKD, order))
-
-    @torch.no_grad()
     def codebooks(self) -> list[Tensor]:
         """Code rows per position, (K, D), on the sphere of radius `latent_scale`."""
         return [rows_KD.clone() for rows_KD in self.fitted.code_rows.cpu()]
-
-    def config(self) -> dict[str, Any]:
-        """Settings and input widths, JSON."""
-        raw_widths = {name: len(self.fitted.get_buffer(f"mean_{name}")) for name in self.fitted.modalities}
-        return {"tokenizer": "ada_sid", "settings": self.settings.model_dump(), "raw_widths": raw_widths}
-
-    @classmethod
-    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> AdaSid:
-        """The tokenizer that gave `config` and `state`.
-
-        Raises: RuntimeError if the tensors do not fit the configuration.
-        """
-        tokenizer = cls(profile.AdaSid(**config["settings"]))
-        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
-        tokenizer.network.load_state_dict(state)
-        return tokenizer

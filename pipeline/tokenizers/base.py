@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,15 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import TrainTokenizer
+from pipeline.config import Section, TrainTokenizer
 from pipeline.device import fits
 from pipeline.errors import ContractError
+from pipeline.tokenizers.quantize import take_rows
 
 MODALITIES = ("text", "image", "behavior")
 ENCODE_ROWS = 1024  # every encode runs at this height, so that the company an item keeps cannot move its code
 ENCODE_ROWS_THERE = 16_384  # the height on an accelerator, which is not busy with fewer
 CPU = torch.device("cpu")
 N = TypeVar("N", bound=nn.Module)
+S = TypeVar("S", bound=Section)
 ProgressBar = Callable[[Iterable[Any], str, int], Iterator[Any]]
 
 
@@ -235,10 +237,23 @@ class Tokenizer(Protocol):
         """The tokenizer that gave `config` and `state`."""
 
 
-class Networked(Generic[N]):
-    """What variants with one network have in common: the network, there after `fit` or `load`, and its tensors."""
+class Networked(Generic[S, N]):
+    """What variants with one network have in common (`Tokenizer` but for `fit` and `encode`): the network is there after `fit` or `load`.
 
-    network: N | None = None
+    A variant names itself as the registry does, and says what its settings and its network are: `build(settings, raw_widths)`.
+
+    Args:
+        settings: the variant's section of [train_tokenizer].
+    """
+
+    name: ClassVar[str]
+    section: ClassVar[type[Section]]
+    build: ClassVar[type[nn.Module]]
+    needs_history: ClassVar[bool] = False
+
+    def __init__(self, settings: S) -> None:
+        self.settings = settings
+        self.network: N | None = None
 
     @property
     def fitted(self) -> N:
@@ -250,9 +265,49 @@ class Networked(Generic[N]):
             raise ValueError("the tokenizer is not fitted: call fit or load")
         return self.network
 
+    @property
+    def coder(self) -> Any:
+        """The part of the network that has `slots` and code rows `codebook_LKD`."""
+        return self.fitted
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Name per position."""
+        return tuple(self.coder.slots)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K per position."""
+        positions, size, _ = self.coder.codebook_LKD.shape
+        return (size,) * positions
+
+    @torch.no_grad()
+    def relabel(self, order: Sequence[Tensor]) -> None:
+        """Rename codes: code k of position l is what order[l][k] was."""
+        self.coder.codebook_LKD.copy_(take_rows(self.coder.codebook_LKD, order))
+
+    def codebooks(self) -> list[Tensor]:
+        """Code rows per position, (K, D)."""
+        return [rows_KD.clone() for rows_KD in self.coder.codebook_LKD.detach().cpu()]
+
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers, as contiguous CPU tensors."""
         return {name: value.detach().cpu().contiguous() for name, value in self.fitted.state_dict().items()}
+
+    def config(self) -> dict[str, Any]:
+        """Settings and input widths, JSON."""
+        return {"tokenizer": self.name, "settings": self.settings.model_dump(), "raw_widths": self.fitted.raw_widths}
+
+    @classmethod
+    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Self:
+        """The tokenizer that gave `config` and `state`.
+
+        Raises: RuntimeError if the tensors do not fit the configuration.
+        """
+        tokenizer = cls(cls.section(**config["settings"]))  # type: ignore[arg-type]
+        tokenizer.network = cls.build(tokenizer.settings, config["raw_widths"]).eval()  # type: ignore[assignment]
+        tokenizer.fitted.load_state_dict(state)
+        return tokenizer
 
 
 def codebook_digest(codebooks: Sequence[Tensor]) -> str:

@@ -12,9 +12,9 @@ Suffixes: B batch, C candidates of all processes, N items, U users, T places of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from pipeline.tokenizers.alignment import View, both_ways, view
 from pipeline.tokenizers.base import ENCODE_ROWS, FitOptions, FitReport, History, ItemBatch, Keep, Networked, TokenizerOutput, shows
 from pipeline.tokenizers.fit import Trainer, generator_for
 from pipeline.tokenizers.inputs import Inputs
-from pipeline.tokenizers.quantize import take_rows
 from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.rq_vae import Autoencoder, perceptron
 from pipeline.tokenizers.world import World
@@ -262,27 +261,22 @@ def _log_popularity(items: ItemBatch, events: histories.Events) -> Tensor:
     return ((logs_N - logs_N.mean()) / logs_N.std(correction=0).clamp(min=1e-6)).float()
 
 
-class Das(Networked[Network]):
+class Das(Networked[profile.Das, Network]):
     """The DAS tokenizer (`base.Tokenizer`): `encode` codes items, `encode_users` users; codes are ordered, level l refines the levels before it.
 
     Args:
         settings: the [train_tokenizer.das] section.
     """
 
-    needs_history: ClassVar[bool] = True
-
-    def __init__(self, settings: profile.Das) -> None:
-        self.settings = settings
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the levels."""
-        return self.fitted.item.slots
+    name = "das"
+    section = profile.Das
+    build = Network
+    needs_history = True
 
     @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """K per level."""
-        return self.fitted.item.sizes
+    def coder(self) -> Autoencoder:
+        """The items' autoencoder: users' codes are a vocabulary of their own, which no refit renames."""
+        return self.fitted.item
 
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue and its users.
@@ -293,7 +287,7 @@ class Das(Networked[Network]):
         history = histories.check(options.history, len(items), who="DAS")
         events = histories.events(history, len(items), who="DAS")
         taken = self._taken(history, most=PEOPLE)
-        network = begin(self, Network, lambda network: network.fit_inputs(items, taken), options, items.widths())
+        network = begin(self, lambda network: network.fit_inputs(items, taken), options, items.widths())
         source = network.source(items)
         device = torch.device(best_device())
         people = network.prepare(network.user, pooled(source, *taken)).to(device)
@@ -319,11 +313,11 @@ class Das(Networked[Network]):
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes of the items' residual walk, weights of one, and the sum of the code rows; an item without content is masked everywhere."""
-        return self.fitted.item.tokenise(self._source(items), keep)
+        return self.coder.tokenise(self._source(items), keep)
 
     @torch.no_grad()
     def _source(self, items: ItemBatch) -> ItemBatch:
-        return self.fitted.source(items.to(self.fitted.item.codebook_LKD.device))
+        return self.fitted.source(items.to(self.coder.codebook_LKD.device))
 
     @torch.no_grad()
     def encode_users(self, items: ItemBatch, history: History) -> TokenizerOutput:
@@ -340,27 +334,6 @@ class Das(Networked[Network]):
         empty = torch.zeros(0, self.settings.num_levels)
         return TokenizerOutput(**joined) if joined else TokenizerOutput(codes_NL=empty.long(), weights_NL=empty, quantized_ND=empty)
 
-    @torch.no_grad()
-    def relabel(self, order: Sequence[Tensor]) -> None:
-        """Rename items' codes: code k of level l is what order[l][k] was; users' codes are a vocabulary of their own and stay."""
-        self.fitted.item.codebook_LKD.copy_(take_rows(self.fitted.item.codebook_LKD, order))
-
-    def codebooks(self) -> list[Tensor]:
-        """Code rows of the items per level, (K, D)."""
-        return [rows_KD.clone() for rows_KD in self.fitted.item.codebook_LKD.detach().cpu()]
-
     def config(self) -> dict[str, Any]:
         """Settings and input widths, JSON; `user_codebook_sizes` says that users have codes too."""
-        about = {"tokenizer": "das", "settings": self.settings.model_dump(), "raw_widths": self.fitted.raw_widths}
-        return about | {"user_codebook_sizes": list(self.fitted.user.sizes)}
-
-    @classmethod
-    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Das:
-        """The tokenizer that gave `config` and `state`.
-
-        Raises: RuntimeError if the tensors do not fit the configuration.
-        """
-        tokenizer = cls(profile.Das(**config["settings"]))
-        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
-        tokenizer.network.load_state_dict(state)
-        return tokenizer
+        return super().config() | {"user_codebook_sizes": list(self.fitted.user.sizes)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +156,7 @@ class Training:
 
     def _known(self, batch: ItemBatch) -> Tensor:
         """Items whose latent says something and whose behaviour is known; items without content share one latent, which must not be pulled about."""
-        return batch.behavior_N & shows(batch, self.network.autoencoder.widths)
+        return batch.behavior_N & shows(batch, self.network.autoencoder.raw_widths)
 
     def _diversity(self, rows_BLD: Tensor, codes_BL: Tensor, noise_BU: Tensor, world: World) -> Tensor:
         """Summed over the levels; a level beyond the noise columns draws with a shifted column."""
@@ -212,27 +211,21 @@ def shuffled_behaviour(items: ItemBatch, seed: int) -> ItemBatch:
     return replace(items, behavior_ND=dealt_ND)
 
 
-class Letter(Networked[Network]):
+class Letter(Networked[profile.Letter, Network]):
     """The LETTER tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
 
     Args:
         settings: the [train_tokenizer.letter] section.
     """
 
-    needs_history: ClassVar[bool] = False
-
-    def __init__(self, settings: profile.Letter) -> None:
-        self.settings = settings
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the levels."""
-        return self.fitted.autoencoder.slots
+    name = "letter"
+    section = profile.Letter
+    build = Network
 
     @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """K per level."""
-        return self.fitted.autoencoder.sizes
+    def coder(self) -> Autoencoder:
+        """The autoencoder of content, which has the code rows."""
+        return self.fitted.autoencoder
 
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
@@ -240,7 +233,7 @@ class Letter(Networked[Network]):
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError if no item has content; ContractError if the champion reads other vectors or has other sizes.
         """
-        network = begin(self, Network, lambda network: network.fit_inputs(items), options, items.widths())
+        network = begin(self, lambda network: network.fit_inputs(items), options, items.widths())
         prepared = network.prepare(items if self.settings.collaborative == "own" else shuffled_behaviour(items, options.seed))
         training = Training(network.to(best_device()))
         curves = Trainer(training, prepared, options).run()
@@ -250,30 +243,10 @@ class Letter(Networked[Network]):
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes of the residual walk, weights of one, and the sum of the code rows."""
-        return self.fitted.autoencoder.tokenise(items, keep)
+        return self.coder.tokenise(items, keep)
 
     @torch.no_grad()
     def relabel(self, order: Sequence[Tensor]) -> None:
-        """Rename codes: code k of level l is what order[l][k] was."""
-        network = self.fitted
-        network.autoencoder.codebook_LKD.copy_(take_rows(network.autoencoder.codebook_LKD, order))
-        network.cluster_LK.copy_(take_rows(network.cluster_LK, order))
-
-    def codebooks(self) -> list[Tensor]:
-        """Code rows per level, (K, D)."""
-        return [rows_KD.clone() for rows_KD in self.fitted.autoencoder.codebook_LKD.detach().cpu()]
-
-    def config(self) -> dict[str, Any]:
-        """Settings and input widths, JSON."""
-        return {"tokenizer": "letter", "settings": self.settings.model_dump(), "raw_widths": self.fitted.raw_widths}
-
-    @classmethod
-    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Letter:
-        """The tokenizer that gave `config` and `state`.
-
-        Raises: RuntimeError if the tensors do not fit the configuration.
-        """
-        tokenizer = cls(profile.Letter(**config["settings"]))
-        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
-        tokenizer.network.load_state_dict(state)
-        return tokenizer
+        """Rename codes, and whose clusters they are: code k of level l is what order[l][k] was."""
+        super().relabel(order)
+        self.fitted.cluster_LK.copy_(take_rows(self.fitted.cluster_LK, order))

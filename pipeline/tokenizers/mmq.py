@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ from pipeline.tokenizers.base import (
 )
 from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
-from pipeline.tokenizers.quantize import gather_codes, held_codes, nearest_code, straight_through, take_rows
+from pipeline.tokenizers.quantize import gather_codes, held_codes, nearest_code, straight_through
 from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.world import World
 
@@ -109,6 +108,7 @@ class Network(nn.Module):
         super().__init__()
         self.settings = settings
         self.inputs = Inputs(raw_widths, settings.input_dim)
+        self.raw_widths = self.inputs.raw_widths
         self.modalities = tuple(self.inputs.widths)
         self.experts = _experts(settings, self.modalities)
         if not sum(self.experts.values()):
@@ -345,27 +345,17 @@ class Tuning:
         return {**found, "score": float(torch.cat(losses).double().mean())}
 
 
-class Mmq(Networked[Network]):
+class Mmq(Networked[profile.Mmq, Network]):
     """The MMQ tokenizer (`base.Tokenizer`); reads text and image, and histories while it is tuned.
 
     Args:
         settings: the [train_tokenizer.mmq] section.
     """
 
-    needs_history: ClassVar[bool] = True
-
-    def __init__(self, settings: profile.Mmq) -> None:
-        self.settings = settings
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the positions."""
-        return self.fitted.slots
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """K per position."""
-        return (self.settings.codebook_size,) * len(self.slots)
+    name = "mmq"
+    section = profile.Mmq
+    build = Network
+    needs_history = True
 
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Stage one, then stage two unless `tune_epochs` is 0; curves of stage two are named `tune/...`.
@@ -374,7 +364,7 @@ class Mmq(Networked[Network]):
         """
         events = histories.events(options.history, len(items), who="MMQ's tuning") if self.settings.tune_epochs else None
         widths = {name: width for name, width in items.widths().items() if name in CONTENT}
-        network = begin(self, Network, lambda network: network.fit_inputs(items), options, widths)
+        network = begin(self, lambda network: network.fit_inputs(items), options, widths)
         prepared = network.inputs.prepare(items)
         network.to(best_device())
         training, digest = Training(network), events.digest if events else ""
@@ -409,26 +399,6 @@ class Mmq(Networked[Network]):
         return encode_in_chunks(items, block, keep)
 
     @torch.no_grad()
-    def relabel(self, order: Sequence[Tensor]) -> None:
-        """Rename codes: code k of position l is what order[l][k] was."""
-        self.fitted.codebook_LKD.copy_(take_rows(self.fitted.codebook_LKD, order))
-
-    @torch.no_grad()
     def codebooks(self) -> list[Tensor]:
         """Code rows per position, (K, D), on the sphere of radius `latent_scale`."""
         return [rows_KD.clone() for rows_KD in self.fitted.on_sphere(self.fitted.codebook_LKD).cpu()]
-
-    def config(self) -> dict[str, Any]:
-        """Settings and input widths, JSON."""
-        return {"tokenizer": "mmq", "settings": self.settings.model_dump(), "raw_widths": self.fitted.inputs.raw_widths}
-
-    @classmethod
-    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Mmq:
-        """The tokenizer that gave `config` and `state`.
-
-        Raises: RuntimeError if the tensors do not fit the configuration.
-        """
-        tokenizer = cls(profile.Mmq(**config["settings"]))
-        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
-        tokenizer.network.load_state_dict(state)
-        return tokenizer

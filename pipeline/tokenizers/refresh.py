@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import ContractError
 
 if TYPE_CHECKING:
-    from pipeline.tokenizers.base import FitOptions, Start, Tokenizer
+    from pipeline.tokenizers.base import FitOptions, Networked, Start, Tokenizer
 
 N = TypeVar("N", bound=nn.Module)
 T = TypeVar("T", bound="Tokenizer")
@@ -42,21 +42,21 @@ def champion(start: Start, variant: type[T], settings: Any, raw_widths: Mapping[
     return tokenizer
 
 
-def begin(tokenizer: Any, build: Callable[..., N], fit_inputs: Callable[[N], None], options: FitOptions, raw_widths: Mapping[str, int]) -> N:
+def begin(tokenizer: Networked[Any, N], fit_inputs: Callable[[N], None], options: FitOptions, raw_widths: Mapping[str, int]) -> N:
     """A network ready to be trained: built from the seed and fitted to its inputs, or with the champion's state.
 
     Args:
-        tokenizer: the variant that asks, with its `settings`.
-        build: (settings, raw_widths) -> network.
+        tokenizer: the variant that asks.
     Raises: ContractError as `champion`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        network = build(tokenizer.settings, raw_widths)
+        network: N = tokenizer.build(tokenizer.settings, raw_widths)  # type: ignore[assignment]
         if options.start is None:
             fit_inputs(network)
         else:
-            network.load_state_dict(champion(options.start, type(tokenizer), tokenizer.settings, raw_widths).fitted.state_dict())
+            variant: type[Any] = type(tokenizer)
+            network.load_state_dict(champion(options.start, variant, tokenizer.settings, raw_widths).fitted.state_dict())
     return network
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +44,6 @@ from pipeline.tokenizers.quantize import (
     revive_codes,
     sinkhorn,
     straight_through,
-    take_rows,
 )
 from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.rq_kmeans import column_means, concatenate, shown_columns
@@ -135,10 +133,10 @@ class Autoencoder(nn.Module):
     def __init__(self, settings: profile.RqVae, raw_widths: Mapping[str, int]) -> None:
         super().__init__()
         self.settings = settings
-        self.widths = {name: int(raw_widths[name]) for name in MODALITIES if name in raw_widths}
-        if not self.widths:
+        self.raw_widths = {name: int(raw_widths[name]) for name in MODALITIES if name in raw_widths}
+        if not self.raw_widths:
             raise ValueError("an RQ-VAE needs at least one modality")
-        inside = [sum(self.widths.values()), *settings.hidden_dims, settings.latent_dim]
+        inside = [sum(self.raw_widths.values()), *settings.hidden_dims, settings.latent_dim]
         self.encoder, self.decoder = perceptron(inside), perceptron(inside[::-1])
         self.codebook_LKD = nn.Parameter(torch.randn(settings.num_levels, settings.codebook_size, settings.latent_dim))
         self.register_buffer("mean_D", torch.zeros(inside[0]))
@@ -158,9 +156,9 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def fit_inputs(self, items: ItemBatch) -> None:
         """Freeze the columns' means and one scale, chosen so that a column's mean variance is 1; the modalities' shares in it stay those of unit vectors."""
-        self.mean_D.copy_(column_means(items, self.widths))
-        shown_ND = shown_columns(items, self.widths)
-        spread = ((concatenate(items, self.widths) - self.mean_D).double().square() * shown_ND).sum() / shown_ND.sum().clamp(min=1)
+        self.mean_D.copy_(column_means(items, self.raw_widths))
+        shown_ND = shown_columns(items, self.raw_widths)
+        spread = ((concatenate(items, self.raw_widths) - self.mean_D).double().square() * shown_ND).sum() / shown_ND.sum().clamp(min=1)
         self.scale.copy_(spread.clamp(min=1e-12).rsqrt())
 
     @torch.no_grad()
@@ -169,8 +167,8 @@ class Autoencoder(nn.Module):
 
         Raises: ValueError for vectors of another width than the tokenizer was fitted on.
         """
-        points_ND = torch.where(shown_columns(items, self.widths), (concatenate(items, self.widths) - self.mean_D) * self.scale, 0.0)
-        blocks = dict(zip(self.widths, points_ND.split(list(self.widths.values()), 1), strict=True))
+        points_ND = torch.where(shown_columns(items, self.raw_widths), (concatenate(items, self.raw_widths) - self.mean_D) * self.scale, 0.0)
+        blocks = dict(zip(self.raw_widths, points_ND.split(list(self.raw_widths.values()), 1), strict=True))
         known = {f"{name}_N": items.mask(name) & (name in blocks and items.vectors(name) is not None) for name in MODALITIES}
         return replace(items, **known, **{f"{name}_ND": blocks.get(name) for name in MODALITIES})  # type: ignore[arg-type]
 
@@ -181,7 +179,7 @@ class Autoencoder(nn.Module):
 
     def columns(self, batch: ItemBatch) -> Tensor:
         """The modalities of prepared items side by side, (B, D)."""
-        return torch.cat([batch.vectors(name) for name in self.widths], 1)  # type: ignore[misc]
+        return torch.cat([batch.vectors(name) for name in self.raw_widths], 1)  # type: ignore[misc]
 
     def forward(self, batch: ItemBatch, *, quantise: bool, world: World | None = None) -> Pass:
         """One pass; without `quantise` the latent stands where its code rows would (the warm-up), with `world` the last level is assigned evenly."""
@@ -191,7 +189,7 @@ class Autoencoder(nn.Module):
             quantized_BD = straight_through(z_BD, rows_BLD.sum(1), code_gradient=False) if quantise else z_BD
         return Pass(
             x_BD=self.columns(batch),
-            shown_BD=shown_columns(batch, self.widths),
+            shown_BD=shown_columns(batch, self.raw_widths),
             codes_BL=codes_BL,
             rest_BLD=rest_BLD,
             rows_BLD=rows_BLD,
@@ -211,7 +209,7 @@ class Autoencoder(nn.Module):
         All terms are squared distances over the number of input columns, so they weigh against each other as the paper's sums do.
         """
         made: Pass = self(batch, quantise=quantise, world=world if quantise and self.settings.sinkhorn else None)
-        shown_B = shows(batch, self.widths)
+        shown_B = shows(batch, self.raw_widths)
         pairs = {"codebook": codebook_loss(made.rest_BLD, made.rows_BLD), "commitment": commitment_loss(made.rest_BLD, made.rows_BLD)}
         terms = {"reconstruction": world.mean(reconstruction_loss(made.x_BD, made.estimate_BD, made.shown_BD), shown_B)}
         terms |= {name: world.mean(loss_BL.sum(1) / len(self.mean_D), shown_B) for name, loss_BL in pairs.items()}
@@ -224,7 +222,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def _sample(self, items: ItemBatch, generator: torch.Generator) -> Tensor:
         """Latents of as many items that show something, drawn at random, as k-means needs."""
-        shown = torch.nonzero(shows(items, self.widths).cpu()).flatten()
+        shown = torch.nonzero(shows(items, self.raw_widths).cpu()).flatten()
         rows = shown[torch.randperm(len(shown), generator=generator)[: POINTS_PER_CODE * self.settings.codebook_size]]
         return self.latent(items.take(rows).to(self.codebook_LKD.device))
 
@@ -258,11 +256,11 @@ class Autoencoder(nn.Module):
         """Code use, NMSE per modality and what share of the latents' variance each level leaves over; `score` = mean NMSE."""
         blocks = [items.take(slice(start, start + BLOCK_ROWS)).to(self.codebook_LKD.device) for start in range(0, len(items), BLOCK_ROWS)]
         passes: list[Pass] = [self(block, quantise=quantise) for block in blocks]
-        codes_NL, shown_N1 = torch.cat([made.codes_BL for made in passes]).cpu(), shows(items, self.widths).cpu()[:, None]
+        codes_NL, shown_N1 = torch.cat([made.codes_BL for made in passes]).cpu(), shows(items, self.raw_widths).cpu()[:, None]
         found = metrics.code_use(masked_codes(codes_NL, shown_N1, self.settings.codebook_size), self.sizes, self.slots)
-        widths = list(self.widths.values())
+        widths = list(self.raw_widths.values())
         estimates, targets = (torch.cat(parts).cpu().split(widths, 1) for parts in zip(*((made.estimate_BD, made.x_BD) for made in passes), strict=True))
-        nmse = {f"nmse/{name}": metrics.nmse(targets[at], estimates[at], items.mask(name).cpu()) for at, name in enumerate(self.widths)}
+        nmse = {f"nmse/{name}": metrics.nmse(targets[at], estimates[at], items.mask(name).cpu()) for at, name in enumerate(self.raw_widths)}
         z_ND, left_NLD = torch.cat([made.rest_BLD[:, 0] for made in passes]), torch.cat([made.rest_BLD - made.rows_BLD for made in passes])
         left_L = left_NLD.double().square().sum((0, 2)) / (z_ND - z_ND.mean(0)).double().square().sum().clamp(min=1e-12)
         measured = [value for value in nmse.values() if value == value]
@@ -281,7 +279,7 @@ class Autoencoder(nn.Module):
             z_BD = self.latent(self.prepare(rows.to(self.codebook_LKD.device)))
             held = (keep.codes_NL.to(z_BD.device), keep.margin) if keep else (None, 0.0)
             codes_BL, quantized_BD = residual_codes(z_BD, self.codebook_LKD, *held)
-            return unweighted(codes_BL, quantized_BD, shows(rows, self.widths), self.settings.codebook_size)
+            return unweighted(codes_BL, quantized_BD, shows(rows, self.raw_widths), self.settings.codebook_size)
 
         return encode_in_chunks(items, block, keep)
 
@@ -315,27 +313,16 @@ class Training:
         return self.network.measure(items, quantise=quantise)
 
 
-class RqVae(Networked[Autoencoder]):
+class RqVae(Networked[profile.RqVae, Autoencoder]):
     """The RQ-VAE tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
 
     Args:
         settings: the [train_tokenizer.rq_vae] section.
     """
 
-    needs_history: ClassVar[bool] = False
-
-    def __init__(self, settings: profile.RqVae) -> None:
-        self.settings = settings
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the levels."""
-        return self.fitted.slots
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """K per level."""
-        return self.fitted.sizes
+    name = "rq_vae"
+    section = profile.RqVae
+    build = Autoencoder
 
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
@@ -343,7 +330,7 @@ class RqVae(Networked[Autoencoder]):
         With `start` the network and the normalisation of its inputs begin as the champion's.
         Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
         """
-        network = begin(self, Autoencoder, lambda network: network.fit_inputs(items), options, items.widths())
+        network = begin(self, lambda network: network.fit_inputs(items), options, items.widths())
         prepared = network.prepare(items)
         training = Training(network.to(best_device()))
         curves = Trainer(training, prepared, options).run()
@@ -354,27 +341,3 @@ class RqVae(Networked[Autoencoder]):
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes of the residual walk, weights of one, and the sum of the code rows."""
         return self.fitted.tokenise(items, keep)
-
-    @torch.no_grad()
-    def relabel(self, order: Sequence[Tensor]) -> None:
-        """Rename codes: code k of level l is what order[l][k] was."""
-        self.fitted.codebook_LKD.copy_(take_rows(self.fitted.codebook_LKD, order))
-
-    def codebooks(self) -> list[Tensor]:
-        """Code rows per level, (K, D)."""
-        return [rows_KD.clone() for rows_KD in self.fitted.codebook_LKD.detach().cpu()]
-
-    def config(self) -> dict[str, Any]:
-        """Settings and input widths, JSON."""
-        return {"tokenizer": "rq_vae", "settings": self.settings.model_dump(), "raw_widths": self.fitted.widths}
-
-    @classmethod
-    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> RqVae:
-        """The tokenizer that gave `config` and `state`.
-
-        Raises: RuntimeError if the tensors do not fit the configuration.
-        """
-        tokenizer = cls(profile.RqVae(**config["settings"]))
-        tokenizer.network = Autoencoder(tokenizer.settings, config["raw_widths"]).eval()
-        tokenizer.network.load_state_dict(state)
-        return tokenizer

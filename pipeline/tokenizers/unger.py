@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,7 @@ class Network(nn.Module):
         super().__init__()
         self.settings = settings
         self.inputs = Inputs(raw_widths, settings.input_dim)
+        self.raw_widths = self.inputs.raw_widths
         self.content = tuple(name for name in CONTENT if name in self.inputs.widths)
         if not self.content or "behavior" not in self.inputs.widths:
             raise ValueError(f"UNGER joins content with behaviour and got only {sorted(raw_widths)}")
@@ -182,17 +183,20 @@ class Training:
         return {**found, "score": self.settings.next_item * found["next_item"] + self.settings.alignment * found["alignment"]}
 
 
-class Unger(Networked[Network]):
+class Unger(Networked[profile.Unger, Network]):
     """The UNGER tokenizer (`base.Tokenizer`); its codes are ordered, level l refines the levels before it.
 
     Args:
         settings: the [train_tokenizer.unger] section.
     """
 
-    needs_history: ClassVar[bool] = True
+    name = "unger"
+    section = profile.Unger
+    build = Network
+    needs_history = True
 
     def __init__(self, settings: profile.Unger) -> None:
-        self.settings = settings
+        super().__init__(settings)
         shared = set(profile.RqKmeans.model_fields)
         self.quantiser = RqKmeans(profile.RqKmeans(**settings.model_dump(include=shared)))
 
@@ -212,7 +216,7 @@ class Unger(Networked[Network]):
         Raises: ValueError without content or behaviour; ContractError without enough history or for a champion of other sizes.
         """
         events = histories.events(options.history, len(items), who="UNGER")
-        network = begin(self, Network, lambda network: network.inputs.fit(items), options, items.widths())
+        network = begin(self, lambda network: network.inputs.fit(items), options, items.widths())
         prepared = network.inputs.prepare(items)
         training = Training(network.to(best_device()), events, prepared)
         curves = Trainer(training, prepared, histories.part(options, "integration", events.digest)).run()
@@ -273,19 +277,13 @@ class Unger(Networked[Network]):
         """The network's tensors and, under `quantiser.`, the code rows; contiguous, on the CPU."""
         return super().state() | {f"quantiser.{name}": value for name, value in self.quantiser.state().items()}
 
-    def config(self) -> dict[str, Any]:
-        """Settings and input widths, JSON."""
-        return {"tokenizer": "unger", "settings": self.settings.model_dump(), "raw_widths": self.fitted.inputs.raw_widths}
-
     @classmethod
-    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Unger:
+    def load(cls, config: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """The tokenizer that gave `config` and `state`.
 
         Raises: RuntimeError if the tensors do not fit the configuration.
         """
-        tokenizer = cls(profile.Unger(**config["settings"]))
-        tokenizer.network = Network(tokenizer.settings, config["raw_widths"]).eval()
-        tokenizer.network.load_state_dict({name: value for name, value in state.items() if not name.startswith("quantiser.")})
+        tokenizer = super().load(config, {name: value for name, value in state.items() if not name.startswith("quantiser.")})
         half = tokenizer.settings.latent_dim
         inner = {"settings": tokenizer.quantiser.settings.model_dump(), "raw_widths": {"text": half, "behavior": half}}
         tokenizer.quantiser = RqKmeans.load(inner, {"codebook_LKD": state["quantiser.codebook_LKD"]})
