@@ -1,10 +1,9 @@
-"""What each refresh policy keeps and costs over consecutive nights: `make stability SOURCE=<folder of day files> WORK=<folder>`.
+"""What each refresh policy keeps and costs over consecutive nights: `make stability WORK=<folder>`, or with SOURCE=<folder of day files> Online Retail.
 
 The default policy runs through the real pipeline, one Spark session for all nights; what no policy touches is computed there, once. Every other (tokenizer,
 policy) is replayed on those manifests from the same first night (stability_replay.py); the replay of the default policy must give the published releases row by
 row, or the bench stops. All of it is resumable by night. Beside the policies stand `never update`, the first release read on every later night, in which new
 items have no codes, and `content only`, frozen and with behaviour masked. What is measured: stability_measures.py; a fresh reader and old ones: here.
-A generated shop: --profile shop --set source.options.items=1500 --set source.options.days=35 --first 2026-03-22 --last 2026-03-29 --work DIR.
 """
 
 from __future__ import annotations
