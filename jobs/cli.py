@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -48,8 +49,18 @@ Reason = Annotated[str, typer.Option("--reason", "-r", help="Why; stored in ever
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, change nothing.")]
 
 
+def _version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        console.print(f"sidmill {metadata.version('sidmill')}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def main_options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")] = False) -> None:
+def main_options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")] = False,
+) -> None:
     """Grinds a catalogue and an event log into semantic IDs, every night, on a lakehouse."""
     log.configure(10 if verbose else 20)
 

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def test_a_command_that_looks_has_json_and_one_that_changes_the_lake_a_dry_run()
     assert {name for name in COMMANDS if "--json" not in options[name]} == ACTING
     assert {name for name in COMMANDS if "--dry-run" in options[name]} == {"run", "repair", "backfill", "rollback", "maintain", "study"}
     assert "--reason" in options["run"]
+
+
+def test_it_says_its_version() -> None:
+    found = CliRunner().invoke(cli.app, ["--version"])
+    assert (found.exit_code, found.output.strip()) == (0, f"sidmill {metadata.version('sidmill')}")
 
 
 def test_without_a_command_it_says_what_there_is() -> None:
