@@ -320,6 +320,8 @@ def _claim_row(page: Page, claim: Claim, data: str, found: study.Estimate, cappe
 
 def compared(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str) -> tuple[study.Estimate, bool] | None:
     """(the claim's difference on a data set, whether a reader was capped); None where a side was not run."""
+    import numpy as np
+
     left = _side(cells, data, claim.arm, claim.reader)
     right = _side(cells, data, claim.control or claim.arm, claim.control_reader or claim.reader)
     if not left or not right:
@@ -332,8 +334,8 @@ def compared(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str) -> tupl
         seeds = sorted(set.intersection(*[set(side[world]) for side in sides for world in worlds])) if worlds else []
         if not seeds:
             return None
-        a, b = ([[side[world][seed] for seed in seeds] for world in worlds] for side in sides)
-        return study.scalar_estimate(a, b, **options), capped
+        a, b = (np.array([[side[world][seed] for seed in seeds] for world in worlds]) for side in sides)
+        return study.scalar_estimate(a, claim.times * b, **options), capped
     effect = _effect(todo, cells, claim, data, left, right)
     return None if effect is None else (study.estimate(effect, resamples=todo.page.statistics.resamples, **options), capped)
 
@@ -378,7 +380,7 @@ def _effect(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str, left: Se
     a_SB, b_SB = np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
     if kind == "ranker":
         return _ranker_effect(claim.metric, shared["label_B"][mask], a_SB, b_SB, shared["person_B"][mask])
-    return study.mean_effect(_at(claim.metric, a_SB) - _at(claim.metric, b_SB), shared["user_Q"][mask])
+    return study.mean_effect(_at(claim.metric, a_SB) - claim.times * _at(claim.metric, b_SB), shared["user_Q"][mask])
 
 
 def _rows(todo: Plan, side: Sequence[Pair], arm: str) -> dict[int, Floats]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
+Wanted = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # rows of items (B,) -> which items each of them wants, (B, N)
 NEIGHBOURS, LISTED = 20, 10  # items of purity@20, and of the lists whose share of head items is counted
 ROWS = 1024  # items whose neighbours are looked at together: the scores of a whole catalogue would fill the memory
+INVALID_SAMPLE = 1000  # questions that the search without a constraint is measured on
 REDRAWS = 20  # rounds in which negatives that the user has are drawn again
 TEXT_AXES, CATEGORY_AXES, TEXT_TOKENS = 128, 64, 64
 RIDGE = 1e-3
@@ -387,12 +390,13 @@ def code_numbers(codes_NL: Tensor, weights_NL: Tensor, sizes: Sequence[int], slo
         for name, rows_N in groups.items():
             if (chosen_N := torch.from_numpy(rows_N) & items.behavior_N).any():
                 found[f"closed_share{name}"] = float(off_N[chosen_N].mean())
-    order = is_ordered(slots)
-    found[f"head_share@{LISTED}"] = float(nearest_share(codes_NL, weights_NL, lambda rows: groups["/head"][None].repeat(len(rows), 0), LISTED, order).mean())
-    if (cluster_N := world.catalogue.cluster_N).min() >= 0:
-        purity_N = nearest_share(codes_NL, weights_NL, lambda rows: cluster_N[rows, None] == cluster_N, NEIGHBOURS, order)
-        found |= {f"purity{name}": float(purity_N[rows_N].mean()) for name, rows_N in groups.items() if rows_N.any()}
-    return found
+    cluster_N, order = world.catalogue.cluster_N, is_ordered(slots)
+    asked: list[tuple[Wanted, int]] = [(lambda rows: groups["/head"][None].repeat(len(rows), 0), LISTED)]
+    if cluster_N.min() >= 0:
+        asked.append((lambda rows: cluster_N[rows, None] == cluster_N, NEIGHBOURS))
+    head_N, *purity = nearest_shares(codes_NL, weights_NL, asked, order)
+    found[f"head_share@{LISTED}"] = float(head_N.mean())
+    return found | {f"purity{name}": float(purity_N[rows_N].mean()) for purity_N in purity for name, rows_N in groups.items() if rows_N.any()}
 
 
 def is_ordered(slots: Sequence[str]) -> bool:
@@ -433,24 +437,28 @@ def shared_codes(a_QL: Tensor, a_weight_QL: Tensor, b_NL: Tensor, b_weight_NL: T
     return score_QN
 
 
-def nearest_share(codes_NL: Tensor, weights_NL: Tensor, wanted: Callable[[NDArray[np.int64]], NDArray[np.bool_]], count: int, ordered: bool) -> Floats:
-    """Expected share of wanted items among the `count` others that share most codes with an item, (N,); ties at the edge are drawn, in expectation.
+def nearest_shares(codes_NL: Tensor, weights_NL: Tensor, asked: Sequence[tuple[Wanted, int]], ordered: bool) -> list[Floats]:
+    """Per (wanted, count) asked: expected share of wanted items among the `count` others that share most codes with an item, (N,).
 
-    Args:
-        wanted: rows of items (B,) -> which items each of them wants, (B, N).
+    The scores of a catalogue are made once for all that is asked of them.
     """
     import torch
 
-    count = min(count, len(codes_NL) - 1)
-    shares = []
+    shares: list[list[Tensor]] = [[] for _ in asked]
     for rows_B in torch.arange(len(codes_NL)).split(ROWS):
         score_BN = shared_codes(codes_NL[rows_B], weights_NL[rows_B], codes_NL, weights_NL, ordered=ordered)
         score_BN = (score_BN * 1e5).round().scatter_(1, rows_B[:, None], -torch.inf)
-        edge_B1 = score_BN.topk(count, dim=1).values[:, -1:]
-        above_BN, tied_BN, wanted_BN = score_BN > edge_B1, score_BN == edge_B1, torch.from_numpy(wanted(rows_B.numpy()))
-        hits_B = (above_BN & wanted_BN).sum(1) + (count - above_BN.sum(1)) * (tied_BN & wanted_BN).sum(1) / tied_BN.sum(1)
-        shares.append(hits_B / count)
-    return torch.cat(shares).numpy().astype(np.float64)
+        for found, (wanted, count) in zip(shares, asked, strict=True):
+            found.append(_wanted_share(score_BN, torch.from_numpy(wanted(rows_B.numpy())), min(count, len(codes_NL) - 1)))
+    return [torch.cat(found).numpy().astype(np.float64) for found in shares]
+
+
+def _wanted_share(score_BN: Tensor, wanted_BN: Tensor, count: int) -> Tensor:
+    """Share of wanted items among the `count` best of each row (B,); ties at the edge are drawn, in expectation."""
+    edge_B1 = score_BN.topk(count, dim=1).values[:, -1:]
+    above_BN, tied_BN = score_BN > edge_B1, score_BN == edge_B1
+    hits_B = (above_BN & wanted_BN).sum(1) + (count - above_BN.sum(1)) * (tied_BN & wanted_BN).sum(1) / tied_BN.sum(1)
+    return hits_B / count
 
 
 # ---------------------------------------------------------------- questions and floors
@@ -584,11 +592,15 @@ def _retrieved(job: Job) -> dict[str, Any]:
     with torch.no_grad():
         ranks_Q = training.ranks(fitted.model, fitted.table, asked.histories, asked.targets, settings, seen)
     job.store.keep(job.cell.key, {"rank_Q": ranks_Q})
+    some = asked.histories.part(0, min(INVALID_SAMPLE, len(asked.histories)))
     deepest = 10**9 if settings.retriever == "parallel" else settings.beams
     metrics = {f"reader/{name}": value for name, value in fitted.metrics.items()}
     capped = fitted.metrics["best_epoch"] >= settings.max_epochs
     curves = {name: list(values) for name, values in fitted.curves.items() if name in ("loss", "valid_ndcg@50")}
-    return {"metrics": metrics, "curves": curves, "capped": bool(capped), "deepest": deepest, "table": rank_table(ranks_Q, asked.masks, deepest)}
+    table = rank_table(ranks_Q, asked.masks, deepest)
+    if not math.isnan(share := training.invalid_beams(fitted.model, fitted.table, some, settings)):
+        table["all"]["invalid_beams"] = share
+    return {"metrics": metrics, "curves": curves, "capped": bool(capped), "deepest": deepest, "table": table}
 
 
 def _teacher(job: Job) -> Tensor:

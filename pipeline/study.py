@@ -104,11 +104,19 @@ class Claim(Section):
     data: list[str] = Field([], description="keys of [data], one verdict each; empty = all")
     metric: str = Field(..., description="recall@k | ndcg@k | auc | gauc, or a number of the codes or features")
     control_metric: str = Field("", description="metric of the control; empty = the same")
+    times: float = Field(1.0, gt=0, description="the arm is compared with so many times the control's number: 2 = at least twice as much")
     stratum: str = Field("all", description="all | head | torso | tail | evidence_0 | evidence_1_4 | all_with_ties")
     direction: Literal["greater", "smaller", "not_worse"] = Field("greater", description="what the difference shall be")
     margin: float = Field(0.0, ge=0, description="greater, smaller: the difference must exceed it; not_worse: it may fall behind by it")
     least: float = Field(0.0, ge=0, description="smallest difference that would matter; an interval wholly below it is `not kept`")
     primary: bool = Field(False, description="a primary endpoint: its p-value is adjusted together with the others' (Holm)")
+
+    @model_validator(mode="after")
+    def can_be_multiplied(self) -> Self:
+        """The claim; a multiple of an area under a curve or of a correlation means nothing."""
+        if self.times != 1 and (self.reader == "features" or self.metric in ("auc", "gauc")):
+            raise ValueError(f"claim {self.title!r} asks for {self.times:g} times {self.metric}, which has no zero to count from")
+        return self
 
 
 class Statistics(Section):

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from pipeline.errors import ConfigError
 from pipeline.study import CANNOT_TELL, KEPT, NOT_KEPT
 
-RETRIEVED = ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50")
+RETRIEVED = ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50", "invalid_beams")
 RANKED = ("auc", "gauc", "logloss")
 SLICES = ("all", "head", "torso", "tail", "evidence_0", "evidence_1_4", "all_with_ties")
 CODED = ("utilisation", "perplexity", "collision_rate", "nmse/text", "nmse/image", "nmse/behavior", "nmse/behavior/tail", "closed_share/head")
@@ -106,7 +106,8 @@ def _richness_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def claim_metric(row: Mapping[str, Any]) -> str:
     """Metric, reader and slice of a claim in a few words."""
-    against = f" - {row['control_metric']}" if row["control_metric"] else ""
+    times = "" if row["times"] == 1 else f"{row['times']:g} x "
+    against = f" - {times}{row['control_metric'] or 'control'}" if times or row["control_metric"] else ""
     return f"{row['metric']}{against}, {row['reader']}, {row['stratum']}" + (" (primary)" if row["primary"] else "")
 
 

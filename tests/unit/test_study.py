@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizer_items import tiny_history, tiny_items, training, unger_settings
 
+from jobs import study as command
 from jobs import study_cells, study_data
 from jobs.study_data import TEST, TRAIN, VALID, Catalogue, Log, World, prepared
 from pipeline import evaluation, study, study_page
@@ -255,7 +256,8 @@ def test_purity_and_shared_codes_against_slow_loops(monkeypatch: pytest.MonkeyPa
             assert float(score[a, b]) == pytest.approx(want, abs=1e-6)
     monkeypatch.setattr(study_cells, "ROWS", 4)  # several blocks
     same_cluster = partial(lambda cluster, rows: cluster[rows, None] == cluster, cluster)
-    found = study_cells.nearest_share(codes, weights, same_cluster, 3, True)
+    found, wider = study_cells.nearest_shares(codes, weights, [(same_cluster, 3), (same_cluster, 5)], True)
+    np.testing.assert_array_equal(wider, *study_cells.nearest_shares(codes, weights, [(same_cluster, 5)], True))
     for item in range(9):
         others = [other for other in range(9) if other != item]
         edge = sorted((round(float(score[item, other]) * 1e5) for other in others), reverse=True)[2]
@@ -263,7 +265,7 @@ def test_purity_and_shared_codes_against_slow_loops(monkeypatch: pytest.MonkeyPa
         hits = [sum(cluster[other] == cluster[item] for other in group) for group in (above, tied)]
         assert found[item] == pytest.approx((hits[0] + (3 - len(above)) * hits[1] / len(tied)) / 3)
     nothing = torch.zeros(9, 3, dtype=torch.int64), torch.zeros(9, 3)
-    assert study_cells.nearest_share(*nothing, same_cluster, 3, False)[0] == pytest.approx((np.sum(cluster == cluster[0]) - 1) / 8)  # all tied: chance
+    assert study_cells.nearest_shares(*nothing, [(same_cluster, 3)], False)[0][0] == pytest.approx((np.sum(cluster == cluster[0]) - 1) / 8)  # all tied: chance
 
 
 def test_a_tokenizer_is_given_the_vectors_that_its_arm_names() -> None:
@@ -399,12 +401,26 @@ def test_a_verdict_says_what_the_interval_allows(claimed: dict, found: Estimate,
     assert verdict.reason
 
 
+def test_a_claim_may_ask_for_a_multiple_of_its_control() -> None:
+    chosen = page(claims=[{"title": "half", "arm": "ada", "control": "mean", "reader": "codes", "metric": "collision_rate", "times": 0.5, "data": ["toy"]}])
+    pairs = [
+        (cell, {"metrics": {"collision_rate": {"ada": 0.1, "mean": 0.3}[cell.arm]}}) for cell in cells(chosen) if cell.kind == "codes" and cell.arm != "here"
+    ]
+    found = command.compared(command.Plan(chosen, [], {}, "valid", Home(Path()), ""), pairs, chosen.claims[0], "toy")
+    assert found is not None
+    assert found[0].difference == pytest.approx(0.1 - 0.5 * 0.3)
+    row = study_page.claim_metric(chosen.claims[0].model_dump())
+    assert row == "collision_rate - 0.5 x control, codes, all"
+    with pytest.raises(ConfigError, match="no zero"):
+        page(claims=[{"title": "t", "arm": "ada", "control": "mean", "reader": "din", "metric": "auc", "times": 2.0}])
+
+
 # ---------------------------------------------------------------- tables and the page
 
 
 def document() -> dict:
     claim = {"title": "a <b> beats b", "data": "toy", "arm": "a", "control": "b", "reader": "wide", "control_metric": "", "metric": "recall@50"}
-    claim |= {"stratum": "tail", "primary": True, "difference": 0.01, "low": 0.002, "high": 0.02, "p": 0.01, "holm_p": 0.02, "detectable": 0.01}
+    claim |= {"times": 1.0, "stratum": "tail", "primary": True, "difference": 0.01, "low": 0.002, "high": 0.02, "p": 0.01, "holm_p": 0.02, "detectable": 0.01}
     claim |= {"seed_sd": 0.001, "rows": 1200, "seeds": 2, "verdict": "kept", "reason": "the interval lies on the claimed side"}
     row = {"data": "toy", "reader": "wide", "arm": "a", "rows": 1200, "fits": 2, "thin": False, "capped": False, "spread": {"recall@50": 0.001}}
     rows = [{**row, "stratum": name, "metrics": {"recall@50": 0.1, "ndcg@50": 0.05}} for name in ("all", "tail")]
