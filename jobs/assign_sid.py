@@ -64,8 +64,10 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     features = inputs.frame("feature.item_feature").where(F.col("logical_date") == F.lit(plan.logical_date))
     parent = parent_rows(inputs, plan)
     chosen = items_to_encode(features, parent, plan)
-    chosen = chosen.join(parent.select("item_id", F.col("codes").alias("keep")), "item_id", "left")
+    chosen = chosen.join(parent.select("item_id", F.col("codes").alias("keep")), "item_id", "left").persist()
     content, behavior = inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector")
+    if not plan.new_generation:
+        content = content.join(F.broadcast(content_keys(chosen)), ["modality", "encoder_id", "content_hash"], "left_semi")  # else all vectors would be shuffled
     vectors = item_vectors(chosen, content, behavior, plan.generation)
     model = broadcast_model(inputs, vocabulary)
     margin = params.hold_margin if plan.start in SAME_WORDS else None
@@ -151,6 +153,14 @@ def items_to_encode(features: DataFrame, parent: DataFrame, plan: Plan) -> DataF
     known = parent.select("item_id", F.lit(True).alias("known"))
     trained_tonight = F.col("behavior_date").eqNullSafe(F.lit(plan.logical_date))
     return features.join(known, "item_id", "left").where(F.col("known").isNull() | trained_tonight).drop("known")
+
+
+def content_keys(items: DataFrame) -> DataFrame:
+    """(modality, encoder_id, content_hash) of every content vector that the items refer to."""
+    from pyspark.sql import functions as F
+
+    text, image = (items.select(F.lit(name), f"{name}_encoder_id", f"{name}_hash") for name in ("text", "image"))
+    return text.union(image).toDF("modality", "encoder_id", "content_hash").distinct()
 
 
 def item_vectors(items: DataFrame, content: DataFrame, behavior: DataFrame, generation: int) -> DataFrame:

@@ -28,12 +28,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Night:
-    """The night's items (sorted by id) and its sequences of two events or more (sorted by user)."""
+class Items:
+    """The night's items, sorted by id: events so far and stratum."""
 
     item_ids: pa.Array
     counts: NDArray[np.int64]
     strata: pa.Array
+
+
+@dataclass(frozen=True)
+class Night(Items):
+    """The night's items and its sequences of two events or more, sorted by user: all of them, or those that hold one of some items."""
+
     sequences: pa.Table
 
     def events(self) -> pa.Array:
@@ -78,16 +84,22 @@ class Base:
         return unpack_ids(self.tensors["vocabulary_bytes"].numpy(), self.tensors["vocabulary_offsets"].numpy())
 
 
-def read_night(inputs: Inputs, ctx: Context) -> Night:
-    """The night's popularity and sequences in an order that does not depend on files.
+def read_items(inputs: Inputs, ctx: Context) -> Items:
+    """The night's items in an order that does not depend on files."""
+    columns = ("item_id", "evidence_count", "popularity_stratum")
+    rows = inputs.arrow("feature.item_popularity", columns=columns, where=f"logical_date == '{ctx.logical_date}'").sort_by("item_id")
+    return Items(strings(rows["item_id"]), rows["evidence_count"].to_numpy().astype(np.int64), strings(rows["popularity_stratum"]))
 
+
+def read_night(inputs: Inputs, ctx: Context, items: Items, holding: pa.Array | None = None) -> Night:
+    """The items with their sequences, in an order that does not depend on files.
+
+    Args:
+        holding: items one of which a sequence must hold; None = all sequences.
     Raises: UpstreamMissing when no user has two events.
     """
-    where = f"logical_date == '{ctx.logical_date}'"
-    popularity = inputs.arrow("feature.item_popularity", columns=("item_id", "evidence_count", "popularity_stratum"), where=where).sort_by("item_id")
-    sequences = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids", "baskets", "num_events"), where=where).sort_by("user_id")
-    sequences = sequences.filter(pc.greater_equal(sequences["num_events"], 2))
-    if not len(sequences):
+    where = f"logical_date == '{ctx.logical_date}' and num_events >= 2"
+    if not len(inputs.arrow("feature.user_sequence", columns=("num_events",), where=where)):
         raise UpstreamMissing(
             "no user has two events to learn an order from",
             expected="sequences",
@@ -95,8 +107,9 @@ def read_night(inputs: Inputs, ctx: Context) -> Night:
             where=f"feature.user_sequence logical_date={ctx.logical_date}",
             next_command=f"sid run user_sequence --date {ctx.logical_date}",
         )
-    counts = popularity["evidence_count"].to_numpy().astype(np.int64)
-    return Night(strings(popularity["item_id"]), counts, strings(popularity["popularity_stratum"]), sequences)
+    among = {} if holding is None else {"item_ids": holding.to_pylist()}
+    rows = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids", "baskets"), where=where, **among)
+    return Night(**vars(items), sequences=rows.sort_by("user_id"))
 
 
 def read_content(inputs: Inputs, ctx: Context) -> Content:

@@ -92,9 +92,10 @@ def run(inputs: Inputs, params: config.ContentEmbedding, ctx: Context) -> StageR
     """
     encodings = [encoding for encoding in (text_encoding(inputs, params, ctx), image_encoding(inputs, params, ctx)) if encoding]
     ids = {encoding.modality: encoding.encoder_id for encoding in encodings}
-    needed = needed_content(inputs, encodings, ctx.logical_date)
-    counts = {(row.modality, row.stored): int(row["count"]) for row in needed.groupBy("modality", "stored").count().collect()}
-    outcome = encode_new(needed.where("NOT stored"), encodings, limits_of(params, ctx, counts), counts)
+    shown = shown_content(inputs, encodings, ctx.logical_date).persist()
+    missing = missing_content(inputs, encodings, shown.where("NOT stored")).persist()
+    counts = counted(shown.where("stored"), stored=True) | counted(missing, stored=False)
+    outcome = encode_new(missing, encodings, limits_of(params, ctx, counts), counts)
     tally = {(row.modality, row.reason): int(row["count"]) for row in outcome.groupBy("modality", "reason").count().collect()} if outcome else {}
     return StageResult(
         writes=writes_of(inputs, outcome, tally, sum(counts.values()), ctx.logical_date),
@@ -193,19 +194,36 @@ def given_width(item: DataFrame, column: str, logical_date: date) -> int:
 # ---------------------------------------------------------------- what is new
 
 
-def needed_content(inputs: Inputs, encodings: Sequence[Encoding], logical_date: date) -> DataFrame:
-    """One row per content key the night needs: encoder_id, modality, content_hash, item_id, payload, given, bytes_hash, stored."""
+def shown_content(inputs: Inputs, encodings: Sequence[Encoding], logical_date: date) -> DataFrame:
+    """One row per item and modality that the night needs: encoder_id, modality, content_hash, item_id, file_date of the newest version, stored."""
     from pyspark.sql import functions as F
 
-    chosen = {encoding.modality: encoding for encoding in encodings}
-    stored = inputs.frame(TABLE).where(F.col("encoder_id").isin([encoding.encoder_id for encoding in encodings]))
+    chosen: dict[str, str] = {encoding.modality: encoding.encoder_id for encoding in encodings}
+    stored = inputs.frame(TABLE).where(F.col("encoder_id").isin(list(chosen.values())))
     return inputs.query(
         TABLE,
         {"item": inputs.frame("raw.item"), "known": stored.select("encoder_id", "modality", "content_hash")},
         logical_date=logical_date,
-        **{f"{modality}_encoder_id": chosen[modality].encoder_id if modality in chosen else "" for modality in CHUNK},
-        **{f"{modality}_given": modality in chosen and chosen[modality].kind == GIVEN for modality in CHUNK},
+        **{f"{modality}_encoder_id": chosen.get(modality, "") for modality in CHUNK},
     )
+
+
+def missing_content(inputs: Inputs, encodings: Sequence[Encoding], shown: DataFrame) -> DataFrame:
+    """One row per content key without a vector: encoder_id, modality, content_hash, item_id, payload, given, bytes_hash; only its items' days are read."""
+    from pyspark.sql import functions as F
+
+    days = [F.lit(row.file_date) for row in shown.select("file_date").distinct().collect()]
+    given = [encoding.modality for encoding in encodings if encoding.kind == GIVEN]
+    views = {"shown": shown, "item": inputs.frame("raw.item").where(F.col("file_date").isin(days))}
+    return inputs.query(TABLE, views, name="missing", **{f"{modality}_given": modality in given for modality in CHUNK})
+
+
+def counted(rows: DataFrame, *, stored: bool) -> dict[tuple[str, bool], int]:
+    """(modality, stored) -> content keys."""
+    from pyspark.sql import functions as F
+
+    found = rows.groupBy("modality").agg(F.count_distinct("content_hash").alias("keys")).collect()
+    return {(row.modality, stored): int(row["keys"]) for row in found}
 
 
 def limits_of(params: config.ContentEmbedding, ctx: Context, counts: Mapping[tuple[str, bool], int]) -> Limits:
@@ -232,7 +250,7 @@ def encode_new(rows: DataFrame, encodings: Sequence[Encoding], limits: Limits, c
     logger.info("encoding texts=%d images=%d tasks=%d", new["text"], new["image"], tasks)
     work = partial(encode_batches, encodings=tuple(encodings), limits=limits)
     # A checkpoint, not a cache: vectors and refusals are two writes of one frame, and a second evaluation would encode everything again.
-    return rows.drop("stored").repartition(tasks).mapInArrow(work, ENCODED).localCheckpoint()
+    return rows.repartition(tasks).mapInArrow(work, ENCODED).localCheckpoint()
 
 
 # ---------------------------------------------------------------- in the workers

@@ -39,13 +39,12 @@ class Inputs:
         pinned = self._pinned(table)
         return lakehouse.read_frame(self.spark, table, pinned if at is None else at)
 
-    def query(self, table: str, views: Mapping[str, DataFrame], **params: Any) -> DataFrame:
-        """The SELECT of sql/<namespace>/<table>/query.sql over `views`, with named parameters (`:logical_date`)."""
+    def query(self, table: str, views: Mapping[str, DataFrame], *, name: str = "query", **params: Any) -> DataFrame:
+        """The SELECT of sql/<namespace>/<table>/<name>.sql over `views`, with named parameters (`:logical_date`)."""
         assert self.spark is not None, "only Spark stages run SQL"
-        for name, frame in views.items():
-            frame.createOrReplaceTempView(name)
-        namespace, name = table.split(".")
-        return self.spark.sql((context.SQL / namespace / name / "query.sql").read_text(encoding="utf-8"), args=params)
+        for view, frame in views.items():
+            frame.createOrReplaceTempView(view)
+        return self.spark.sql((context.SQL / table.replace(".", "/") / f"{name}.sql").read_text(encoding="utf-8"), args=params)
 
     def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "", at: int | None = None, **among: Iterable[str]) -> pa.Table:
         """Rows of a table at its pinned snapshot through PyIceberg, no JVM.

@@ -1,15 +1,17 @@
 """Counts per item and day for the files that changed, and from them the decayed popularity of every item known at the cutoff.
 
-Only the events of new or corrected day files are read; everything older comes from feature.item_day_stat. The definitions stand in pipeline/popularity.py.
+Only the events of new or corrected day files are read; everything older comes from feature.item_day_stat: the days of the window, and for what never decays
+the night before, where it may be built on (build_on.py), else all days. The definitions stand in pipeline/popularity.py.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import date
+from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
+from jobs.build_on import LONG_AGO, Ground, ground
 from jobs.ingest import local_frame
 from pipeline import config
 from pipeline.context import SQL, Context
@@ -21,21 +23,26 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
 
 logger = logging.getLogger(__name__)
+TABLE = "feature.item_popularity"
 
 
 def run(inputs: Inputs, params: config.ItemPopularity, ctx: Context) -> StageResult:
     """The counts of the day files that changed since they were last counted, and the night's popularity."""
-    day = ctx.logical_date
-    ledger, counted = inputs.frame("raw.source_file"), inputs.frame("feature.item_day_stat")
+    from pyspark.sql import functions as F
+
+    day, base = ctx.logical_date, ground(inputs, TABLE, ctx.logical_date)
+    window = timedelta(days=min(params.window_days, (day - LONG_AGO).days) - 1)
+    first = min(base.after + timedelta(days=1), day - window)  # an event is never later than its file
+    ledger = inputs.frame("raw.source_file").where(F.col("file_date") >= F.lit(first))
+    counted = inputs.frame("feature.item_day_stat").where(F.col("logical_date") >= F.lit(first))
     pending = pending_days(ledger, counted, day)
     fresh = day_stats(inputs, pending).persist()
     merged = merged_stats(counted, fresh, pending, day)
-    known = items_as_of(inputs.frame("raw.item"), ledger, first_events(merged), day, ctx.config.source.catalogue)
-    popularity = item_popularity(inputs, merged, known, params, day)
-    logger.info("counting day files=%d date=%s", len(pending), day)
+    popularity = item_popularity(inputs, merged, base, params, day)
+    logger.info("counting day files=%d date=%s added up before=%s", len(pending), day, base.after)
     stats = Write(table="feature.item_day_stat", frame=fresh, dates=tuple(day for day, _ in pending))
     return StageResult(
-        writes=(*([stats] if pending else []), Write(table="feature.item_popularity", frame=popularity, dates=(day,))),
+        writes=(*([stats] if pending else []), Write(table=TABLE, frame=popularity, dates=(day,))),
         metrics={"files_counted": float(len(pending)), "rows_counted": float(fresh.count())},
     )
 
@@ -79,13 +86,6 @@ def merged_stats(counted: DataFrame, fresh: DataFrame, pending: Sequence[tuple[d
     return kept.unionByName(fresh)
 
 
-def first_events(stats: DataFrame) -> DataFrame:
-    """(item_id, first_event_date) of every item with events."""
-    from pyspark.sql import functions as F
-
-    return stats.groupBy("item_id").agg(F.min("event_date").alias("first_event_date"))
-
-
 def items_as_of(item: DataFrame, source_file: DataFrame, first_event: DataFrame, logical_date: date, catalogue: str) -> DataFrame:
     """Every item known at the logical date with its newest version, by sql/raw/item/as_of.sql.
 
@@ -97,12 +97,21 @@ def items_as_of(item: DataFrame, source_file: DataFrame, first_event: DataFrame,
     return item.sparkSession.sql(text, args={"logical_date": logical_date, "catalogue": catalogue})
 
 
-def item_popularity(inputs: Inputs, stats: DataFrame, known: DataFrame, params: config.ItemPopularity, logical_date: date) -> DataFrame:
-    """Rows of feature.item_popularity for one night."""
+def item_popularity(inputs: Inputs, stats: DataFrame, base: Ground, params: config.ItemPopularity, logical_date: date) -> DataFrame:
+    """Rows of feature.item_popularity for one night.
+
+    Args:
+        stats: the counts of the window's files, and of those that are not in `base.rows` yet.
+    """
+    from pyspark.sql import functions as F
+
+    listed = inputs.frame("raw.item").where((F.col("file_date") > F.lit(base.after)) & (F.col("file_date") <= F.lit(logical_date)))
     return inputs.query(
-        "feature.item_popularity",
-        {"item_day_stat": stats, "known_item": known.select("item_id")},
+        TABLE,
+        {"item_day_stat": stats, "listed": listed.select("item_id"), "before": base.rows.select("item_id", "evidence_count", "first_event_date")},
         logical_date=logical_date,
+        added_up=base.after,
+        inputs_sha256=base.inputs_sha256,
         window_days=params.window_days,
         half_life_days=params.half_life_days,
         head_share=params.head_share,

@@ -23,7 +23,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from jobs.behavior_inputs import Base, Content, Night, flat, indexed, pack_ids, read_base, read_content, read_night, sorted_unique, strings
+from jobs.behavior_inputs import (
+    Base,
+    Content,
+    Items,
+    Night,
+    flat,
+    indexed,
+    pack_ids,
+    read_base,
+    read_content,
+    read_items,
+    read_night,
+    sorted_unique,
+    strings,
+)
 from pipeline import config, richness
 from pipeline.context import Context, Plan, derive_seed
 from pipeline.device import best_device
@@ -57,8 +71,8 @@ def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> St
     chosen(params)
     if params.richness == "reliability" and not params.measure_reliability:
         raise ConfigError("richness = reliability must be measured", expected="true", found="false", where="[train_behavior_encoder] measure_reliability")
-    night = read_night(inputs, ctx)
-    return new_generation(inputs, params, ctx, night) if ctx.plan().new_generation else frozen_night(inputs, params, ctx, night)
+    items = read_items(inputs, ctx)
+    return new_generation(inputs, params, ctx, read_night(inputs, ctx, items)) if ctx.plan().new_generation else frozen_night(inputs, params, ctx, items)
 
 
 def chosen(params: config.TrainBehaviorEncoder, name: str = "", settings: Mapping[str, Any] | None = None, **changes: Any) -> BehaviorEncoder:
@@ -295,8 +309,11 @@ def base_bundle(
 # ---------------------------------------------------------------- a frozen night
 
 
-def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context, night: Night) -> StageResult:
-    """The rows that moved, made against the generation's base by the generation's encoder; `skipped` without any."""
+def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context, items: Items) -> StageResult:
+    """The rows that moved, made against the generation's base by the generation's encoder; `skipped` without any.
+
+    Where its rows are a function of the base and the sequences that hold a moved item, only those are read.
+    """
     plan = ctx.plan()
     base = read_base(inputs, plan.generation)
     if base is None:
@@ -310,12 +327,15 @@ def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Conte
     encoder = chosen(params, base.config["encoder"], base.config["params"])
     content = read_content(inputs, ctx) if encoder.reads_text else None
     cold = content if encoder.cold_items else None
-    moved, first = moved_items(inputs, params, plan, night, cold)
+    moved, first = moved_items(inputs, params, plan, items, cold)
+    skipped = {"generation": plan.generation, "rows": 0}
+    if not moved.size:
+        return StageResult(status="skipped", metrics={"moved_items": 0.0}, outputs=skipped)
+    night = read_night(inputs, ctx, items, items.item_ids.take(moved) if encoder.local_rows else None)
     seen = pc.is_in(night.item_ids.take(moved), value_set=pc.unique(night.events())).to_numpy(zero_copy_only=False)
     if cold is not None:
         seen |= cold.has(night.item_ids.take(moved))
     metrics = {"moved_items": float(moved.size), "first_rows": float(first.sum()), "moved_without_sequence": float((~seen).sum())}
-    skipped = {"generation": plan.generation, "rows": 0}
     if not seen.any():
         return StageResult(status="skipped", metrics=metrics, outputs=skipped)
     made, ids = _make_rows(encoder, base, night, moved[seen], plan, content)
@@ -333,9 +353,9 @@ def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Conte
 
 
 def moved_items(
-    inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, night: Night, cold: Content | None
+    inputs: Inputs, params: config.TrainBehaviorEncoder, plan: Plan, items: Items, cold: Content | None
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(rows of `night.item_ids` whose bucket rose above the parent's, which of them had no vector yet).
+    """(rows of `items.item_ids` whose bucket rose above the parent's, which of them had no vector yet).
 
     An item that the parent masks or does not know counts as bucket -1, so reaching n_min is a rise as well.
 
@@ -345,11 +365,11 @@ def moved_items(
     assert plan.parent is not None, "a frozen night has a parent"
     where = f"logical_date == '{plan.parent.logical_date}' and generation == {plan.generation}"
     parent = inputs.arrow("feature.item_feature", columns=("item_id", "evidence_bucket"), where=where, at=plan.parent.manifest)
-    place = pc.index_in(night.item_ids, value_set=strings(parent["item_id"]))
+    place = pc.index_in(items.item_ids, value_set=strings(parent["item_id"]))
     before_N = pc.fill_null(flat(parent["evidence_bucket"]).take(place), -1).to_numpy(zero_copy_only=False)
-    bucket_N, able_N = richness.evidence_bucket(night.counts), night.counts >= params.n_min
+    bucket_N, able_N = richness.evidence_bucket(items.counts), items.counts >= params.n_min
     if cold is not None:
-        text_N = cold.has(night.item_ids)
+        text_N = cold.has(items.item_ids)
         bucket_N, able_N = np.where(text_N, np.maximum(bucket_N, 0), bucket_N), able_N | text_N
     moved = np.flatnonzero(able_N & (bucket_N > before_N))
     return moved, before_N[moved] < 0

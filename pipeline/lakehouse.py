@@ -579,7 +579,8 @@ def read_arrow(
 
     Args:
         where: PyIceberg row filter; empty reads all rows.
-        among: column -> its values of the rows to keep; however many, only those rows are held in memory. Texts and lists are then of Arrow's large types.
+        among: column -> its values of the rows to keep, of a list column those that hold one; only those rows are held in memory. Texts and lists are then of
+            Arrow's large types.
     """
     from pyiceberg.expressions import AlwaysTrue
 
@@ -588,16 +589,25 @@ def read_arrow(
 
 
 def _kept(reader: pa.RecordBatchReader, among: Mapping[str, Iterable[str]]) -> pa.Table:
-    """The rows whose columns have one of the values, batch by batch."""
+    """The rows whose columns have or hold one of the values, batch by batch."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values = {name: pa.array(sorted(set(wanted)), reader.schema.field(name).type) for name, wanted in among.items()}
+    kinds = {name: reader.schema.field(name).type for name in among}
+    values = {name: pa.array(sorted(set(wanted)), getattr(kinds[name], "value_type", kinds[name])) for name, wanted in among.items()}
+
+    def holds(column: pa.Array, wanted: pa.Array) -> pa.Array:
+        """Which rows have one of the values."""
+        if column.type == wanted.type:
+            return pc.is_in(column, value_set=wanted)
+        rows = pc.list_parent_indices(column).filter(pc.is_in(pc.list_flatten(column), value_set=wanted))
+        return pc.is_in(pa.array(np.arange(len(column)), rows.type), value_set=rows)
 
     def kept() -> Iterator[pa.RecordBatch]:
         """Each batch without the other rows, so that they are never together in memory."""
         for batch in reader:
-            yield batch.filter(reduce(pc.and_, (pc.is_in(batch.column(name), value_set=wanted) for name, wanted in values.items())))
+            yield batch.filter(reduce(pc.and_, (holds(batch.column(name), wanted) for name, wanted in values.items())))
 
     return pa.Table.from_batches(kept(), reader.schema)
 

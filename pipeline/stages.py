@@ -122,7 +122,7 @@ STAGES: tuple[Stage, ...] = (
         summary="decayed popularity, percentile and stratum per item as of the cutoff",
         engine="spark",
         group="refresh",
-        inputs=("raw.source_file", "raw.interaction", "raw.item", "feature.item_day_stat"),
+        inputs=("raw.source_file", "raw.interaction", "raw.item", "feature.item_day_stat", "feature.item_popularity"),
         outputs=("feature.item_day_stat", "feature.item_popularity"),
     ),
     Stage(
@@ -138,7 +138,7 @@ STAGES: tuple[Stage, ...] = (
         summary="each user's events in order as of the cutoff",
         engine="spark",
         group="refresh",
-        inputs=("raw.interaction",),
+        inputs=("raw.source_file", "raw.interaction", "feature.user_sequence"),
         outputs=("feature.user_sequence",),
     ),
     Stage(

@@ -113,7 +113,7 @@ class Network(graph.GraphNetwork):
 class AlphaRec:
     """AlphaRec as a behaviour encoder; with `cold_items` an item with a text has a vector from the start."""
 
-    masks_history, reads_text = True, True
+    masks_history, reads_text, local_rows = True, True, True
 
     def __init__(self, params: Params) -> None:
         self.params = params

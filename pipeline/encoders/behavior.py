@@ -51,6 +51,7 @@ class BehaviorEncoder(Protocol):
     masks_history: bool  # whether validation leaves the user's history out of the ranking
     reads_text: bool  # whether `content` must be given
     cold_items: bool  # whether items with a text have a vector before they have n_min events
+    local_rows: bool  # whether `train_rows` makes the same rows of the sequences alone that hold a moved item
 
     def __init__(self, params: Any) -> None: ...
 
@@ -93,7 +94,7 @@ class BehaviorEncoder(Protocol):
 class SasRec:
     """`encoders.sasrec` as a behaviour encoder."""
 
-    masks_history, reads_text, cold_items = False, False, False
+    masks_history, reads_text, cold_items, local_rows = False, False, False, True
 
     def __init__(self, params: config.SasRec) -> None:
         self.params = params

@@ -367,7 +367,7 @@ def train_rows(state: Mapping[str, Tensor], sequences: Sequences, moved_M: Tenso
 class RowEncoder:
     """A network whose items have rows of their own, as a behaviour encoder (`behavior.BehaviorEncoder`); it reads no text."""
 
-    masks_history, reads_text, cold_items = True, False, False
+    masks_history, reads_text, cold_items, local_rows = True, False, False, False  # a row is pushed by the pairs of all users
     network: Callable[[int, int, Any], GraphNetwork]  # (users, items, params)
 
     def __init__(self, params: Params) -> None:
@@ -402,7 +402,7 @@ class RowEncoder:
 def own_pairs(sequences: Sequences, moved_M: Tensor, edges: Edges) -> Edges:
     """(moved item, user) pairs; the first coordinate is the position in moved_M, users without a base item are left out."""
     user_T = torch.repeat_interleave(torch.arange(edges.num_users), sequences.offsets.diff())
-    lookup = torch.full((int(max(sequences.items.max(), moved_M.max() if moved_M.numel() else 0)) + 1,), -1)
+    lookup = torch.full((int(torch.cat([sequences.items, moved_M]).max()) + 1,), -1)
     lookup[moved_M] = torch.arange(moved_M.numel())
     slot_T = lookup[sequences.items]
     good_T = (slot_T >= 0) & (edges.degrees()[0] > 0)[user_T]

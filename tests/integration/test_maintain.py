@@ -48,7 +48,7 @@ def manifest(trained: dict[date, date]) -> list[tuple[Any, ...]]:
 def features(shelf: Any, trained: dict[date, date]) -> None:
     """One item's rows of each night in three tables."""
     shelf.put(FEATURE, manifest(trained), list(trained))
-    shelf.put(POPULARITY, [(day, "i00", 1.0, 0.5, 5, "head", 8, D1, 0) for day in trained], list(trained))
+    shelf.put(POPULARITY, [(day, "i00", 1.0, 0.5, 5, "head", 8, D1, 0, "s") for day in trained], list(trained))
     shelf.put(TRAINED, [(day, "i00", 1, [1.0, 2.0], 1.0, 8, 3) for day in (D1, D2, D3, D4)], [D1, D2, D3, D4])
 
 
@@ -164,7 +164,7 @@ def test_old_branches_orphans_and_small_files(spark: Any, lake_home: Home, shelf
     digest = lakehouse.rows_digest(spark.table(f"lake.{CONTENT}"))
     for branch in ("audit_old", "audit_young"):
         lakehouse.cut_branch(spark, POPULARITY, branch)
-        frame = spark.createDataFrame([(D1, branch, 1.0, 0.5, 5, "head", 8, D1, 0)], spark.table(f"lake.{POPULARITY}").schema)
+        frame = spark.createDataFrame([(D1, branch, 1.0, 0.5, 5, "head", 8, D1, 0, "s")], spark.table(f"lake.{POPULARITY}").schema)
         lakehouse.replace(spark, frame, POPULARITY, branch, dates=[D1], equal={}, properties={})
     shelf.age(POPULARITY, 20, but=[lakehouse.references(spark, POPULARITY)["audit_young"]])
     folder = lake_home.folder("lake") / "sid" / "item_sid" / "data"

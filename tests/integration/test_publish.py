@@ -104,7 +104,7 @@ def fill(spark, day, items, *, moved=(), trained=None, vectors=True):
     put(spark, "feature.item_feature", spark.createDataFrame(features, schema["feature.item_feature"]), [day])
     behavior = [(day, item, 1, rng.normal(size=WIDTH).tolist(), 1.0, 8, 3) for item in moved]
     put(spark, "feature.item_behavior_vector", spark.createDataFrame(behavior, schema["feature.item_behavior_vector"]), [day])
-    popularity = [(day, item, 1.0, 0.5, 5, "head", 8, D1, 0) for item in items]
+    popularity = [(day, item, 1.0, 0.5, 5, "head", 8, D1, 0, "s") for item in items]
     put(spark, "feature.item_popularity", spark.createDataFrame(popularity, schema["feature.item_popularity"]), [day])
     known = {row.content_hash for row in spark.table("lake.feature.item_content_vector").collect()}
     content = [("enc", "text", f"h{item}", rng.normal(size=WIDTH).tolist()) for item in items if f"h{item}" not in known]
@@ -315,7 +315,7 @@ def das(tmp_path):
 
 def sequences(spark, day, taken):
     """The night's users, each with the items taken, oldest first."""
-    rows = [(day, user, items, None, None, len(items)) for user, items in taken.items()]
+    rows = [(day, user, items, None, None, len(items), "s") for user, items in taken.items()]
     put(spark, "feature.user_sequence", spark.createDataFrame(rows, spark.table("lake.feature.user_sequence").schema), [day])
 
 

@@ -35,7 +35,7 @@ def rows_of(frame):
 
 
 def parameter(name, value):
-    return {"logical_date": date.fromisoformat, "cutoff": datetime.fromisoformat}.get(name, lambda text: text)(value)
+    return {"logical_date": date.fromisoformat, "added_up": date.fromisoformat, "cutoff": datetime.fromisoformat}.get(name, lambda text: text)(value)
 
 
 @pytest.mark.spark
@@ -56,7 +56,13 @@ def test_a_basket_is_not_ordered_by_item_id(spark):
     frame = spark.createDataFrame(rows, "file_date string, user_id string, item_id string, event_ts string, session_id string")
     frame.selectExpr("date(file_date) file_date", "user_id", "item_id", "timestamp(event_ts) event_ts", "session_id").createOrReplaceTempView("interaction")
     text = (SQL / "feature" / "user_sequence" / "query.sql").read_text(encoding="utf-8")
-    args = {"logical_date": date(2011, 1, 4), "cutoff": datetime.fromisoformat("2011-01-05T00:00:00+00:00"), "order_by": "basket", "max_events": 50}
+    args = {
+        "logical_date": date(2011, 1, 4),
+        "cutoff": datetime.fromisoformat("2011-01-05T00:00:00+00:00"),
+        "order_by": "basket",
+        "max_events": 50,
+        "inputs_sha256": "s",
+    }
     found = spark.sql(text, args=args).collect()
     ascending = sum(row.item_ids == sorted(row.item_ids) for row in found)
     assert len(found) == 20

@@ -72,9 +72,10 @@ def in_spark(spark, rows, params):
     stats = [(DAY - timedelta(days=int(filed)), DAY - timedelta(days=int(age)), f"i{item}", int(events), "x") for item, filed, age, events in rows]
     schema = "logical_date date, event_date date, item_id string, events bigint, source_sha256 string"
     spark.createDataFrame(stats, schema).createOrReplaceTempView("item_day_stat")
-    spark.createDataFrame([(f"i{item}",) for item in range(NUM_ITEMS)], "item_id string").createOrReplaceTempView("known_item")
+    spark.createDataFrame([(f"i{item}",) for item in range(NUM_ITEMS)], "item_id string").createOrReplaceTempView("listed")
+    spark.createDataFrame([], "item_id string, evidence_count bigint, first_event_date date").createOrReplaceTempView("before")
     text = (SQL / "feature" / "item_popularity" / "query.sql").read_text(encoding="utf-8")
-    found = spark.sql(text, args={"logical_date": DAY, **params}).collect()
+    found = spark.sql(text, args={"logical_date": DAY, "added_up": date(1900, 1, 1), "inputs_sha256": "s", **params}).collect()
     return {
         row.item_id: (row.popularity, row.percentile, row.popularity_decile, row.popularity_stratum, row.evidence_count, row.days_since_first_event)
         for row in found

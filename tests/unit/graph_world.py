@@ -13,7 +13,7 @@ USERS, ITEMS, LENGTH = 40, 20, 8
 def sequences(lists: list[list[int]], baskets: list[list[int]] | None = None) -> Sequences:
     """One user's events per list, with the numbers of their baskets where they are given."""
     offsets = torch.tensor(np.cumsum([0] + [len(part) for part in lists]))
-    flat = torch.tensor([item for part in lists for item in part])
+    flat = torch.tensor([item for part in lists for item in part], dtype=torch.int64)
     return Sequences(offsets, flat, None if baskets is None else torch.tensor([number for part in baskets for number in part]))
 
 

@@ -182,6 +182,14 @@ def test_chunks_of_moved_items_do_not_matter(base: tuple[sasrec.SasRec, Params],
     assert len(curve) == base[1].row_steps
 
 
+def test_users_without_a_moved_item_say_nothing(base: tuple[sasrec.SasRec, Params]) -> None:
+    lists = [part.tolist() for part in np.split(nightly().items.numpy(), 40)]
+    whole, _ = trained(base, sequences(lists), [12, 13], [1, 2])
+    holding, _ = trained(base, sequences([part for part in lists if {12, 13} & set(part)]), [12, 13], [1, 2])
+    assert torch.equal(holding.inputs, whole.inputs)
+    assert torch.equal(holding.outputs, whole.outputs)
+
+
 def test_rows_are_bit_deterministic_and_follow_their_seed(base: tuple[sasrec.SasRec, Params]) -> None:
     first, _ = trained(base, nightly(), [12, 13], [1, 2])
     again, _ = trained(base, nightly(), [12, 13], [1, 2])

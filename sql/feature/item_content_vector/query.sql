@@ -1,40 +1,19 @@
--- Content the items need at :logical_date: one row per (encoder_id, modality, content_hash), and whether its vector is stored already.
+-- The content that items show at :logical_date: a row per item and modality, and whether the vector is stored already.
 -- Views: item (raw.item), known (encoder_id, modality, content_hash of feature.item_content_vector).
--- Parameters: :logical_date, :text_encoder_id, :image_encoder_id ('' = none), :text_given, :image_given (true = the vector comes with the item).
--- Only the newest version of an item counts: nothing else is ever joined to it. Of several items with one content the smallest item_id speaks.
+-- Parameters: :logical_date, :text_encoder_id, :image_encoder_id ('' = none).
+-- Only the newest version of an item counts: nothing else is ever joined to it. Hashes alone are read; missing.sql reads what is to be encoded.
 WITH version AS (
-  SELECT item_id, max_by(struct(text, text_hash, text_vector, image_uri, image_hash, image_vector), file_date) AS newest
+  SELECT item_id, max_by(struct(file_date, text_hash, image_hash), file_date) AS newest
   FROM item
   WHERE file_date <= :logical_date
   GROUP BY item_id
 ),
-content AS (
-  SELECT
-    :text_encoder_id AS encoder_id,
-    'text' AS modality,
-    newest.text_hash AS content_hash,
-    item_id,
-    CASE WHEN NOT :text_given THEN newest.text END AS payload,
-    CASE WHEN :text_given THEN newest.text_vector END AS given,
-    CAST(NULL AS STRING) AS bytes_hash
-  FROM version
+shown AS (
+  SELECT :text_encoder_id AS encoder_id, 'text' AS modality, newest.text_hash AS content_hash, item_id, newest.file_date FROM version
   UNION ALL
-  SELECT
-    :image_encoder_id,
-    'image',
-    newest.image_hash,
-    item_id,
-    CASE WHEN NOT :image_given THEN newest.image_uri END,
-    CASE WHEN :image_given THEN newest.image_vector END,
-    CASE WHEN newest.image_vector IS NULL THEN newest.image_hash END
-  FROM version
-),
-wanted AS (
-  SELECT encoder_id, modality, content_hash, min(item_id) AS item_id, min_by(struct(payload, given, bytes_hash), item_id) AS first
-  FROM content
-  WHERE encoder_id <> '' AND content_hash IS NOT NULL AND (payload IS NOT NULL OR given IS NOT NULL)
-  GROUP BY encoder_id, modality, content_hash
+  SELECT :image_encoder_id, 'image', newest.image_hash, item_id, newest.file_date FROM version
 )
-SELECT w.encoder_id, w.modality, w.content_hash, w.item_id, w.first.payload, w.first.given, w.first.bytes_hash, k.content_hash IS NOT NULL AS stored
-FROM wanted AS w
-LEFT JOIN known AS k ON k.encoder_id = w.encoder_id AND k.modality = w.modality AND k.content_hash = w.content_hash
+SELECT s.encoder_id, s.modality, s.content_hash, s.item_id, s.file_date, k.content_hash IS NOT NULL AS stored
+FROM shown AS s
+LEFT JOIN known AS k ON k.encoder_id = s.encoder_id AND k.modality = s.modality AND k.content_hash = s.content_hash
+WHERE s.encoder_id <> '' AND s.content_hash IS NOT NULL

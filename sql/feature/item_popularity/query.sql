@@ -1,8 +1,9 @@
 -- Decayed popularity of every item known at :logical_date. Formulae and their NumPy twin: pipeline/popularity.py.
--- Views: item_day_stat (feature.item_day_stat), known_item (item_id).
--- Parameters: :logical_date, :window_days, :half_life_days, :head_share, :tail_share.
+-- Views: item_day_stat (the files of the window and all files after :added_up), listed (item_id of the catalogue files after :added_up),
+--        before (item_id, evidence_count, first_event_date of every item known at :added_up; empty when nothing is added up yet).
+-- Parameters: :logical_date, :added_up, :inputs_sha256, :window_days, :half_life_days, :head_share, :tail_share.
 WITH daily AS (
-  SELECT item_id, event_date, sum(events) AS events
+  SELECT item_id, event_date, sum(events) AS events, sum(CASE WHEN logical_date > :added_up THEN events END) AS new_events
   FROM item_day_stat
   WHERE logical_date <= :logical_date
   GROUP BY item_id, event_date
@@ -10,25 +11,29 @@ WITH daily AS (
 history AS (
   SELECT
     item_id,
-    sum(events) AS evidence_count,
+    sum(new_events) AS new_events,
     min(event_date) AS first_event_date,
     -- Added up in the order of days: a sum of doubles in the order of arrival would differ in its last bits from run to run.
     aggregate(
-      array_sort(collect_list(struct(datediff(:logical_date, event_date) AS age, events))),
+      array_sort(collect_list(struct(datediff(:logical_date, event_date) AS age, events)) FILTER (WHERE datediff(:logical_date, event_date) < :window_days)),
       0.0D,
-      (total, day) -> total + CASE WHEN day.age < :window_days THEN day.events * power(2.0D, -day.age / CAST(:half_life_days AS DOUBLE)) ELSE 0.0D END
+      (total, day) -> total + day.events * power(2.0D, -day.age / CAST(:half_life_days AS DOUBLE))
     ) AS popularity
   FROM daily
   GROUP BY item_id
+),
+known_item AS (
+  SELECT item_id FROM before UNION SELECT item_id FROM listed UNION SELECT item_id FROM history
 ),
 scored AS (
   SELECT
     k.item_id,
     coalesce(h.popularity, 0.0D) AS popularity,
-    coalesce(h.evidence_count, 0L) AS evidence_count,
-    h.first_event_date
+    coalesce(b.evidence_count, 0L) + coalesce(h.new_events, 0L) AS evidence_count,
+    least(b.first_event_date, h.first_event_date) AS first_event_date
   FROM known_item AS k
   LEFT JOIN history AS h ON h.item_id = k.item_id
+  LEFT JOIN before AS b ON b.item_id = k.item_id
 ),
 step AS (
   SELECT popularity, count(*) AS ties FROM scored GROUP BY popularity
@@ -60,5 +65,6 @@ SELECT
   END AS popularity_stratum,
   evidence_count,
   first_event_date,
-  datediff(:logical_date, first_event_date) AS days_since_first_event
+  datediff(:logical_date, first_event_date) AS days_since_first_event,
+  :inputs_sha256 AS inputs_sha256
 FROM placed

@@ -1,5 +1,5 @@
 -- Each user's events before :cutoff in order, the latest :max_events of them.
--- Views: interaction (raw.interaction). Parameters: :logical_date, :cutoff, :order_by (time | basket), :max_events.
+-- Views: interaction (raw.interaction). Parameters: :logical_date, :cutoff, :order_by (time | basket), :max_events, :inputs_sha256.
 -- time: by (event_ts, item_id); events of one instant share a basket.
 -- basket: by the first instant of the event's session, then by a hash, so that no order of ids decides what comes next;
 --         sessions that begin at one instant share a basket, because nothing says which came first.
@@ -35,5 +35,6 @@ SELECT
   events.item_id AS item_ids,
   events.event_ts AS event_ts,
   transform(events.basket, basket -> basket - events.basket[0]) AS baskets,
-  size(events) AS num_events
+  size(events) AS num_events,
+  :inputs_sha256 AS inputs_sha256
 FROM gathered
