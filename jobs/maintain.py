@@ -308,19 +308,19 @@ def carry_out(spark: SparkSession, found: Survey, params: Maintain, ctx: Context
     metrics = Counter({"freed_bytes": found.freed, "staging_folders": len(found.staging)})
     for sweep in found.sweeps:
         with lakehouse.table_locks(ctx.home, ctx.config.lake, [sweep.table]):
-            live = _live_now(ctx, params) if sweep.tags or sweep.days else set()
+            releases, live = _live_now(ctx, params) if sweep.tags or sweep.days else ([], set())
             metrics.update(_clean(spark, sweep, live, found.older))
-            metrics.update(_tidy(spark, sweep, _still_dropped(ctx, sweep, live, found), params, ctx))
+            metrics.update(_tidy(spark, sweep, _still_dropped(ctx, sweep, releases, live, found), params, ctx))
     for folder in found.staging.keys() & stale_staging(ctx, params.keep_staging_days):  # the others were taken up again since they were looked at
         _forget(folder)
     logger.info("maintained %s", " ".join(f"{name}={value}" for name, value in sorted(metrics.items())))
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _live_now(ctx: Context, params: Maintain) -> set[str]:
-    """Tags that live by now: a rollback or a pin since the survey may need what it found dead."""
+def _live_now(ctx: Context, params: Maintain) -> tuple[list[Row], set[str]]:
+    """(releases, tags that live) by now: a rollback or a pin since the survey may need what it found dead."""
     releases = lakehouse.read_releases(ctx.home, ctx.config.lake).to_pylist()
-    return _living(ctx, params, releases, lakehouse.history(ctx.home, ctx.config.lake, SIDS))[1]
+    return releases, _living(ctx, params, releases, lakehouse.history(ctx.home, ctx.config.lake, SIDS))[1]
 
 
 def _forget(folder: Path) -> None:
@@ -341,12 +341,11 @@ def _clean(spark: SparkSession, sweep: Sweep, live: Container[str], older: datet
     return {"branches": len(sweep.branches), "tags": len(sweep.tags), "snapshots": len(sweep.snapshots), "files_deleted": deleted, "orphans": len(orphans)}
 
 
-def _still_dropped(ctx: Context, sweep: Sweep, live: Container[str], found: Survey) -> list[date]:
+def _still_dropped(ctx: Context, sweep: Sweep, releases: Sequence[Row], live: Container[str], found: Survey) -> list[date]:
     """The days to drop that nobody wrote, or published, restored or pinned a release of, since they were looked at."""
     if not sweep.days:
         return []
     history = lakehouse.history(ctx.home, ctx.config.lake, sweep.table)
-    releases = lakehouse.read_releases(ctx.home, ctx.config.lake).to_pylist()
     serving = {row["logical_date"] for row in releases if row["tag"] in live or row["tag"] not in found.known}
     return sorted(set(sweep.days) - changed_days(_main_files(ctx, sweep.table, history).values(), history, found.older) - serving)
 

@@ -68,9 +68,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """An answer whose work says itself how long it took, start-up apart; `seconds` takes the place of the clock."""
+    """An answer whose work says itself how long it took, start-up apart; `seconds` and `cpu` take the place of the clocks."""
 
     seconds: float
+    cpu: float = math.nan
     answer: Any = None
 
 
@@ -123,7 +124,7 @@ def answered(work: Callable[[], Any]) -> tuple[Any, float, float]:
     wall, cpu = time.perf_counter(), _cpu()
     answer = work()
     wall, cpu = time.perf_counter() - wall, _cpu() - cpu
-    return (answer.answer, answer.seconds, math.nan) if isinstance(answer, Timed) else (answer, wall, cpu)
+    return (answer.answer, answer.seconds, answer.cpu) if isinstance(answer, Timed) else (answer, wall, cpu)
 
 
 def _cpu() -> float:

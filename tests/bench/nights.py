@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench import resident
+from bench import Timed, resident
 
 from pipeline.context import read_json
 from pipeline.stages import group
@@ -42,15 +42,17 @@ FITS = ("train_behavior_encoder", "train_tokenizer")
 
 @dataclass(frozen=True)
 class Night:
-    """Stage -> seconds and peak memory (MB, all processes of the run), and the bytes written below lake/ until the night's end."""
+    """Stage -> seconds, CPU seconds and peak memory (MB) of all processes of the run, and the bytes written below lake/ until the night's end."""
 
     seconds: Mapping[str, float]
+    cpu: Mapping[str, float]
     peak: Mapping[str, float]
     bytes: int
 
-    def work(self, without: tuple[str, ...] = ()) -> float:
+    def work(self, without: tuple[str, ...] = ()) -> Timed:
         """Seconds of all stages but the first, in which the JVM starts and the tables are made."""
-        return sum(seconds for stage, seconds in self.seconds.items() if stage not in ("plan_night", *without))
+        stages = self.seconds.keys() - {"plan_night", *without}
+        return Timed(sum(self.seconds[stage] for stage in stages), cpu=sum(self.cpu[stage] for stage in stages))
 
 
 @functools.cache
@@ -83,7 +85,7 @@ def run(folder: Path, items: int, nights: int) -> list[Night]:
         *(word for change in sets for word in ("--set", change)),
     ]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        seen: list[tuple[float, float]] = []
+        seen: list[tuple[float, float, float]] = []
         watcher = threading.Thread(target=_watch, args=(process, seen))
         watcher.start()
         said = process.communicate()[0]
@@ -94,7 +96,7 @@ def run(folder: Path, items: int, nights: int) -> list[Night]:
     return list(_nights(folder / "home", nights, seen))
 
 
-def _nights(home: Path, nights: int, seen: list[tuple[float, float]]) -> Iterator[Night]:
+def _nights(home: Path, nights: int, seen: list[tuple[float, float, float]]) -> Iterator[Night]:
     """The nights from what their stages left in staging/ and when."""
     written = sorted((path.stat().st_mtime, path.stat().st_size) for path in (home / "lake").rglob("*") if path.is_file())
     before = 0.0
@@ -103,17 +105,29 @@ def _nights(home: Path, nights: int, seen: list[tuple[float, float]]) -> Iterato
         outcomes = {stage.name: run_folder / f"{stage.name}.json" for stage in group("refresh") if (run_folder / f"{stage.name}.json").is_file()}
         ends = {name: path.stat().st_mtime for name, path in outcomes.items()}
         seconds = {name: float(read_json(path)["seconds"]) for name, path in outcomes.items()}
-        peak = {name: max((held for at, held in seen if ends[name] - seconds[name] <= at <= ends[name]), default=0.0) for name in outcomes}
+        peak = {name: max((held for at, held, _ in seen if ends[name] - seconds[name] <= at <= ends[name]), default=0.0) for name in outcomes}
+        instants, _, worked = np.array(seen).T
+        cpu = {name: float(np.diff(np.interp([ends[name] - seconds[name], ends[name]], instants, worked))[0]) for name in outcomes}
         end = max(ends.values())
-        yield Night(seconds, peak, sum(size for at, size in written if before < at <= end))
+        yield Night(seconds, cpu, peak, sum(size for at, size in written if before < at <= end))
         before = end
 
 
-def _watch(process: subprocess.Popen[str], seen: list[tuple[float, float]]) -> None:
-    """(instant, MB) of the process and everything below it, again and again until it ends."""
+def _watch(process: subprocess.Popen[str], seen: list[tuple[float, float, float]]) -> None:
+    """(instant, MB, CPU seconds so far) of the process and everything below it, again and again until it ends."""
     while process.poll() is None:
-        seen.append((time.time(), sum(resident("VmRSS", one) for one in family(process.pid))))
+        living = family(process.pid)
+        seen.append((time.time(), sum(resident("VmRSS", one) for one in living), sum(map(_worked, living))))
         time.sleep(LOOK_SECONDS)
+
+
+def _worked(process: str) -> float:
+    """CPU seconds of a process and of its children that have ended; nothing of one that has ended itself."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def family(root: int) -> list[str]:
@@ -171,4 +185,5 @@ def _events(path: Path, count: int, known: int, day: date, generator: np.random.
 def described(night: Night) -> dict[str, Any]:
     """The night's stages as text, longest first."""
     longest = sorted(night.seconds.items(), key=lambda pair: -pair[1])
-    return {"stages, s": "; ".join(f"{name} {seconds:.1f}" for name, seconds in longest if seconds >= night.work() / 50)}
+    told = [f"{name} {seconds:.1f} ({night.cpu[name]:.1f})" for name, seconds in longest if seconds >= night.work().seconds / 50]
+    return {"stages, s (CPU s)": "; ".join(told)}

@@ -111,14 +111,15 @@ def _looked_at_again(spark: Any, home: Home, known: set[str]) -> None:
 
     def left(known: set[str], live: set[str]) -> list[date]:
         found = maintain.Survey(sweeps=(), staging={}, older=older, known=frozenset(known))
-        return maintain._still_dropped(context(home), maintain.Sweep(table=FEATURE, days=(D0, D2, D4)), live, found)
+        releases = lakehouse.read_releases(home, TINY.lake).to_pylist()
+        return maintain._still_dropped(context(home), maintain.Sweep(table=FEATURE, days=(D0, D2, D4)), releases, live, found)
 
     assert left(known, set()) == [D2, D4], "the day of the backfill was written after the survey"
     assert left(known - {"d20260108_r2"}, set()) == left(known, {"d20260108_r2"}) == [D2]
 
     doomed = maintain.Sweep(table="sid.item_sid", tags={"d20260108": lakehouse.references(spark, "sid.item_sid")["d20260108"]})
     pins.pin((home, TINY), "d20260108", "late")
-    live = maintain._live_now(context(home), TINY.maintain)
+    _, live = maintain._live_now(context(home), TINY.maintain)
     maintain._clean(spark, doomed, live, older)
     assert "d20260108" in live & lakehouse.references(spark, "sid.item_sid").keys(), "it was pinned after the survey"
     pins.pin((home, TINY), "d20260108", "late", release=True)

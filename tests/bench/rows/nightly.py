@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 import nights
-from bench import Case, Timed
+from bench import Case
 
 NUMBER, TITLE = 8, "nightly refresh"
 TIME_SHARE, BYTES_SHARE = 0.15, 0.25  # targets
@@ -23,8 +23,8 @@ def refresh(items: int, rebuild: nights.Night, frozen: list[nights.Night]) -> Ca
     share = statistics.median(night.bytes for night in frozen) / rebuild.bytes
     return Case(
         name=f"{items:,} items, {nights.NEW + nights.CHANGED:.0%} new or changed",
-        ours=lambda: Timed(statistics.median(night.work() for night in frozen)),
-        peers={"full rebuild without its fits": lambda: Timed(rebuild.work(nights.FITS)), "full rebuild": lambda: Timed(rebuild.work())},
+        ours=lambda: sorted((night.work() for night in frozen), key=lambda work: work.seconds)[len(frozen) // 2],
+        peers={"full rebuild without its fits": lambda: rebuild.work(nights.FITS), "full rebuild": rebuild.work},
         judged=("full rebuild without its fits",),
         rounds=0,
         units=items,
