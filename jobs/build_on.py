@@ -1,8 +1,9 @@
 """Whether tonight's rows of a table may be built on those of the night before: only while they are what reading everything again would give.
 
 feature.item_popularity and feature.user_sequence are functions of the files up to their night, which raw.source_file names by digest and count. Their rows
-carry the digest of that list, `inputs_sha256`. Where the night before carries the digest that the ledger gives for it now, only tonight's files are read beside
-its rows; a late, corrected or emptied file changes the digest, and everything is read. Both ways give the same rows: no order of nights can be seen in them.
+carry the digest of that list and of the table's definition, `inputs_sha256`. Where the night before carries the digest that the ledger gives for it now, only
+tonight's files are read beside its rows; a late, corrected or emptied file changes the digest, and everything is read. Both ways give the same rows: no order
+of nights can be seen in them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
+
+from pipeline.context import SQL
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -48,6 +51,7 @@ def ground(inputs: Inputs, table: str, night: date, *settings: object) -> Ground
 
     ledger = inputs.frame("raw.source_file").where(F.col("file_date") <= F.lit(night))
     files = [tuple(map(str, row)) for row in ledger.select("file_date", "kind", "sha256", "rows_in", "rejected").collect()]
+    settings = ((SQL / table.replace(".", "/") / "query.sql").read_text(encoding="utf-8"), *settings)  # rows of another definition are no ground
     before, stored = night - timedelta(days=1), inputs.frame(table)
     rows = stored.where((F.col("logical_date") == F.lit(before)) & (F.col("inputs_sha256") == digest(files, before, *settings)))
     found = not rows.isEmpty()

@@ -9,7 +9,7 @@ CREATE TABLE IF NOT EXISTS feature.item_popularity (
   evidence_count         BIGINT COMMENT 'all events so far, never decayed',
   first_event_date       DATE COMMENT 'day of the first event; null without events',
   days_since_first_event INT COMMENT 'days; null without events',
-  inputs_sha256          STRING COMMENT 'digest of the ledger up to the night'
+  inputs_sha256          STRING COMMENT 'digest of the ledger up to the night and of the definition'
 )
 USING iceberg
 PARTITIONED BY (logical_date)

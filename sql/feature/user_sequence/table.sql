@@ -6,7 +6,7 @@ CREATE TABLE IF NOT EXISTS feature.user_sequence (
   event_ts      ARRAY<TIMESTAMP> COMMENT 'UTC',
   baskets       ARRAY<INT> COMMENT 'dense index of the session or instant: equal = no order between them',
   num_events    INT COMMENT 'events kept',
-  inputs_sha256 STRING COMMENT 'digest of the ledger up to the night, and of order and max_events'
+  inputs_sha256 STRING COMMENT 'digest of the ledger up to the night, of the definition, order and max_events'
 )
 USING iceberg
 PARTITIONED BY (logical_date)
