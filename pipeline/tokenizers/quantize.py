@@ -17,6 +17,8 @@ from pipeline.tokenizers.residual import ResidualSearch, rounds
 
 SEED_POINTS = 32  # points per seed that k-means++ draws from, at most
 CHUNK = 1 << 24  # distances held in memory at once
+EVEN_PART = 3  # balanced k-means assigns evenly in the last of so many parts of its iterations: clusters form as quickly where each point goes freely
+MOST_GAIN = 1e36  # factor by which one call moves the share of a code at most: beyond it float32 would multiply zero and infinity
 
 
 def hold_on(distance_NK: Tensor, keep_N: Tensor, margin: float) -> Tensor:
@@ -89,23 +91,28 @@ def commitment_loss(z_BLD: Tensor, zq_BLD: Tensor) -> Tensor:
     return (z_BLD - zq_BLD.detach()).square().sum(-1)
 
 
-def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, price_K: Tensor, *, rounds: int = 5, sharpness: float = 20.0) -> tuple[Tensor, Tensor]:
+def balanced_codes(points_ND: Tensor, centroids_KD: Tensor, price_K: Tensor, *, rounds: int = 10, sharpness: float = 20.0) -> tuple[Tensor, Tensor]:
     """One code per point with about equally many points per code, (N,) int64, and the prices of the codes that make it so, (K,).
 
     Sinkhorn in the log domain: a crowded code becomes dearer until each attracts its share, then each point takes its cheapest code.
 
     Args:
         price_K: prices to start from, zeros at first; handing back the last ones makes a few rounds enough between two Lloyd iterations.
+        rounds: of raising and lowering prices; one reads N x K shares twice, the product of points and centroids costs as much as twenty.
         sharpness: mean distance to the nearest code over the temperature; larger is closer to a hard assignment and slower to balance.
     Source: OneRec (arXiv 2502.18965), balanced k-means; differs: there the codes in turn take their N / K nearest points of those left, which makes the
     last codes take what nobody wanted; prices treat all codes alike and balance nearly, not exactly.
     """
-    distance_NK = (points_ND @ centroids_KD.T).mul_(-2).add_(centroids_KD.square().sum(1)).add_(points_ND.square().sum(1, keepdim=True))
-    share_NK = distance_NK.mul_(-sharpness / distance_NK.amin(1).mean().clamp(min=1e-12))
+    score_NK = torch.addmm(-0.5 * centroids_KD.square().sum(1), points_ND, centroids_KD.T)  # half of |point|^2 less the squared distance
+    nearest = torch.linalg.vector_norm(points_ND).square() / len(points_ND) - 2 * score_NK.amax(1).mean()
+    score_NK.mul_(2 * sharpness / nearest.clamp(min=1e-12)).sub_(price_K)
+    share_NK = score_NK.sub_(score_NK.amax(1, keepdim=True)).exp_()  # once: a round is then two products with a vector
+    gain_K = torch.ones_like(price_K)
     target = len(points_ND) / len(centroids_KD)
     for _ in range(rounds):
-        price_K = price_K + (torch.softmax(share_NK - price_K, 1).sum(0).clamp(min=1e-6) / target).log()
-    return (share_NK - price_K).argmax(1), price_K
+        held_K = gain_K * (share_NK.T @ (share_NK @ gain_K).reciprocal_())
+        gain_K = (gain_K * target / held_K.clamp(min=1e-6)).clamp(1 / MOST_GAIN, MOST_GAIN)
+    return share_NK.mul_(gain_K).max(1).indices, price_K - gain_K.log()
 
 
 def sinkhorn(distance_NK: Tensor, *, epsilon: float, rounds: int) -> Tensor:
@@ -142,7 +149,7 @@ def kmeans(
         size: K; with fewer distinct points than K some centroids coincide.
         generator: CPU generator of the seeding.
         iterations: Lloyd iterations at most; ends earlier when no point moves.
-        balanced: assign evenly while fitting (`balanced_codes`).
+        balanced: assign evenly (`balanced_codes`) in the last iterations, a third of them.
         spherical: keep centroids on the unit sphere.
         anchor: (rows (K, D), pull): begin there, and add to each centroid's mean `pull` times an equal share of the points at its old row.
     Raises: ValueError if there are no points.
@@ -154,15 +161,18 @@ def kmeans(
     weight = anchor[1] * len(points_ND) / size if anchor else 0.0
     codes_N = torch.full((len(points_ND),), -1, device=points_ND.device)
     price_K = torch.zeros(size, device=points_ND.device)
-    for _ in range(iterations):
-        if balanced:
+    even = -(-iterations // EVEN_PART) if balanced else 0
+    left = iterations
+    while left:
+        left -= 1
+        if left < even:
             nearest_N, price_K = balanced_codes(points_ND, centroids_KD, price_K)
         elif rounds(points_ND.shape[1], points_ND.device):
             nearest_N = ResidualSearch(centroids_KD[None]).codes(points_ND)[:, 0]
         else:
             nearest_N = nearest_centroid(points_ND, centroids_KD)
         if torch.equal(nearest_N, codes_N):
-            break
+            left = min(left, even)
         codes_N = nearest_N
         centroids_KD = _means(points_ND, codes_N, centroids_KD if anchor is None else anchor[0].to(points_ND), weight)
         if spherical:

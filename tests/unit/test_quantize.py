@@ -94,6 +94,27 @@ def test_prices_fill_every_code_about_equally():
     assert int(counts.max()) < 1.5 * int(counts.min())
 
 
+@pytest.mark.parametrize("far", [1e2, 1e4])
+def test_prices_stay_finite_where_shares_vanish(far):
+    points = torch.cat([torch.zeros(50, 2), torch.randn(50, 2, generator=rng()) * 1e-3])
+    book = torch.tensor([[0.0, 0.0], [1e-3, 0.0], [far, far]])
+    price = torch.zeros(3)
+    for _ in range(12):
+        codes, price = quantize.balanced_codes(points, book, price, rounds=30)
+        assert torch.isfinite(price).all()
+    assert int(codes.max()) < 3
+
+
+def test_points_that_stand_still_early_are_evened_out_all_the_same(monkeypatch):
+    seen, even = [], quantize.balanced_codes
+    monkeypatch.setattr(quantize, "balanced_codes", lambda *tensors: seen.append(tensors) or even(*tensors))
+    points, _ = blobs()
+    quantize.kmeans(points, 6, generator=rng(3), iterations=20)
+    assert not seen
+    quantize.kmeans(points, 6, generator=rng(3), iterations=20, balanced=True)
+    assert len(seen) == 7, "a third of the iterations"
+
+
 def test_axes_are_dealt_in_equal_hands_of_like_spread():
     variance = torch.tensor([64.0, 32, 16, 8, 4, 2, 1, 1, 1])
     hands = quantize.deal_axes(variance, 3)
