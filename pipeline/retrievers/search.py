@@ -27,26 +27,15 @@ class Beams:
     tokens: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
-    """Beams so far: node of the trie, tokens, log-probability of each step, number and sum of the slots present."""
+    """Beams so far: node of the trie, tokens, log-probability of each step, number and sum of the slots present; the sum of a dead beam is -inf for good."""
 
     node_BW: Tensor
     tokens_BWs: Tensor
     log_prob_BWs: Tensor
     count_BW: Tensor
     total_BW: Tensor
-
-    def take(self, parent_BW: Tensor) -> _State:
-        """The chosen beams, with repetition."""
-        wide = parent_BW[..., None].expand(*parent_BW.shape, self.tokens_BWs.shape[2])
-        return _State(
-            self.node_BW.gather(1, parent_BW),
-            self.tokens_BWs.gather(1, wide),
-            self.log_prob_BWs.gather(1, wide),
-            self.count_BW.gather(1, parent_BW),
-            self.total_BW.gather(1, parent_BW),
-        )
 
 
 def beam_search(model: Generator, memory: Memory, table: Trie, beams: int, *, weights_NS: Tensor | None = None, constrained: bool = True) -> Beams:
@@ -64,52 +53,53 @@ def beam_search(model: Generator, memory: Memory, table: Trie, beams: int, *, we
         torch.zeros(batch, 1, device=device),
         torch.zeros(batch, 1, device=device),
     )
-    with torch.no_grad():
+    with torch.inference_mode():
         for step in range(len(table.sizes)):
             states_BWD = model.decode(memory, state.tokens_BWs)[:, :, -1]
             state = _step(state, model.log_probs(states_BWD.flatten(0, 1), step), table, step, beams, constrained=constrained)
-    return _finish(state, table, weights_NS)
+        item_BW = table.items[state.node_BW] if constrained else table.find(state.tokens_BWs.flatten(0, 1)).view_as(state.node_BW)
+        return _finish(state, item_BW, weights_NS)
 
 
 def _step(state: _State, log_prob_QK: Tensor, table: Trie, step: int, beams: int, *, constrained: bool) -> _State:
     """The best continuations by one token."""
-    size, (batch, width) = table.sizes[step], state.node_BW.shape
-    real = log_prob_QK.shape[1]
-    value_BWK = (state.total_BW[..., None] + log_prob_QK.view(batch, width, real)).div_(state.count_BW[..., None] + 1)
+    size, (batch, width), real = table.sizes[step], state.node_BW.shape, log_prob_QK.shape[1]
+    child_QC, token_QC, closed_QC = table.children(step, state.node_BW.flatten()) if constrained else _any_token(log_prob_QK)
+    said_QC = log_prob_QK.gather(1, token_QC if real == size else token_QC.clamp(max=real - 1)).masked_fill_(closed_QC, -torch.inf)
+    value_BWC = (state.total_BW[..., None] + said_QC.view(batch, width, -1)).div_(state.count_BW[..., None] + 1)
     if real < size:  # the reserved token has no term; where nothing is said yet it is no better than a guess
-        silent_BW = torch.where(state.count_BW > 0, state.total_BW / state.count_BW.clamp(min=1), -math.log(size))
-        value_BWK = torch.cat([value_BWK, silent_BW[..., None].expand(batch, width, size - real)], dim=2)
-    if constrained:
-        allowed_BWK = table.allowed(step, state.node_BW.flatten()).view(batch, width, size)
-    else:
-        allowed_BWK = (torch.arange(size, device=value_BWK.device) < real) & (state.total_BW > -torch.inf)[..., None]
-    value_BX = value_BWK.masked_fill_(~allowed_BWK, -torch.inf).flatten(1)
-    best_BW, at_BW = value_BX.topk(min(beams, value_BX.shape[1]), dim=1)
-    parent_BW, token_BW = at_BW // size, at_BW % size
-    kept = state.take(parent_BW)
-    spoken_BW = token_BW < real
-    said_BW = log_prob_QK.view(batch, width * real).gather(1, parent_BW * real + token_BW.clamp(max=real - 1)).where(spoken_BW, 0.0)
-    node_BW = table.advance(step, kept.node_BW.flatten(), token_BW.flatten()).view_as(token_BW)
+        reserved_QC = (token_QC >= real) & ~closed_QC
+        said_QC.masked_fill_(reserved_QC, 0.0)
+        silent_BW = torch.where(state.count_BW > 0, state.total_BW / state.count_BW.clamp(min=1), state.total_BW - math.log(size))
+        value_BWC = torch.where(reserved_QC.view_as(value_BWC), silent_BW[..., None], value_BWC)
+    at_BW = value_BWC.flatten(1).topk(min(beams, value_BWC[0].numel()), dim=1).indices
+    parent_BW = at_BW // token_QC.shape[1]
+    parent_BWs = parent_BW[..., None].expand(-1, -1, step)
+    node_BW, token_BW, said_BW = (part_QC.reshape(batch, -1).gather(1, at_BW) for part_QC in (child_QC, token_QC, said_QC))
     return _State(
-        torch.where(best_BW > -torch.inf, node_BW, DEAD),
-        torch.cat([kept.tokens_BWs, token_BW[..., None]], dim=2),
-        torch.cat([kept.log_prob_BWs, said_BW[..., None]], dim=2),
-        kept.count_BW + spoken_BW,
-        torch.where(best_BW > -torch.inf, kept.total_BW + said_BW, -torch.inf),
+        node_BW,
+        torch.cat([state.tokens_BWs.gather(1, parent_BWs), token_BW[..., None]], dim=2),
+        torch.cat([state.log_prob_BWs.gather(1, parent_BWs), said_BW[..., None]], dim=2),
+        state.count_BW.gather(1, parent_BW) + (token_BW < real),
+        state.total_BW.gather(1, parent_BW) + said_BW,
     )
 
 
-def _finish(state: _State, table: Trie, weights_NS: Tensor | None) -> Beams:
+def _any_token(log_prob_QK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Trie.children` answers, without a table: every token that can be written; nodes mean nothing then."""
+    token_QK = torch.arange(log_prob_QK.shape[1], device=log_prob_QK.device).expand_as(log_prob_QK)
+    return token_QK, token_QK, torch.zeros(1, 1, dtype=torch.bool, device=log_prob_QK.device)
+
+
+def _finish(state: _State, item_BW: Tensor, weights_NS: Tensor | None) -> Beams:
     """Items and scores, best first; ties stay in the order the search left them."""
-    found_BW = state.node_BW >= 0
-    item_BW = torch.where(found_BW, table.items[state.node_BW.clamp(min=0)], DEAD)
+    item_BW = torch.where(state.total_BW > -torch.inf, item_BW, DEAD)
     score_BW = state.total_BW / state.count_BW.clamp(min=1)
     if weights_NS is not None:
         score_BW = weighted_mean(state.log_prob_BWs, weights_NS[item_BW.clamp(min=0)])
-    order_BW = torch.sort(torch.where(found_BW, score_BW, -torch.inf), dim=1, descending=True, stable=True).indices
-    wide = order_BW[..., None].expand_as(state.tokens_BWs)
-    scores = torch.where(found_BW, score_BW, -torch.inf).gather(1, order_BW)
-    return Beams(item_BW.gather(1, order_BW), scores, state.tokens_BWs.gather(1, wide))
+    score_BW = torch.where(item_BW >= 0, score_BW, -torch.inf)
+    order_BW = torch.sort(score_BW, dim=1, descending=True, stable=True).indices
+    return Beams(item_BW.gather(1, order_BW), score_BW.gather(1, order_BW), state.tokens_BWs.gather(1, order_BW[..., None].expand_as(state.tokens_BWs)))
 
 
 def invalid_share(model: Generator, memory: Memory, table: Trie, beams: int) -> float:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DEAD = -1  # state of a beam that has left the table
-DENSE_CELLS = 1 << 25  # a step whose masks fit into this many bytes keeps them ready: three tokens of 256 do, at any number of items
 WORD = 2**62  # packed tokens stay below this, so that int64 never overflows
 Ints = NDArray[np.int64]
 
@@ -32,43 +31,35 @@ class Trie:
         starts: per step int64 [P_s + 1]; children of node p are the nodes starts[p] .. starts[p + 1] - 1 of the next step.
         tokens: per step int32 [P_{s+1}], the last token of every node of the next step.
         items: int64 [N], the item at each leaf.
-        keys: per step int64 [P_{s+1}], node * size + token, ascending.
         widest: per step, the largest number of children.
-        dense: per step bool [P_s, K], the masks of all nodes, or empty [0, K] where that would be large.
     """
 
     sizes: tuple[int, ...]
     starts: tuple[Tensor, ...]
     tokens: tuple[Tensor, ...]
     items: Tensor
-    keys: tuple[Tensor, ...]
     widest: tuple[int, ...]
-    dense: tuple[Tensor, ...]
 
     def root(self, beams: int) -> Tensor:
         """State of beams that have not chosen yet, int64 [B]."""
         return torch.zeros(beams, dtype=torch.int64, device=self.items.device)
 
-    def allowed(self, step: int, node_B: Tensor) -> Tensor:
-        """Whether each token continues the beam's prefix to an item, bool [B, K]; nothing is allowed to a dead beam."""
-        size, start_P, alive_B = self.sizes[step], self.starts[step], node_B >= 0
-        if len(self.dense[step]):
-            return self.dense[step][node_B.clamp(min=0)] & alive_B[:, None]
-        first_B, last_B = start_P[node_B.clamp(min=0)], start_P[node_B.clamp(min=0) + 1]
-        child_BC = first_B[:, None] + torch.arange(self.widest[step], device=node_B.device)
-        real_BC = (child_BC < last_B[:, None]) & alive_B[:, None]
-        token_BC = self.tokens[step][child_BC.clamp(max=len(self.tokens[step]) - 1)].long()
-        mask_BK = torch.zeros(len(node_B), size + 1, dtype=torch.bool, device=node_B.device)
-        mask_BK.scatter_(1, torch.where(real_BC, token_BC, size), value=True)  # what is no child goes to a column that is cut off
-        return mask_BK[:, :size]
+    def children(self, step: int, node_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each beam's node: the nodes below it, the tokens that lead there, both int64 [B, C], and True where there is no such child, bool [B, C].
+
+        C is the largest number of children at this step: late steps, where most nodes have one, cost next to nothing. A dead beam has no children.
+        """
+        first_B = self.starts[step].index_select(0, node_B.clamp(min=0))
+        count_B = self.starts[step].index_select(0, node_B + 1) - first_B  # what begins at 0 ends at 0 if the beam is dead
+        place_C = torch.arange(self.widest[step], device=node_B.device)
+        child_BC = (first_B[:, None] + place_C).clamp_(max=len(self.tokens[step]) - 1)
+        token_X = self.tokens[step].index_select(0, child_BC.flatten())
+        return child_BC, token_X.view_as(child_BC).long(), place_C >= count_B[:, None]
 
     def advance(self, step: int, node_B: Tensor, token_B: Tensor) -> Tensor:
         """State after choosing a token, int64 [B]; DEAD when no item continues so."""
-        keys_P = self.keys[step]
-        wanted_B = node_B.clamp(min=0) * self.sizes[step] + token_B
-        place_B = torch.searchsorted(keys_P, wanted_B).clamp(max=len(keys_P) - 1)
-        inside_B = (token_B >= 0) & (token_B < self.sizes[step]) & (node_B >= 0)
-        return torch.where(inside_B & (keys_P[place_B] == wanted_B), place_B, DEAD)
+        child_BC, token_BC, closed_BC = self.children(step, node_B)
+        return child_BC.where((token_BC == token_B[:, None]) & ~closed_BC, DEAD).amax(1)
 
     def find(self, tokens_BS: Tensor) -> Tensor:
         """Item of each whole tuple, int64 [B]; DEAD when there is none."""
@@ -79,8 +70,8 @@ class Trie:
 
     def to(self, device: torch.device | str) -> Trie:
         """The same table on another device."""
-        starts, tokens, keys, dense = (tuple(part.to(device) for part in parts) for parts in (self.starts, self.tokens, self.keys, self.dense))
-        return Trie(self.sizes, starts, tokens, self.items.to(device), keys, self.widest, dense)
+        starts, tokens = (tuple(part.to(device) for part in parts) for parts in (self.starts, self.tokens))
+        return Trie(self.sizes, starts, tokens, self.items.to(device), self.widest)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that can be shipped beside a release; `from_state` reads them without building again."""
@@ -123,28 +114,19 @@ def build(tokens_NS: Tensor, sizes: Sequence[int], items_N: Tensor | None = None
     if not new_N.all():
         raise ValueError(f"{int((~new_N).sum())} items share the tuple of another: a disambiguator is missing")
     leaf_N = torch.from_numpy(order_N)
-    return _finish(tuple(int(size) for size in sizes), tuple(starts), tuple(tokens), leaf_N if items_N is None else items_N.cpu()[leaf_N])
+    return _finish(sizes, tuple(starts), tuple(tokens), leaf_N if items_N is None else items_N.cpu()[leaf_N])
 
 
 def from_state(state: Mapping[str, Tensor], sizes: Sequence[int]) -> Trie:
     """The table that gave `state`."""
     steps = range(len(sizes))
     starts, tokens = tuple(state[f"starts_{step}"] for step in steps), tuple(state[f"tokens_{step}"] for step in steps)
-    return _finish(tuple(int(size) for size in sizes), starts, tokens, state["items"])
+    return _finish(sizes, starts, tokens, state["items"])
 
 
-def _finish(sizes: tuple[int, ...], starts: tuple[Tensor, ...], tokens: tuple[Tensor, ...], items_N: Tensor) -> Trie:
+def _finish(sizes: Sequence[int], starts: tuple[Tensor, ...], tokens: tuple[Tensor, ...], items_N: Tensor) -> Trie:
     """The table with what is derived from its offsets."""
-    keys, dense = [], []
-    for start_P, token_P, size in zip(starts, tokens, sizes, strict=True):
-        nodes = len(start_P) - 1
-        parent_P = torch.repeat_interleave(torch.arange(nodes, device=start_P.device), start_P.diff())
-        keys.append(parent_P * size + token_P.long())
-        mask_PK = torch.zeros(nodes if nodes * size <= DENSE_CELLS else 0, size, dtype=torch.bool, device=start_P.device)
-        if len(mask_PK):
-            mask_PK.view(-1)[keys[-1]] = True
-        dense.append(mask_PK)
-    return Trie(sizes, starts, tokens, items_N, tuple(keys), tuple(int(start_P.diff().max()) for start_P in starts), tuple(dense))
+    return Trie(tuple(int(size) for size in sizes), starts, tokens, items_N, tuple(int(start_P.diff().max()) for start_P in starts))
 
 
 def _sorted(table_NS: Ints, sizes: Sequence[int]) -> tuple[Ints, list[Ints]]:

@@ -1,4 +1,4 @@
-"""Properties of the table of allowed tokens: the same masks as nested dicts, whatever the tuples."""
+"""Properties of the table of allowed tokens: the same children as nested dicts, whatever the tuples."""
 
 from __future__ import annotations
 
@@ -24,18 +24,15 @@ def nested(tuples: list[tuple[int, ...]]) -> dict:
 
 
 @settings(max_examples=60, deadline=None)
-@given(TUPLES, st.lists(st.tuples(*(st.integers(0, size - 1) for size in SIZES)), min_size=1, max_size=20), st.booleans())
-def test_masks_states_and_items_equal_nested_dicts(tuples: list[tuple[int, ...]], walks: list[tuple[int, ...]], ready: bool) -> None:
-    before, trie.DENSE_CELLS = trie.DENSE_CELLS, trie.DENSE_CELLS if ready else 0
-    try:
-        table = trie.build(torch.tensor(tuples), SIZES)
-    finally:
-        trie.DENSE_CELLS = before
+@given(TUPLES, st.lists(st.tuples(*(st.integers(0, size - 1) for size in SIZES)), min_size=1, max_size=20))
+def test_children_states_and_items_equal_nested_dicts(tuples: list[tuple[int, ...]], walks: list[tuple[int, ...]]) -> None:
+    table = trie.build(torch.tensor(tuples), SIZES)
     walk_BS = torch.tensor(walks)
     state_B, slow_B = table.root(len(walks)), [nested(tuples) for _ in walks]
-    for step, size in enumerate(SIZES):
-        expected = [[token in (node or {}) for token in range(size)] for node in slow_B]
-        assert table.allowed(step, state_B).tolist() == expected
+    for step in range(len(SIZES)):
+        child_BC, token_BC, closed_BC = table.children(step, state_B)
+        assert [token_C[~closed_C].tolist() for token_C, closed_C in zip(token_BC, closed_BC, strict=True)] == [sorted(node or {}) for node in slow_B]
+        assert torch.equal(table.advance(step, state_B, token_BC[:, 0]), child_BC[:, 0].where(~closed_BC[:, 0], trie.DEAD))
         state_B = table.advance(step, state_B, walk_BS[:, step])
         slow_B = [None if node is None else node.get(walk[step]) for node, walk in zip(slow_B, walks, strict=True)]
         assert (state_B >= 0).tolist() == [node is not None for node in slow_B]

@@ -28,6 +28,7 @@ ROWS, WIDTH = 32, 20  # of the whole search: histories and beams of each
 STATIC = "STATIC_CHECKOUT"
 DICTIONARY_MOST = 1_000_000  # tuples that a dictionary of Python objects is still built for
 Nested = dict[int, Any]
+Said = tuple[Tensor, Tensor, Tensor]  # of each beam's candidates: log-probabilities, tokens, next states (B, C)
 
 
 def cases(scale: str) -> Iterator[Case]:
@@ -91,7 +92,7 @@ def build(tokens_NS: Tensor) -> Case:
 
     def same(ours: trie.Trie, theirs: Any) -> str:
         """What is wrong with the first tokens, nothing when they are equal."""
-        roots = [token for token in range(SIZE) if bool(ours.allowed(0, ours.root(1))[0, token])]
+        roots = ours.children(0, ours.root(1))[1][0].tolist()
         other = theirs[3].nonzero()[:, 0].tolist() if isinstance(theirs, tuple) else sorted(theirs.get((), theirs))
         return "" if roots == other else "other first tokens"
 
@@ -117,6 +118,12 @@ def mask(tokens_NS: Tensor) -> Case:
     for step in range(STEP):
         node_B = table.advance(step, node_B, prefix_BS[:, step])
     said_BK = torch.randn(BEAMS, SIZE, generator=torch.Generator().manual_seed(2)).log_softmax(1)
+
+    def ours() -> Said:
+        """The candidates of each beam as the search asks for them."""
+        child_BC, token_BC, closed_BC = table.children(STEP, node_B)
+        return said_BK.gather(1, token_BC).masked_fill_(closed_BC, -torch.inf), token_BC, child_BC
+
     peers: dict[str, Any] = {}
     if static() is not None:
         peers["STATIC"] = by_static(tokens_NS, prefix_BS, said_BK)
@@ -129,7 +136,7 @@ def mask(tokens_NS: Tensor) -> Case:
             peers[name] = lambda work=work: said_BK.masked_fill(~work(prefix_BS), -torch.inf)
     return Case(
         name=f"mask of {BEAMS} beams, {len(tokens_NS):,} items",
-        ours=lambda: said_BK.masked_fill(~table.allowed(STEP, node_B), -torch.inf),
+        ours=ours,
         peers=peers,
         equal=same_mask,
         units=1,
@@ -143,16 +150,19 @@ def mask(tokens_NS: Tensor) -> Case:
     )
 
 
-def same_mask(ours: Tensor, theirs: Tensor | tuple[Tensor, Tensor, Tensor]) -> str:
-    """Whether the masked log-probabilities are the same; STATIC's candidates are put into their places first."""
-    if isinstance(theirs, tuple):
-        said_BC, token_BC, _ = theirs
-        whole_BK = torch.full((len(ours), SIZE + 1), -torch.inf)
-        theirs = whole_BK.scatter_(1, torch.where(said_BC > -torch.inf, token_BC.long(), SIZE), said_BC)[:, :SIZE]
-    return "" if torch.equal(ours, theirs) else "another mask"
+def same_mask(ours: Said, theirs: Tensor | Said) -> str:
+    """Whether the masked log-probabilities are the same; candidates are put into their places first."""
+    return "" if torch.equal(whole(ours), whole(theirs) if isinstance(theirs, tuple) else theirs) else "another mask"
 
 
-def by_static(tokens_NS: Tensor, prefix_BS: Tensor, said_BK: Tensor) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+def whole(said: Said) -> Tensor:
+    """Log-probabilities of all tokens, minus infinity where no candidate is (B, K)."""
+    said_BC, token_BC, _ = said
+    whole_BK = torch.full((len(said_BC), SIZE + 1), -torch.inf)
+    return whole_BK.scatter_(1, torch.where(said_BC > -torch.inf, token_BC.long(), SIZE), said_BC)[:, :SIZE]
+
+
+def by_static(tokens_NS: Tensor, prefix_BS: Tensor, said_BK: Tensor) -> Callable[[], Said]:
     """STATIC's step at the same beams: candidates of each, what was said of them, their next states."""
     csr, offsets, branches, *_, states_KK = static_index(in_order(tokens_NS))
     state_B = states_KK[prefix_BS[:, 0], prefix_BS[:, 1]]
