@@ -378,7 +378,7 @@ class RqKmeans(Section):
     num_levels: int = Field(6, ge=1, description="L residual levels")
     codebook_size: int = Field(100, ge=2, description="K codes per level")
     iterations: int = Field(25, ge=1, description="Lloyd iterations per level")
-    balanced: bool = Field(True, description="balanced assignment while fitting")
+    balanced: bool = Field(True, description="assign evenly in the last third of the iterations")
 
 
 class RqVae(Section):
@@ -481,7 +481,7 @@ class Unger(RqKmeans):
     temperature: float = Field(0.07, gt=0, description="tau of the alignment")
     next_temperature: float = Field(0.1, gt=0, description="tau of the next-item loss")
     max_history: int = Field(20, ge=1, description="latest items of the user's history")
-    balanced: bool = Field(False, description="balanced assignment while fitting")
+    balanced: bool = Field(False, description="assign evenly in the last third of the iterations")
 
 
 class TrainTokenizer(Section):

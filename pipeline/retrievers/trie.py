@@ -45,14 +45,14 @@ class Trie:
         return torch.zeros(beams, dtype=torch.int64, device=self.items.device)
 
     def children(self, step: int, node_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each beam's node: the nodes below it, the tokens that lead there, both int64 [B, C], and True where there is no such child, bool [B, C].
+        """Of each beam's node: the nodes below it, int32 [B, C], the tokens that lead there, int64 [B, C], and True where there is no such child, bool [B, C].
 
         C is the largest number of children at this step: late steps, where most nodes have one, cost next to nothing. A dead beam has no children.
         """
         first_B = self.starts[step].index_select(0, node_B.clamp(min=0))
         count_B = self.starts[step].index_select(0, node_B + 1) - first_B  # what begins at 0 ends at 0 if the beam is dead
-        place_C = torch.arange(self.widest[step], device=node_B.device)
-        child_BC = (first_B[:, None] + place_C).clamp_(max=len(self.tokens[step]) - 1)
+        place_C = torch.arange(self.widest[step], dtype=torch.int32, device=node_B.device)
+        child_BC = (first_B[:, None].int() + place_C).clamp_(max=len(self.tokens[step]) - 1)
         token_X = self.tokens[step].index_select(0, child_BC.flatten())
         return child_BC, token_X.view_as(child_BC).long(), place_C >= count_B[:, None]
 
