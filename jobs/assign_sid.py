@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SAME_WORDS = ("", "anchored")  # nights whose codes mean what the parent's mean
 STRATA = ("head", "torso", "tail")
+FEW = 1_000_000  # items of a frozen night whose keys every task may hold: about 130 MB
 FLAGS = ("live", "described", "shared", "known", "changed_from_parent", "unmasked", "encoded", "dangling", "bad_codes", "loud_mask", "parent_stratum")
 CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>, dangling boolean"
 USERS_SCHEMA = "user_id string, codes array<int>, num_items int"
@@ -61,12 +62,14 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
 
     plan = ctx.plan()
     vocabulary = read_vocabulary(inputs, ctx, plan)
-    features = inputs.frame("feature.item_feature").where(F.col("logical_date") == F.lit(plan.logical_date))
+    tonight = F.col("logical_date") == F.lit(plan.logical_date)
+    features = inputs.frame("feature.item_feature").where(tonight)
     parent = parent_rows(inputs, plan)
     chosen = items_to_encode(features, parent, plan)
     chosen = chosen.join(parent.select("item_id", F.col("codes").alias("keep")), "item_id", "left").persist()
-    content, behavior = inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector")
-    if not plan.new_generation:
+    content = inputs.frame("feature.item_content_vector")
+    behavior = inputs.frame("feature.item_behavior_vector").where(tonight)  # behaviour that is encoded was trained tonight
+    if not plan.new_generation and chosen.count() <= FEW:
         content = content.join(F.broadcast(content_keys(chosen)), ["modality", "encoder_id", "content_hash"], "left_semi")  # else all vectors would be shuffled
     vectors = item_vectors(chosen, content, behavior, plan.generation)
     model = broadcast_model(inputs, vocabulary)
@@ -308,7 +311,8 @@ def user_writes(inputs: Inputs, features: DataFrame, plan: Plan, model: Any) -> 
     if not (sizes := about.get("user_codebook_sizes")):
         return ()
     live = features.where(F.col("status") == "live")
-    vectors = item_vectors(live, inputs.frame("feature.item_content_vector"), inputs.frame("feature.item_behavior_vector"), plan.generation)
+    nothing = inputs.frame("feature.item_behavior_vector").limit(0)  # users are coded from content alone
+    vectors = item_vectors(live, inputs.frame("feature.item_content_vector"), nothing, plan.generation)
     sequences = inputs.frame("feature.user_sequence").where(F.col("logical_date") == F.lit(plan.logical_date))
     coded = taken_items(sequences, vectors, about["settings"]["max_history"]).mapInArrow(partial(user_batches, model=model), USERS_SCHEMA)
     rows = every_user(sequences, coded, tuple(sizes)).persist()

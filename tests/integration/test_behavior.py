@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,8 +71,13 @@ class Lake:
     def __init__(self, **tables: pa.Table) -> None:
         self.tables = {name.replace("__", "."): table for name, table in tables.items()}
 
-    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "", at: int | None = None) -> pa.Table:
-        return self.tables[table].select(list(columns))
+    def arrow(self, table: str, *, columns: tuple[str, ...] = ("*",), where: str = "", at: int | None = None, **among: list[str]) -> pa.Table:
+        rows = self.tables[table]
+        if "num_events >= 2" in where:
+            rows = rows.filter(pc.greater_equal(rows["num_events"], 2))
+        for name, wanted in among.items():
+            rows = rows.filter(pa.array([bool(set(wanted) & set(held)) for held in rows[name].to_pylist()], pa.bool_()))
+        return rows.select(list(columns))
 
     def model(self, uri: str) -> Path:
         return Path(uri)

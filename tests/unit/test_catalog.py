@@ -123,13 +123,16 @@ def test_some_items_are_read_without_the_others_and_main_tells_its_commits(tmp_p
     for day in (1, 2, 3):
         names = ["i1", "it's", "i3"][:day]
         rows = {"item_id": names, "title": [f"{name} {day}" for name in names], "image_uri": pa.nulls(day, pa.string())}
-        rows |= {"file_date": pa.array([date(2026, 3, day)] * day)}
+        rows |= {"file_date": pa.array([date(2026, 3, day)] * day), "parts": pa.array([names[:place] for place in range(day)], pa.list_(pa.string()))}
         table = maker.create_table("raw.item", pa.table(rows).schema) if day == 1 else maker.load_table("raw.item")
         table.append(pa.table(rows), snapshot_properties={"sid.record_key": str(day)})
     full = lakehouse.read_arrow(home, configured.lake, "raw.item")
     some = lakehouse.read_arrow(home, configured.lake, "raw.item", among={"item_id": ["it's", "nobody"]})
     assert (len(full), some["title"].to_pylist(), some.column_names) == (6, ["it's 3", "it's 2"], full.column_names)
     assert len(lakehouse.read_arrow(home, configured.lake, "raw.item", among={"item_id": []})) == 0
+    holding = lakehouse.read_arrow(home, configured.lake, "raw.item", among={"parts": ["i1", "nobody"], "item_id": ["it's"]})
+    assert (holding["title"].to_pylist(), holding["parts"].to_pylist()) == (["it's 3", "it's 2"], [["i1"], ["i1"]])
+    assert len(lakehouse.read_arrow(home, configured.lake, "raw.item", among={"parts": ["it's"]})) == 1
     shown = views.titles((home, configured), date(2026, 3, 2), ["it's", "i3"])
     assert shown.select(["item_id", "title"]).to_pylist() == [{"item_id": "it's", "title": "it's 2"}], "newest up to the day"
     commits = lakehouse.main_commits(home, configured.lake, "raw.item")

@@ -1,7 +1,8 @@
 """A night's popularity after D days of history: our incremental Spark job beside a full recount of the same day files by DuckDB and Polars.
 
-Ours reads the night's events from raw.interaction and everything older from feature.item_day_stat; the peers read the Parquet files of all days. The session of
-Spark is there before the clock starts. The frames alone and the whole stage (branch, audit, publish, MLflow) are clocked apart.
+Ours reads the night's events from raw.interaction, the older days of the window from feature.item_day_stat and what never decays from the night before; the
+peers read the Parquet files of all days. The session of Spark is there before the clock starts. The frames alone and the whole stage (branch, audit, publish,
+MLflow) are clocked apart.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ PARAMS = config.ItemPopularity()
 
 @dataclass(frozen=True)
 class World:
-    """Day files, and a lake in which every day before the last NIGHTS ones is counted."""
+    """Day files, and a lake in which every day before the last NIGHTS ones is counted and the last of those days had its night."""
 
     files: Path
     home: Home
@@ -230,6 +231,7 @@ def _world(folder: Path, days: int, events: int) -> tuple[World, float]:
     world = World(folder / "files", Home(folder / "home"), loaded, days, events)
     session, seconds, _ = answered(lambda: _session(world))
     _fill(session, world)
+    run_stage(_context(world, world.night(-1)))
     return world, seconds
 
 
