@@ -23,8 +23,8 @@ test-unit: $(SETTLED)  ## the fast tests: no JVM, no network
 chaos: $(SETTLED)  ## random kills and faults on a small shop, half an hour or so; .sid/chaos.json says what held
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills $(or $(KILLS),50)
 
-SHOP := items=1500 users=2000 events_per_day=2500 days=35
-SHOP_NIGHTS := --profile shop $(SHOP:%=--set source.options.%) --first 2026-03-22 --last 2026-03-29
+SHOP := items=800 users=1000 events_per_day=1200 days=28
+SHOP_NIGHTS := --profile shop $(SHOP:%=--set source.options.%) --set train_behavior_encoder.measure_reliability=false --first 2026-03-14 --last 2026-03-21
 stability: $(SETTLED)  ## what each refresh policy keeps and costs, night by night, on a generated shop: make stability WORK=<folder> [SOURCE=<day files of Online Retail>]
 	@test -n "$(WORK)" || { echo "make stability WORK=<empty folder> [SOURCE=<folder of YYYY-MM-DD.csv of Online Retail>]"; exit 64; }
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/stability.py --work $(WORK) $(if $(SOURCE),--set source.path=$(SOURCE),$(SHOP_NIGHTS))
