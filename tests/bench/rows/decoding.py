@@ -141,7 +141,7 @@ def mask(tokens_NS: Tensor) -> Case:
         equal=same_mask,
         units=1,
         unit="steps",
-        work=BEAMS * SIZE * (1 + said_BK.element_size()),
+        work=BEAMS * table.widest[STEP] * (table.tokens[STEP].element_size() + said_BK.element_size()),
         limit="read",
         target=1.0,
         judged=("STATIC",),
