@@ -60,7 +60,9 @@ def disambiguate(codes_NL: NDArray[np.integer], first_seen_N: ArrayLike, item_id
     np.maximum.at(largest_G, group_N[carried_C], held_N[carried_C])
     group_F = group_N[fresh_F]
     number_N, number_F = held_N, largest_G[group_F] + 1
-    alike_F = (np.diff(group_F, prepend=-1) == 0) | (np.diff(group_F, append=-1) == 0)  # only these need an order
+    alike_F, same = np.zeros(len(group_F), dtype=bool), group_F[1:] == group_F[:-1]
+    alike_F[1:] = same
+    alike_F[:-1] |= same  # only these need an order
     number_F[alike_F] += _turns(group_F[alike_F], keys, order_N[fresh_F[alike_F]])
     number_N[fresh_F] = number_F
     found_N = np.empty(len(order_N), dtype=np.int32)
