@@ -88,6 +88,12 @@ def test_the_rows_are_those_of_reading_everything(spark: Any, tmp_path: Any, mon
     assert [ground.after for ground in begun[1::2]] == [nothing, day(0), day(1), nothing, day(3)]
 
 
+@pytest.mark.parametrize("job", [item_popularity, user_sequence])
+def test_rows_from_before_there_was_a_digest_are_no_ground(spark: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, job: Any) -> None:
+    monkeypatch.setitem(TABLES, job.TABLE, TABLES[job.TABLE].removesuffix(", inputs_sha256 string"))
+    assert build_on.ground(Frames(Home(tmp_path), lake(1), {}, spark), job.TABLE, day(1)).after == build_on.LONG_AGO
+
+
 def test_the_digest_holds_files_up_to_the_night_and_settings_in_any_order() -> None:
     files = [(str(day(number)), "events", f"sha{number}", "9", "1") for number in range(3)]
     known = build_on.digest(files, day(1), "time", 50)
