@@ -20,7 +20,7 @@ D1, D2, D3, D4 = (date(2026, 1, day) for day in (1, 2, 3, 4))
 EVENTS = "file_date date, user_id string, item_id string, event_ts timestamp, event_type string, value double, session_id string"
 POPULARITY = (
     "logical_date date, item_id string, popularity double, percentile double, popularity_decile int, popularity_stratum string, "
-    "evidence_count long, first_event_date date, days_since_first_event int"
+    "evidence_count long, first_event_date date, days_since_first_event int, inputs_sha256 string"
 )
 
 
@@ -41,7 +41,7 @@ class Frames(Inputs):
 
 def frames(spark, events, releases, popularity) -> Inputs:
     rows = [(tag, day, 1, 1, "digest", None, 1, "rows", "finger", status, False, None, 3, "test") for tag, day, status in releases]
-    known = [(day, item, 1.0, 0.5, decile, stratum, count, None, None) for day, item, decile, stratum, count in popularity]
+    known = [(day, item, 1.0, 0.5, decile, stratum, count, None, None, None) for day, item, decile, stratum, count in popularity]
     tables = {
         "raw.interaction": spark.createDataFrame(events, EVENTS).repartition(2),
         "sid.release": spark.createDataFrame(rows, spark.table("lake.sid.release").schema),
