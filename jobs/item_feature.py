@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.item_popularity import items_as_of
 from jobs.plan_night import MANIFEST, last_revision
 from pipeline import config, lakehouse
 from pipeline.context import Context, Plan
@@ -43,7 +42,8 @@ def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult
     reference, base_date = generation_reference(inputs, ctx, plan)
     popularity = inputs.frame("feature.item_popularity").where(F.col("logical_date") == F.lit(plan.logical_date))
     first_event = popularity.where("first_event_date IS NOT NULL").select("item_id", "first_event_date")
-    items = items_as_of(inputs.frame("raw.item"), inputs.frame("raw.source_file"), first_event, plan.logical_date, ctx.config.source.catalogue)
+    views = {"item": inputs.frame("raw.item"), "source_file": inputs.frame("raw.source_file"), "first_event": first_event}
+    items = inputs.query("raw.item", views, name="as_of", logical_date=plan.logical_date, catalogue=ctx.config.source.catalogue)
     parent = parent_rows(inputs, plan)
     keep_replaced(inputs, ctx)
     frame = inputs.query(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from jobs.build_on import LONG_AGO, Ground, ground
 from jobs.ingest import local_frame
 from pipeline import config
-from pipeline.context import SQL, Context
+from pipeline.context import Context
 from pipeline.stages import StageResult, Write
 
 if TYPE_CHECKING:
@@ -84,17 +84,6 @@ def merged_stats(counted: DataFrame, fresh: DataFrame, pending: Sequence[tuple[d
 
     kept = counted.where((F.col("logical_date") <= F.lit(logical_date)) & ~F.col("logical_date").isin([F.lit(day) for day, _ in pending]))
     return kept.unionByName(fresh)
-
-
-def items_as_of(item: DataFrame, source_file: DataFrame, first_event: DataFrame, logical_date: date, catalogue: str) -> DataFrame:
-    """Every item known at the logical date with its newest version, by sql/raw/item/as_of.sql.
-
-    Columns: item_id, title, text, category, image_uri, hashes, vectors, valid_from, first_seen, retired_at; content is null for an item known by events only.
-    """
-    for name, frame in (("item", item), ("source_file", source_file), ("first_event", first_event)):
-        frame.createOrReplaceTempView(name)
-    text = (SQL / "raw" / "item" / "as_of.sql").read_text(encoding="utf-8")
-    return item.sparkSession.sql(text, args={"logical_date": logical_date, "catalogue": catalogue})
 
 
 def item_popularity(inputs: Inputs, stats: DataFrame, base: Ground, params: config.ItemPopularity, logical_date: date) -> DataFrame:
