@@ -346,7 +346,7 @@ class AdaSid(Section):
     projection_dim: int = Field(128, ge=2, description="d_h, width of the projections that are aligned")
     hidden_dim: int = Field(256, ge=2, description="hidden width of experts, projections and decoder")
     latent_scale: float = Field(4.0, gt=0, description="norm of latents and code rows")
-    temperature: float = Field(0.07, gt=0, description="tau of the contrastive terms")
+    temperature: float = Field(0.07, gt=0, description="tau of the contrastive terms and of the next-item loss")
     align_weight: float = Field(0.1, ge=0, description="mu of the alignment terms")
     codebook_weight: float = Field(0.25, ge=0, description="weight of the codebook term")
     commitment: float = Field(0.05, ge=0, description="weight of the commitment term")
@@ -370,6 +370,13 @@ class AdaSid(Section):
     code_gradient: bool = Field(True, description="let the decoder's gradient reach the code rows")
     text_dim: int = Field(128, ge=1, description="PCA width of text vectors before the tokenizer")
     image_dim: int = Field(128, ge=1, description="PCA width of image vectors before the tokenizer")
+    tune_epochs: int = Field(
+        0, ge=0, description="epochs of tuning by users' histories through soft codes (MMQ's second stage) after the training; 0 = the paper"
+    )
+    tune_rate: float = Field(1.0, gt=0, description="step size while tuning, as a share of the learning rate")
+    tune_keep: float = Field(1.0, ge=0, description="weight of the training's own loss while tuning")
+    soft_temperature: float = Field(0.1, gt=0, description="tau of the soft codes")
+    max_history: int = Field(20, ge=1, description="latest items of the user's history")
 
 
 class RqKmeans(Section):

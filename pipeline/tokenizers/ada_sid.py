@@ -5,7 +5,7 @@ Not here: the terms themselves (quantize.py, alignment.py, router.py), the train
 Suffixes: B batch, N items, D width, L positions, E experts of one input, K codes.
 """
 
-# ruff: noqa: N815 - tensor fields carry shape suffixes
+# ruff: noqa: N802, N815 - tensor fields carry shape suffixes
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline import config as profile
 from pipeline.device import best_device
-from pipeline.tokenizers import metrics, parallel
+from pipeline.tokenizers import histories, metrics, parallel
 from pipeline.tokenizers.alignment import alignment_v2, alignment_v3, controlled_strength, view
 from pipeline.tokenizers.base import (
     MODALITIES,
@@ -37,6 +37,7 @@ from pipeline.tokenizers.prior import CONTENT, BehaviorPrior
 from pipeline.tokenizers.quantize import deal_axes, gather_codes, held_codes, nearest_code, principal_axes, straight_through
 from pipeline.tokenizers.refresh import begin
 from pipeline.tokenizers.router import SparsityController, behavior_router, router_feature
+from pipeline.tokenizers.tuning import tune
 from pipeline.tokenizers.world import World
 
 AXES_ROWS = 262_144  # items that axes, scales and prior are fitted on at most
@@ -158,6 +159,12 @@ class Pass:
     logit_BE: Tensor
     quantized_BD: Tensor
     estimate: dict[str, Tensor]
+
+    @property
+    def read_BL(self) -> Tensor:
+        """How much a reader sees of each position: all of one the item shows, R of a behaviour position, nothing of a masked one."""
+        positions = self.shown_BL.shape[1] - self.router_BE.shape[1]
+        return torch.cat([self.shown_BL[:, :positions].to(self.router_BE.dtype), self.router_BE], 1)
 
 
 class Network(nn.Module):
@@ -372,6 +379,11 @@ class Training:
             total = total + terms["gate"]
         return {**terms, **align, "total": total}
 
+    def kept(self, batch: ItemBatch, noise_BU: Tensor, world: World) -> tuple[dict[str, Tensor], Tensor]:
+        """The training's own terms while histories tune, and their weighted sum; the first noise columns are the questions'."""
+        terms = self.losses(batch, noise_BU.flip(1), quantise=True, world=world)
+        return terms, self.settings.tune_keep * terms["total"]
+
     def _hide(self, batch: ItemBatch, noise_BU: Tensor) -> ItemBatch:
         """The batch with some modalities of some items hidden (modality dropout); an item that would lose all of them loses none."""
         share = {"text": self.settings.content_dropout, "image": self.settings.content_dropout, "behavior": self.settings.behavior_dropout}
@@ -479,12 +491,19 @@ class AdaSid(Networked[profile.AdaSid, Network]):
     section = profile.AdaSid
     build = Network
 
+    @property
+    def needs_history(self) -> bool:
+        """Only tuning reads histories."""
+        return self.settings.tune_epochs > 0
+
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Train on a catalogue; curves per epoch and metrics of the final tokenizer on that catalogue.
 
-        With `start` the network, the axes of its inputs and its richness buckets begin as the champion's.
-        Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes.
+        With `start` the network, the axes of its inputs and its richness buckets begin as the champion's; with `tune_epochs` users' histories have the last
+        word (curves `tune/...`).
+        Raises: ValueError if no modality is present; ContractError if the champion reads other vectors or has other sizes, or tuning lacks histories.
         """
+        events = histories.events(options.history, len(items), who="ADA-SID's tuning") if self.needs_history else None
         items = items.settle(best_device())
         network = begin(self, lambda network: network.fit_inputs(items), options, items.widths())
         prepared = network.to(items.device).prepare(items).settle(best_device())
@@ -493,7 +512,11 @@ class AdaSid(Networked[profile.AdaSid, Network]):
         prepared = replace(prepared, strength_N=strength_N)
         network.to(best_device())
         training = Training(network)
-        curves = Trainer(training, prepared, options).run()
+        if events is None:
+            curves = Trainer(training, prepared, options).run()
+        else:
+            curves = Trainer(training, prepared, histories.part(options, "training", events.digest)).run()
+            curves |= tune(training, events, prepared, histories.part(options, "tuning", events.digest))
         self.network = network.eval()
         self._freeze_export(prepared)
         guess = {} if network.prior is None else {"prior_error": float(network.prior.error)}

@@ -204,7 +204,9 @@ class FitOptions:
 class Tokenizer(Protocol):
     """Maps item vectors to code tuples; positions are named by `slots`, position l has codes [0, codebook_sizes[l])."""
 
-    needs_history: ClassVar[bool]
+    @property
+    def needs_history(self) -> bool:
+        """Whether `fit` reads users' histories."""
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -249,11 +251,15 @@ class Networked(Generic[S, N]):
     name: ClassVar[str]
     section: ClassVar[type[Section]]
     build: ClassVar[type[nn.Module]]
-    needs_history: ClassVar[bool] = False
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
         self.network: N | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether `fit` reads users' histories."""
+        return False
 
     @property
     def fitted(self) -> N:

@@ -271,7 +271,11 @@ class Das(Networked[profile.Das, Network]):
     name = "das"
     section = profile.Das
     build = Network
-    needs_history = True
+
+    @property
+    def needs_history(self) -> bool:
+        """Histories are half of what it learns from."""
+        return True
 
     @property
     def coder(self) -> Autoencoder:

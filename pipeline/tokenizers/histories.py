@@ -130,9 +130,9 @@ def _held(offset_U: Tensor) -> Tensor:
 
 
 def shown_mean(x_BTD: Tensor, shown_BT: Tensor) -> Tensor:
-    """Mean over the filled places, (B, D); 0 where none is."""
+    """Mean over the filled places, weighted where `shown` is not boolean, (B, D); 0 where none is."""
     weight_BT1 = shown_BT[..., None].to(x_BTD.dtype)
-    return (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
+    return (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1e-6)
 
 
 class Reader(nn.Module):

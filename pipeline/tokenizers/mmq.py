@@ -1,25 +1,24 @@
 """MMQ v1 (arXiv 2508.15281): shared and content-specific experts with a code book each, then tuning by users' histories through soft codes.
 
 Stage one reconstructs all content from all experts and each modality from its own experts, and keeps experts of one group apart. Stage two lets a light
-next-item reader look at the codes through a soft index, so that what users do next moves experts and code books. Behaviour vectors are not read.
+next-item reader look at the codes through a soft index (tuning.py), so that what users do next moves experts and code books. Behaviour vectors are not read.
 Known here from third-party notes, not from the paper: parts of the method are named in place of equations.
-Not here: experts, gate, fusion (ada_sid.py), losses and revival of code rows (parallel.py), questions and reader (histories.py), the loop (fit.py).
-Suffixes: B batch, N items, R distinct items of a batch, D width, T places of a context, L positions, E experts of one input, K codes.
+Not here: experts, gate, fusion (ada_sid.py), losses and revival of code rows (parallel.py), stage two (tuning.py), the loop (fit.py).
+Suffixes: B batch, N items, D width, L positions, E experts of one input, K codes.
 """
 
-# ruff: noqa: N815 - tensor fields carry shape suffixes
+# ruff: noqa: N802, N815 - tensor fields carry shape suffixes
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import config as profile
-from pipeline.context import derive_seed
 from pipeline.device import best_device
 from pipeline.tokenizers import histories, metrics, parallel
 from pipeline.tokenizers.ada_sid import Decoder, ExpertBank, Mlp, fuse, reconstruction_error, softmax_gate
@@ -37,6 +36,7 @@ from pipeline.tokenizers.fit import Trainer
 from pipeline.tokenizers.inputs import Inputs, side_by_side
 from pipeline.tokenizers.quantize import gather_codes, held_codes, nearest_code, straight_through
 from pipeline.tokenizers.refresh import begin
+from pipeline.tokenizers.tuning import tune
 from pipeline.tokenizers.world import World
 
 CONTENT = ("text", "image")
@@ -50,26 +50,6 @@ def orthogonality(maps: Sequence[Tensor]) -> Tensor:
     """
     unit_EV = F.normalize(torch.stack([each.flatten() for each in maps]), dim=1)
     return (unit_EV @ unit_EV.T - torch.eye(len(unit_EV), device=unit_EV.device)).square().sum()
-
-
-def soft_index(z_BLD: Tensor, codebook_LKD: Tensor, *, temperature: float) -> Tensor:
-    """The one-hot nearest code with the gradient of the softmax of cosine / temperature over the codes, (B, L, K).
-
-    Source: MMQ (arXiv 2508.15281), stage two, soft indices; differs: the temperature is not printed.
-    """
-    cosine_LBK = torch.bmm(F.normalize(z_BLD, dim=-1).transpose(0, 1), F.normalize(codebook_LKD, dim=-1).transpose(1, 2))
-    soft_BLK = torch.softmax(cosine_LBK.transpose(0, 1) / temperature, dim=-1)
-    hard_BLK = F.one_hot(cosine_LBK.transpose(0, 1).argmax(-1), soft_BLK.shape[2]).to(soft_BLK.dtype)
-    return soft_BLK + (hard_BLK - soft_BLK).detach()
-
-
-def soft_embedding(index_BLK: Tensor, table_LKD: Tensor, shown_BL: Tensor) -> Tensor:
-    """What a reader sees of an item: the mean over its shown positions of index times embedding table, (B, D); 0 without positions.
-
-    Source: MMQ (arXiv 2508.15281), stage two, the downstream model's input; differs: mean over positions, so that items with masked positions are no shorter.
-    """
-    row_BLD = torch.einsum("blk,lkd->bld", index_BLK, table_LKD)
-    return histories.shown_mean(row_BLD, shown_BL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +71,11 @@ class Pass:
     quantized_BD: Tensor
     estimate: dict[str, Tensor]
     own: dict[str, Tensor]
+
+    @property
+    def read_BL(self) -> Tensor:
+        """How much a reader sees of each position: shown positions count alike."""
+        return self.shown_BL
 
 
 class Network(nn.Module):
@@ -228,6 +213,14 @@ class Training:
             found[term] = torch.stack(errors).mean() if errors else made.z_BLD.sum() * 0.0
         return found
 
+    def kept(self, batch: ItemBatch, noise_BU: Tensor, world: World) -> tuple[dict[str, Tensor], Tensor]:
+        """What stage two keeps: the reconstruction terms and their weighted sum.
+
+        Source: MMQ (arXiv 2508.15281), stage two, L_downstream + 0.5 L_recon + 0.5 L_aux
+        """
+        terms = self.reconstruction(batch, self.network(batch, quantise=True), world)
+        return terms, self.settings.tune_reconstruction * terms["reconstruction"] + self.settings.tune_auxiliary * terms["auxiliary"]
+
     def _orthogonality(self) -> Tensor:
         return torch.stack([orthogonality(bank.direct_EDD.unbind(0)) for bank in self.network.expert.values()]).sum()  # type: ignore[union-attr, operator]
 
@@ -273,78 +266,6 @@ def _vectors(items: ItemBatch, name: str) -> Tensor:
     return vectors
 
 
-class Tuned(nn.Module):
-    """The network with a next-item reader on top, whose item vectors are soft codes times an embedding table."""
-
-    def __init__(self, tokenizer: Network) -> None:
-        super().__init__()
-        settings = tokenizer.settings
-        self.tokenizer = tokenizer
-        self.reader = histories.Reader(settings.latent_dim, settings.max_history, settings.hidden_dim)
-        self.table_LKD = nn.Parameter(torch.randn(tokenizer.codebook_LKD.shape) * settings.latent_dim**-0.5)
-
-    def item_vectors(self, items: ItemBatch) -> Tensor:
-        """What the reader sees of prepared items, (R, D)."""
-        made: Pass = self.tokenizer(items, quantise=True)
-        with torch.autocast(made.z_BLD.device.type, enabled=False):
-            index_RLK = soft_index(made.z_BLD, self.tokenizer.codebook_LKD, temperature=self.tokenizer.settings.soft_temperature)
-        return soft_embedding(index_RLK, self.table_LKD, made.shown_BL)
-
-
-class Tuning:
-    """Stage two as the training loop wants it (`fit.Trainable`)."""
-
-    warmup_epochs = 0
-    codebook_names = ("tokenizer.codebook_LKD",)
-    recordable = False  # a step draws its questions on the host
-
-    def __init__(self, network: Tuned, events: histories.Events, prepared: ItemBatch) -> None:
-        self.network, self.events, self.prepared = network, events, prepared
-        self.settings = network.tokenizer.settings
-        self.first = Training(network.tokenizer)
-
-    def losses(self, batch: ItemBatch, noise_BU: Tensor, *, quantise: bool, world: World) -> dict[str, Tensor]:
-        """Next-item loss of as many questions as there are items, reconstruction terms of the items, and their weighted `total`.
-
-        Source: MMQ (arXiv 2508.15281), stage two, L_downstream + 0.5 L_recon + 0.5 L_aux
-        """
-        terms = self.first.reconstruction(batch, self.network.tokenizer(batch, quantise=True), world)
-        next_B = self._next(self.events.draw(noise_BU.cpu()), world)
-        terms["next_item"] = world.mean(next_B, torch.ones_like(next_B, dtype=torch.bool))
-        settings = self.settings
-        total = terms["next_item"] + settings.tune_reconstruction * terms["reconstruction"] + settings.tune_auxiliary * terms["auxiliary"]
-        return {**terms, "total": total}
-
-    def _next(self, at_B: Tensor, world: World) -> Tensor:
-        """Loss of each question, (B,)."""
-        device = self.network.table_LKD.device
-        return histories.ask(
-            self.events,
-            at_B,
-            lambda rows_R: self.network.item_vectors(self.prepared.take(rows_R).to(device)),
-            self.network.reader,
-            temperature=self.settings.temperature,
-            world=world,
-        )
-
-    def after_step(self) -> None:
-        """Nothing to do between steps."""
-
-    def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
-        """The code books of stage one stay."""
-
-    def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
-        """No code is moved while histories move them."""
-        return {}
-
-    @torch.no_grad()
-    def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:
-        """The numbers of stage one, and as `score` the next-item loss of the questions held out."""
-        found = self.first.evaluate(items, quantise=True)
-        losses = [self._next(at_B, histories.alone()) for at_B in self.events.held_P.split(histories.HELD_USERS)]
-        return {**found, "score": float(torch.cat(losses).double().mean())}
-
-
 class Mmq(Networked[profile.Mmq, Network]):
     """The MMQ tokenizer (`base.Tokenizer`); reads text and image, and histories while it is tuned.
 
@@ -355,14 +276,18 @@ class Mmq(Networked[profile.Mmq, Network]):
     name = "mmq"
     section = profile.Mmq
     build = Network
-    needs_history = True
+
+    @property
+    def needs_history(self) -> bool:
+        """Only stage two reads histories."""
+        return self.settings.tune_epochs > 0
 
     def fit(self, items: ItemBatch, options: FitOptions) -> FitReport:
         """Stage one, then stage two unless `tune_epochs` is 0; curves of stage two are named `tune/...`.
 
         Raises: ValueError without content; ContractError if stage two lacks histories, or for a champion of other sizes.
         """
-        events = histories.events(options.history, len(items), who="MMQ's tuning") if self.settings.tune_epochs else None
+        events = histories.events(options.history, len(items), who="MMQ's tuning") if self.needs_history else None
         widths = {name: width for name, width in items.widths().items() if name in CONTENT}
         network = begin(self, lambda network: network.fit_inputs(items), options, widths)
         prepared = network.inputs.prepare(items)
@@ -370,20 +295,10 @@ class Mmq(Networked[profile.Mmq, Network]):
         training, digest = Training(network), events.digest if events else ""
         curves = Trainer(training, prepared, histories.part(options, "content", digest)).run()
         if events is not None:
-            curves |= self._tune(network, events, prepared, histories.part(options, "tuning", digest))
+            curves |= tune(training, events, prepared, histories.part(options, "tuning", digest))
         self.network = network.eval()
         network.usage_LK.zero_()
         return FitReport(curves=curves, metrics=training.evaluate(prepared, quantise=True))
-
-    def _tune(self, network: Network, events: histories.Events, prepared: ItemBatch, options: FitOptions) -> dict[str, list[float]]:
-        """Stage two on the network, in place; its curves. With `start` code rows are pulled towards where stage one left them."""
-        rate = self.settings.tune_rate * options.settings.learning_rate
-        settings = options.settings.model_copy(update={"max_epochs": self.settings.tune_epochs, "learning_rate": rate})
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(options.seed, "tune"))
-            tuned = Tuned(network).to(network.codebook_LKD.device)
-        trainer = Trainer(Tuning(tuned, events, prepared), prepared, replace(options, settings=settings))
-        return {f"tune/{name}": values for name, values in trainer.run().items()}
 
     @torch.no_grad()
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:

@@ -29,7 +29,8 @@ def champion(start: Start, variant: type[T], settings: Any, raw_widths: Mapping[
     """
     found, tokenizer = start.tokenizer.config(), start.tokenizer
     wanted = {"variant": variant.__name__, "settings": settings.model_dump(), "widths": dict(raw_widths)}
-    has = {"variant": type(tokenizer).__name__, "settings": found["settings"], "widths": dict(found["raw_widths"])}
+    known = type(settings)(**found["settings"]).model_dump() if isinstance(tokenizer, variant) else {}  # a setting that came later was at its default then
+    has = {"variant": type(tokenizer).__name__, "settings": known, "widths": dict(found["raw_widths"])}
     if not isinstance(tokenizer, variant) or has != wanted:
         unlike = next(name for name in wanted if wanted[name] != has[name])
         raise ContractError(

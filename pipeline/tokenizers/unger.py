@@ -193,7 +193,11 @@ class Unger(Networked[profile.Unger, Network]):
     name = "unger"
     section = profile.Unger
     build = Network
-    needs_history = True
+
+    @property
+    def needs_history(self) -> bool:
+        """Histories are half of what it learns from."""
+        return True
 
     def __init__(self, settings: profile.Unger) -> None:
         super().__init__(settings)

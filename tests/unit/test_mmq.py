@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from draws import rand
 from tokenizer_items import mmq_settings, noise, tiny_history, tiny_items, training
 
 from pipeline.tokenizers import histories, mmq
 from pipeline.tokenizers.base import FitOptions, ItemBatch, codebook_digest
-from pipeline.tokenizers.mmq import Mmq, Network, Training, Tuned, Tuning
+from pipeline.tokenizers.mmq import Mmq, Network, Training
+from pipeline.tokenizers.tuning import Tuned, Tuning
 from pipeline.tokenizers.world import World
 
 
@@ -24,10 +24,10 @@ def network(**changes: object) -> tuple[Network, ItemBatch]:
     return made, made.inputs.prepare(tiny_items())
 
 
-def tuning(**changes: object) -> Tuning:
+def second_stage(**changes: object) -> Tuning:
     made, prepared = network(**changes)
     torch.manual_seed(1)
-    return Tuning(Tuned(made), histories.events(tiny_history(), 96, who="x"), prepared)
+    return Tuning(Training(made), Tuned(made), histories.events(tiny_history(), 96, who="x"), prepared)
 
 
 def test_orthogonality_against_a_loop():
@@ -36,27 +36,6 @@ def test_orthogonality_against_a_loop():
     slow = sum((float(unit[i] @ unit[j]) - (i == j)) ** 2 for i in range(3) for j in range(3))
     assert float(mmq.orthogonality(maps)) == pytest.approx(slow, rel=1e-5)
     assert float(mmq.orthogonality([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])])) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_soft_index_is_the_nearest_code_with_the_gradient_of_the_softmax():
-    z, book, weigh = rand(3, 2, 4).requires_grad_(), rand(2, 5, 4, seed=1), rand(3, 2, 5, seed=2)
-    index = mmq.soft_index(z, book, temperature=0.1)
-    for b in range(3):
-        for p in range(2):
-            cosines = [float(z[b, p].detach() @ book[p, k] / (z[b, p].detach().norm() * book[p, k].norm())) for k in range(5)]
-            np.testing.assert_allclose(index[b, p].detach().numpy(), np.eye(5)[int(np.argmax(cosines))], atol=1e-6)
-    soft = torch.softmax(torch.einsum("bld,lkd->blk", F.normalize(z, dim=-1), F.normalize(book, dim=-1)) / 0.1, -1)
-    through, plain = (torch.autograd.grad((each * weigh).sum(), z)[0] for each in (index, soft))
-    torch.testing.assert_close(through, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_soft_embedding_is_the_mean_over_shown_positions():
-    index, table, shown = rand(2, 3, 4), rand(3, 4, 5, seed=1), torch.tensor([[True, False, True], [False, False, False]])
-    slow = np.zeros((2, 5))
-    for b in range(2):
-        rows = [sum(float(index[b, p, k]) * table[p, k].numpy() for k in range(4)) for p in range(3) if shown[b, p]]
-        slow[b] = np.mean(rows, axis=0) if rows else 0.0
-    np.testing.assert_allclose(mmq.soft_embedding(index, table, shown).numpy(), slow, rtol=1e-4, atol=1e-6)
 
 
 def test_positions_masks_and_weights():
@@ -113,7 +92,7 @@ def test_a_weight_of_zero_switches_a_term_off(name, module):
 
 
 def test_the_next_item_loss_moves_experts_and_code_books():
-    stage = tuning()
+    stage = second_stage()
     stage._next(stage.events.train_P[:32], World()).mean().backward()
     made = stage.network.tokenizer
     assert bool(made.expert["shared"].direct_EDD.grad.any())
@@ -123,7 +102,7 @@ def test_the_next_item_loss_moves_experts_and_code_books():
 
 
 def test_the_total_of_stage_two():
-    stage = tuning()
+    stage = second_stage()
     terms = {name: float(term.detach()) for name, term in stage.losses(stage.prepared, noise(), quantise=True, world=World()).items()}
     assert terms["total"] == pytest.approx(terms["next_item"] + 0.5 * terms["reconstruction"] + 0.5 * terms["auxiliary"], rel=1e-5)
 
