@@ -34,6 +34,7 @@ FINAL_RATE = 0.05  # share of the learning rate left at the end of the cosine sc
 CLIP_NORM = 1.0
 SEARCHES = 32  # histories of one beam search: their beams share a memory
 STOP_AT = 50  # NDCG@50 decides the best epoch, as the study does
+POOL = 32  # steps whose histories are dealt out by length: beyond that the order is random
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class _Learner:
         self.start_B, self.stop_B = (bound_B.to(device) for bound_B in bounds(sequences.offsets, settings.max_history))
         if not self.start_B.numel():
             raise ContractError("no user has two events to learn from", expected="users with two events", found="none", where="feature.user_sequence")
+        self.length_B = (self.stop_B - self.start_B).cpu()
         self.teacher_ND = None if teacher_ND is None else teacher_ND.to(device)
         width = model.table.rows.embedding_dim
         self.student = nn.Linear(width, 0 if self.teacher_ND is None else self.teacher_ND.shape[1]).to(device) if self.teacher_ND is not None else None
@@ -127,7 +129,7 @@ class _Learner:
         """Mean loss of one pass in a new random order."""
         self.model.train()
         losses = []
-        batches = torch.randperm(self.start_B.numel()).to(self.start_B.device).split(self.settings.batch_size)
+        batches = dealt(self.length_B, self.settings.batch_size, by_length=self.model.every_position)
         for step, rows in enumerate(batches):
             self.optimizer.param_groups[0]["lr"] = _rate(self.settings, number + step / len(batches))
             loss = self.loss(*self.batch(rows))
@@ -140,7 +142,8 @@ class _Learner:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Histories (B, T) and the items that followed each of their events (B, T)."""
-        start_B, stop_B, length, pad = self.start_B[rows], self.stop_B[rows], self.settings.max_history, self.model.pad
+        length, pad = int(self.length_B[rows].max()), self.model.pad
+        start_B, stop_B = (bound_B[rows.to(bound_B.device)] for bound_B in (self.start_B, self.stop_B))
         return gather(self.items_T, start_B, stop_B, length, pad), gather(self.items_T, start_B + 1, stop_B + 1, length, pad)
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -153,6 +156,23 @@ class _Learner:
         item_B = prediction.items_P[rows]
         student_BD = self.student(prediction.summary_PD[rows])
         return loss + self.settings.distill_weight * distillation(student_BD, self.teacher_ND[item_B], item_B, self.settings.distill_temperature)
+
+
+def dealt(length_B: Tensor, batch_size: int, *, by_length: bool) -> list[Tensor]:
+    """The histories of each step of one pass, in a new random order: those of a step are about as long, so that little of a step is padding.
+
+    Args:
+        length_B: events per history.
+        batch_size: histories per step, on average.
+        by_length: every event is a prediction, and steps have about as many predictions, so that each weighs the same; else as many histories.
+    """
+    pools = torch.randperm(len(length_B)).split(POOL * batch_size)  # up and down by turns, so that a step across two pools is of one length, too
+    order_B = torch.cat([pool_B[length_B[pool_B].argsort(stable=True, descending=at % 2 == 1)] for at, pool_B in enumerate(pools)])
+    last_B = (length_B[order_B] if by_length else torch.ones_like(order_B)).cumsum(0)
+    steps = -(-len(length_B) // batch_size)
+    taken_S = torch.bincount((last_B - 1) * steps // last_B[-1], minlength=steps)
+    parts = [part_B for part_B in order_B.split(taken_S.tolist()) if len(part_B)]
+    return [parts[at] for at in torch.randperm(len(parts)).tolist()]
 
 
 def _rate(settings: TrainRetriever, epochs: float) -> float:

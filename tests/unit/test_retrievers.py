@@ -93,6 +93,28 @@ def test_padded_histories_prefixes_and_recency_equal_slow_loops() -> None:
 # ---------------------------------------------------------------- equations
 
 
+@pytest.mark.parametrize("by_length", [True, False])
+def test_a_pass_deals_every_history_once_in_steps_of_equal_weight_and_little_padding(by_length: bool) -> None:
+    torch.manual_seed(0)
+    length_B = 1 + torch.randint(20, (5_000,))
+    steps = training.dealt(length_B, 64, by_length=by_length)
+    assert torch.equal(torch.cat(steps).sort().values, torch.arange(5_000))
+    said = np.array([int(length_B[rows].sum()) if by_length else len(rows) for rows in steps])
+    assert len(steps) == math.ceil(5_000 / 64)
+    assert abs(said / said.mean() - 1).max() < 0.05
+    places = sum(len(rows) * int(length_B[rows].max()) for rows in steps)
+    assert places < 1.1 * int(length_B.sum())
+    means = [float(length_B[rows].float().mean()) for rows in steps]
+    assert means != sorted(means)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, 128), (3, 1), (129, 128)])
+def test_a_pass_over_few_histories(count: int, batch: int) -> None:
+    steps = training.dealt(torch.arange(1, count + 1), batch, by_length=True)
+    assert torch.equal(torch.cat(steps).sort().values, torch.arange(count))
+    assert all(len(rows) for rows in steps)
+
+
 def test_weights_and_weighted_mean_equal_slow_loops() -> None:
     items, share = catalogue(), 0.7
     found = base.slot_weights(items.weights_NL, items.present_NL, share)
