@@ -193,6 +193,24 @@ def window_bounds(offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return offsets[:-1][user_B] + (stop_B - length).clamp(min=0), offsets[:-1][user_B] + stop_B
 
 
+def next_baskets(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """(where the user's next basket begins, how many events it has) of every event, int64 [T] each; it has none after the user's last one.
+
+    Without baskets every event is one, so that this is the next event.
+    """
+    total, device = sequences.items.numel(), sequences.items.device
+    user_T = torch.repeat_interleave(torch.arange(sequences.offsets.numel() - 1), sequences.offsets.diff())
+    begins_T = torch.ones(total, dtype=torch.bool, device=device)
+    if sequences.baskets is not None:
+        begins_T[1:] = (sequences.baskets.diff() != 0) | (user_T.diff() != 0)
+    start_K = torch.nonzero(begins_T).flatten()
+    size_K = F.pad(start_K, (0, 1), value=total).diff()
+    next_T = begins_T.cumsum(0).clamp(max=max(start_K.numel() - 1, 0))  # counted from 1: the number of the basket after an event's own
+    after_T = start_K[next_T]
+    own_T = (after_T > torch.arange(total, device=device)) & (user_T[after_T] == user_T)
+    return after_T, torch.where(own_T, size_K[next_T], 0)
+
+
 def gather(items_T: Tensor, start_B: Tensor, stop_B: Tensor, length: int, pad: int) -> Tensor:
     """Events start .. stop - 1 of each window [B, length], padded at the end."""
     at_BL = start_B[:, None] + torch.arange(length, device=start_B.device)

@@ -333,8 +333,8 @@ def padded(histories: Packed, length: int, pad: int) -> Tensor:
 
 
 def prefix_bounds(offsets_U: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """(start, stop) of the histories before every event but a user's first, at most `length` events each, int64 [B]; the target stands at stop."""
+    """(start, stop) of the histories up to every event but a user's last, at most `length` events each, int64 [B]."""
     user_T = torch.repeat_interleave(torch.arange(len(offsets_U) - 1), offsets_U.diff())
-    at_T = torch.arange(int(offsets_U[-1]))
-    stop_B = at_T[at_T > offsets_U[user_T]]
-    return torch.maximum(stop_B - length, offsets_U[user_T[stop_B]]), stop_B
+    after_T = torch.arange(1, int(offsets_U[-1]) + 1)
+    stop_B = after_T[after_T < offsets_U[user_T + 1]]
+    return torch.maximum(stop_B - length, offsets_U[user_T[stop_B - 1]]), stop_B

@@ -1,5 +1,6 @@
 """The one training loop of all retrievers, and the rank of every question's target under a trained one.
 
+What is learnt is what is asked: an item of the user's next basket, because inside a basket there is no order. Without baskets that is the next event.
 Bit-deterministic for a seed on one machine and one number of threads. Test questions are never seen here before they are ranked.
 Tensor suffixes: B rows, T history, U distinct histories, W beams, N items, D width.
 """
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from pipeline import evaluation
 from pipeline.config import TrainRetriever
-from pipeline.device import deterministic
-from pipeline.encoders.sasrec import Holdout, Sequences, gather, holdout, window_bounds
+from pipeline.device import deterministic, sent
+from pipeline.encoders.sasrec import Holdout, Sequences, gather, holdout, next_baskets, window_bounds
 from pipeline.errors import ContractError, VersionMismatch
 from pipeline.evaluation import Packed
 from pipeline.log import progress
@@ -61,7 +62,7 @@ def fit(
         sequences: users' events by item number, oldest first, all before the cutoff.
         teacher_ND: vectors the distillation pulls the item's summary to; needed when `distill_weight` > 0.
         what: name of the progress bar.
-    Raises: ContractError when no user has two events; ValueError without a teacher that is asked for.
+    Raises: ContractError when no user has two baskets; ValueError without a teacher that is asked for.
     """
     if settings.distill_weight and teacher_ND is None:
         raise ValueError("distillation needs the items' vectors")
@@ -113,11 +114,16 @@ class _Learner:
 
     def __init__(self, model: AnyRetriever, sequences: Sequences, settings: TrainRetriever, teacher_ND: Tensor | None, device: str) -> None:
         self.model, self.settings, self.items_T = model, settings, sequences.items.to(device)
-        bounds = window_bounds if model.every_position else prefix_bounds
-        self.start_B, self.stop_B = (bound_B.to(device) for bound_B in bounds(sequences.offsets, settings.max_history))
-        if not self.start_B.numel():
-            raise ContractError("no user has two events to learn from", expected="users with two events", found="none", where="feature.user_sequence")
-        self.length_B = (self.stop_B - self.start_B).cpu()
+        self.in_baskets = sequences.baskets is not None
+        after_T, size_T = next_baskets(sequences)
+        start_B, stop_B = (window_bounds if model.every_position else prefix_bounds)(sequences.offsets, settings.max_history)
+        said_T = nn.functional.pad((size_T > 0).cumsum(0), (1, 0))
+        asked_B = said_T[stop_B] - said_T[start_B if model.every_position else stop_B - 1]
+        rows = torch.nonzero(asked_B).flatten()
+        if not rows.numel():
+            raise ContractError("no user has two baskets to learn from", expected="users with two baskets", found="none", where="feature.user_sequence")
+        self.asked_B, self.length_B = asked_B[rows], (stop_B - start_B)[rows]
+        self.start_B, self.stop_B, self.after_T, self.size_T = (each.to(device) for each in (start_B[rows], stop_B[rows], after_T, size_T))
         self.teacher_ND = None if teacher_ND is None else teacher_ND.to(device)
         width = model.table.rows.embedding_dim
         self.student = nn.Linear(width, 0 if self.teacher_ND is None else self.teacher_ND.shape[1]).to(device) if self.teacher_ND is not None else None
@@ -129,7 +135,7 @@ class _Learner:
         """Mean loss of one pass in a new random order."""
         self.model.train()
         losses = []
-        batches = dealt(self.length_B, self.settings.batch_size, by_length=self.model.every_position)
+        batches = dealt(self.length_B, self.asked_B, self.settings.batch_size)
         for step, rows in enumerate(batches):
             self.optimizer.param_groups[0]["lr"] = _rate(self.settings, number + step / len(batches))
             loss = self.loss(*self.batch(rows))
@@ -141,10 +147,15 @@ class _Learner:
         return float(torch.stack(losses).mean())
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Histories (B, T) and the items that followed each of their events (B, T)."""
-        length, pad = int(self.length_B[rows].max()), self.model.pad
-        start_B, stop_B = (bound_B[rows.to(bound_B.device)] for bound_B in (self.start_B, self.stop_B))
-        return gather(self.items_T, start_B, stop_B, length, pad), gather(self.items_T, start_B + 1, stop_B + 1, length, pad)
+        """Histories (B, T), and after each of their events an item of the next basket (B, T), drawn anew each time; padding where there is none."""
+        pad, device = self.model.pad, self.items_T.device
+        start_B, stop_B = self.start_B[rows.to(device)], self.stop_B[rows.to(device)]
+        inputs_BT = gather(self.items_T, start_B, stop_B, int(self.length_B[rows].max()), pad)
+        at_BT = (start_B[:, None] + torch.arange(inputs_BT.shape[1], device=device)).minimum(stop_B[:, None] - 1)
+        after_BT, size_BT = self.after_T[at_BT], self.size_T[at_BT]
+        if self.in_baskets:
+            after_BT = after_BT + (sent(torch.rand(at_BT.shape), device) * size_BT).long()
+        return inputs_BT, torch.where((inputs_BT != pad) & (size_BT > 0), self.items_T[after_BT], pad)
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean negative log-likelihood, with the distillation where it is on."""
@@ -158,18 +169,16 @@ class _Learner:
         return loss + self.settings.distill_weight * distillation(student_BD, self.teacher_ND[item_B], item_B, self.settings.distill_temperature)
 
 
-def dealt(length_B: Tensor, batch_size: int, *, by_length: bool) -> list[Tensor]:
+def dealt(length_B: Tensor, asked_B: Tensor, batch_size: int) -> list[Tensor]:
     """The histories of each step of one pass, in a new random order: those of a step are about as long, so that little of a step is padding.
 
     Args:
-        length_B: events per history.
+        length_B: events per history; asked_B: predictions, of which steps have about as many each, so that every prediction weighs the same.
         batch_size: histories per step, on average.
-        by_length: every event is a prediction, and steps have about as many predictions, so that each weighs the same; else as many histories.
     """
     pools = torch.randperm(len(length_B)).split(POOL * batch_size)  # up and down by turns, so that a step across two pools is of one length, too
     order_B = torch.cat([pool_B[length_B[pool_B].argsort(stable=True, descending=at % 2 == 1)] for at, pool_B in enumerate(pools)])
-    last_B = (length_B[order_B] if by_length else torch.ones_like(order_B)).cumsum(0)
-    steps = -(-len(length_B) // batch_size)
+    last_B, steps = asked_B[order_B].cumsum(0), -(-len(length_B) // batch_size)
     taken_S = torch.bincount((last_B - 1) * steps // last_B[-1], minlength=steps)
     parts = [part_B for part_B in order_B.split(taken_S.tolist()) if len(part_B)]
     return [parts[at] for at in torch.randperm(len(parts)).tolist()]

@@ -11,7 +11,7 @@ from draws import rand
 
 from pipeline import retrievers
 from pipeline.config import DiscRec, Parallel, Sequential, Tiger, TrainRetriever
-from pipeline.encoders.sasrec import Sequences
+from pipeline.encoders.sasrec import Sequences, next_baskets
 from pipeline.errors import ConfigError, ContractError, VersionMismatch
 from pipeline.evaluation import Packed
 from pipeline.retrievers import base, parallel, search, tiger, training
@@ -84,22 +84,61 @@ def test_padded_histories_prefixes_and_recency_equal_slow_loops() -> None:
     found = base.padded(packed, 4, 12)
     assert found.tolist() == [(part[-4:] + [12] * 4)[:4] for part in lists]
     assert base.recency(found, 12).tolist() == [[max(min(len(part), 4) - 1 - t, 0) for t in range(4)] for part in lists]
-    start, stop = base.prefix_bounds(torch.from_numpy(packed.offsets), 3)
+    start, stop = base.prefix_bounds(torch.from_numpy(packed.offsets), 3)  # what follows a history stands at its stop
     slow = [(max(low, at - 3), at) for low, high in zip(packed.offsets, packed.offsets[1:], strict=False) for at in range(low + 1, high)]
     assert list(zip(start.tolist(), stop.tolist(), strict=True)) == slow
     assert base.last_targets(torch.tensor([[12, 3, 12], [4, 5, 6]]), 12).tolist() == [3, 6]
 
 
+def baskets() -> Sequences:
+    """Three users: baskets of 2, 1, 3 events; one basket; nothing."""
+    return Sequences(torch.tensor([0, 6, 8, 8]), torch.tensor([4, 5, 6, 7, 8, 9, 4, 5]), torch.tensor([0, 0, 1, 2, 2, 2, 0, 0]))
+
+
+def test_the_next_basket_of_every_event_equals_a_slow_loop() -> None:
+    after, size = next_baskets(baskets())
+    assert [list(range(a, a + s)) for a, s in zip(after.tolist(), size.tolist(), strict=True)] == [[2], [2], [3, 4, 5], [], [], [], [], []]
+    after, size = next_baskets(Sequences(baskets().offsets, baskets().items))
+    assert [list(range(a, a + s)) for a, s in zip(after.tolist(), size.tolist(), strict=True)] == [[1], [2], [3], [4], [5], [], [7], []]
+    assert [part.tolist() for part in next_baskets(Sequences(torch.tensor([0]), torch.tensor([], dtype=torch.int64)))] == [[], []]
+
+
+@pytest.mark.parametrize("name", ["parallel", "tiger"])
+def test_readers_learn_items_of_the_next_basket_and_never_of_their_own(name: str) -> None:
+    settings = SMALL.model_copy(update={"retriever": name})
+    learner = training._Learner(retrievers.build(catalogue(), settings), baskets(), settings, None, "cpu")
+    seen: dict[tuple[int, ...], set[int]] = {}
+    torch.manual_seed(0)
+    for _ in range(60):
+        for history, targets in zip(*learner.batch(torch.arange(len(learner.start_B))), strict=True):
+            filled = [item for item in history.tolist() if item != learner.model.pad]
+            for at in range(len(filled)) if learner.model.every_position else [len(filled) - 1]:
+                if (target := int(targets[at])) != learner.model.pad:
+                    seen.setdefault(tuple(filled[: at + 1]), set()).add(target)
+    if name == "tiger":
+        assert seen == {(4,): {6}, (4, 5): {6}, (4, 5, 6): {7, 8, 9}}
+    else:  # windows end where the last pair does, so the second begins where the first one stops
+        assert set().union(*seen.values()) == {6, 7, 8, 9}
+        assert all(not set(history) & found for history, found in seen.items())
+
+
+def test_one_basket_alone_teaches_nothing() -> None:
+    one = Sequences(torch.tensor([0, 3]), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]))
+    with pytest.raises(ContractError, match="two baskets"):
+        training.fit(catalogue(), one, SMALL, seed=0)
+
+
 # ---------------------------------------------------------------- equations
 
 
-@pytest.mark.parametrize("by_length", [True, False])
-def test_a_pass_deals_every_history_once_in_steps_of_equal_weight_and_little_padding(by_length: bool) -> None:
+@pytest.mark.parametrize("every_position", [True, False])
+def test_a_pass_deals_every_history_once_in_steps_of_equal_weight_and_little_padding(every_position: bool) -> None:
     torch.manual_seed(0)
     length_B = 1 + torch.randint(20, (5_000,))
-    steps = training.dealt(length_B, 64, by_length=by_length)
+    asked_B = length_B if every_position else torch.ones_like(length_B)
+    steps = training.dealt(length_B, asked_B, 64)
     assert torch.equal(torch.cat(steps).sort().values, torch.arange(5_000))
-    said = np.array([int(length_B[rows].sum()) if by_length else len(rows) for rows in steps])
+    said = np.array([int(asked_B[rows].sum()) for rows in steps])
     assert len(steps) == math.ceil(5_000 / 64)
     assert abs(said / said.mean() - 1).max() < 0.05
     places = sum(len(rows) * int(length_B[rows].max()) for rows in steps)
@@ -110,7 +149,7 @@ def test_a_pass_deals_every_history_once_in_steps_of_equal_weight_and_little_pad
 
 @pytest.mark.parametrize(("count", "batch"), [(1, 128), (3, 1), (129, 128)])
 def test_a_pass_over_few_histories(count: int, batch: int) -> None:
-    steps = training.dealt(torch.arange(1, count + 1), batch, by_length=True)
+    steps = training.dealt(torch.arange(1, count + 1), torch.arange(1, count + 1), batch)
     assert torch.equal(torch.cat(steps).sort().values, torch.arange(count))
     assert all(len(rows) for rows in steps)
 
@@ -372,7 +411,7 @@ def test_what_cannot_be_built_trained_or_read_says_why() -> None:
     items, sequences = shop(users=5, length=3)
     with pytest.raises(ConfigError, match="no such retriever"):
         retrievers.build(items, SMALL.model_copy(update={"retriever": "rpg"}))
-    with pytest.raises(ContractError, match="two events"):
+    with pytest.raises(ContractError, match="two baskets"):
         training.fit(items, Sequences(torch.arange(6), torch.arange(5)), SMALL, seed=0)
     fitted = training.fit(items, sequences, SMALL.model_copy(update={"max_epochs": 1}), seed=0)
     with pytest.raises(ValueError, match="history is empty"):
