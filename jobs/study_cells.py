@@ -322,10 +322,10 @@ def _fitted(job: Job, name: str, items: ItemBatch, seed: int) -> tuple[Tokenizer
     from pipeline.tokenizers.base import FitOptions, History
     from pipeline.tokenizers.registry import named
 
-    settings = study.tokenizer_settings(job.page, job.cell.arm)
+    settings = study.tokenizer_settings(job.page, job.cell.arm, job.cell.data)
     tokenizer = named(name)(getattr(settings, name))
     offsets, events, _ = job.world.train()
-    history = History(index_T=torch.from_numpy(events), offset_U=torch.from_numpy(offsets)) if getattr(tokenizer, "needs_history", False) else None
+    history = History(index_T=torch.from_numpy(events), offset_U=torch.from_numpy(offsets)) if tokenizer.needs_history else None
     report = tokenizer.fit(items.take(slice(0, job.world.num_known)), FitOptions(seed=seed, settings=settings, progress=progress, history=history))
     curves = {each: list(values) for each, values in report.curves.items() if each in ("loss/total", "held_out/score")}
     return tokenizer, {f"fit/{each}": value for each, value in report.metrics.items()}, curves
@@ -343,7 +343,7 @@ def plain_codes(job: Job, items: ItemBatch, seed: int) -> tuple[Tensor, Tensor, 
     from pipeline.tokenizers.quantize import kmeans, nearest_centroid
     from pipeline.tokenizers.rq_kmeans import concatenate
 
-    ada = study.tokenizer_settings(job.page, job.cell.arm).ada_sid
+    ada = study.tokenizer_settings(job.page, job.cell.arm, job.cell.data).ada_sid
     widths = items.widths()
     known_N = torch.arange(len(items)) < job.world.num_known
     if ada.behavior_prior != "none":

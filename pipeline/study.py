@@ -47,6 +47,7 @@ class DataSet(Section):
     path: str = Field("", description="folder of the user's own copy, or a folder that holds it under the kind's name")
     options: dict[str, Option] = Field({}, description="movielens: holdout; shop: fields of pipeline.synthetic.World")
     inputs: str = Field("", description="a key of [inputs] for the arms that name none; empty = the first")
+    train_tokenizer: dict[str, Any] = Field({}, description="changes to the page's section of that name, before an arm's: positions of an absent modality")
     worlds: int = Field(1, ge=1, description="shop: worlds, the seed of world w is options.seed + w; a world is then the unit of the statistics")
     max_users: int = Field(0, ge=0, description="users kept, drawn by a hash of their ids; 0 = all")
     max_questions: int = Field(0, ge=0, description="questions per part at most; 0 = all")
@@ -210,7 +211,8 @@ def parse(content: dict[str, Any], *, where: str) -> Page:
             own = {name: data.model_copy(update={"path": data.path or str(shared.get("path", ""))}) for name, data in page.data.items()}
             page = page.model_copy(update={"data": {name: data if data.kind in NEEDS_PATH else page.data[name] for name, data in own.items()}})
         for name in page.arms:
-            tokenizer_settings(page, name)
+            for data in page.data:
+                tokenizer_settings(page, name, data)
         for name in page.inputs:
             encoder_settings(page, name)
         for name in page.readers:
@@ -231,10 +233,10 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
 # ---------------------------------------------------------------- settings of one cell
 
 
-def tokenizer_settings(page: Page, arm: str) -> TrainTokenizer:
-    """The page's [train_tokenizer] with the arm's changes."""
+def tokenizer_settings(page: Page, arm: str, data: str) -> TrainTokenizer:
+    """The page's [train_tokenizer] with the changes of the data set, then of the arm."""
     chosen = page.arms[arm]
-    found = changed(page.train_tokenizer, chosen.train_tokenizer)
+    found = changed(changed(page.train_tokenizer, page.data[data].train_tokenizer), chosen.train_tokenizer)
     return found if chosen.tokenizer in ("plain", "none") else found.model_copy(update={"tokenizer": chosen.tokenizer})
 
 
@@ -313,7 +315,12 @@ def grid(page: Page, digests: Mapping[str, str], part: Part = "valid") -> list[C
     for label, name, world in worlds(page):
         if label not in digests:
             continue
-        ground = {"data": page.data[name].model_dump(mode="json", exclude={"path", "inputs"}), "world": world, "digest": digests[label], "seed": page.seed}
+        ground = {
+            "data": page.data[name].model_dump(mode="json", exclude={"path", "inputs", "train_tokenizer"}),
+            "world": world,
+            "digest": digests[label],
+            "seed": page.seed,
+        }
         floors = {**ground, "part": part, **page.train_retriever.model_dump(mode="json", include={"mask_history", "ease_up_to"}), "rankers": ranked}
         cells = [_cell("floors", f"{label}/floors", name, world, 0, spec=floors)]
         for arm in [each for each, chosen in page.arms.items() if not chosen.data or name in chosen.data]:
@@ -343,7 +350,7 @@ def _arm_cells(page: Page, label: str, name: str, world: int, arm: str, ground: 
         if chosen.tokenizer != "none":
             features = _cell("features", f"{label}/inputs {recipe}/seed {number}", name, world, number, spec=drawn, inputs=recipe)
             how = {field: getattr(encoder, field) for field in FREE_OF_VECTORS} | ({"richness": chosen.richness} if chosen.richness else {})
-            made = {**drawn, "richness": how, "tokenizer": chosen.tokenizer, "settings": _own_settings(page, arm), "tokenizer_seed": seed}
+            made = {**drawn, "richness": how, "tokenizer": chosen.tokenizer, "settings": _own_settings(page, arm, name), "tokenizer_seed": seed}
             made |= {"reads": chosen.reads} if chosen.reads else {}
             codes = _cell("codes", f"{label}/{arm}/codes/seed {seed}", name, world, seed, spec=made, inputs=recipe, arm=arm, needs=(features.key,))
             cells += [features, codes]
@@ -352,9 +359,9 @@ def _arm_cells(page: Page, label: str, name: str, world: int, arm: str, ground: 
     return cells
 
 
-def _own_settings(page: Page, arm: str) -> dict[str, Any]:
+def _own_settings(page: Page, arm: str, data: str) -> dict[str, Any]:
     """[train_tokenizer] as the arm's tokenizer sees it: other tokenizers' sections do not count."""
-    settings = tokenizer_settings(page, arm)
+    settings = tokenizer_settings(page, arm, data)
     others = {name for name, value in settings if isinstance(value, BaseModel) and name != page.arms[arm].tokenizer}
     kept = others - {"ada_sid"} if page.arms[arm].tokenizer == "plain" else others  # the plain control takes its slots from ADA-SID's section
     return settings.model_dump(mode="json", exclude=kept)

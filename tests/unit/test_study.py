@@ -95,8 +95,24 @@ def test_the_path_of_own_data_comes_from_outside_and_names_nothing() -> None:
 def test_overrides_reach_every_section() -> None:
     changed = study.load("study-smoke", ["statistics.seeds=[5]", "train_tokenizer.ada_sid.codebook_size=7", "data.shop.options.items=99"])
     assert changed.statistics.seeds == [5]
-    assert study.tokenizer_settings(changed, "ada_sid").ada_sid.codebook_size == 7
+    assert study.tokenizer_settings(changed, "ada_sid", next(iter(changed.data))).ada_sid.codebook_size == 7
     assert changed.data["shop"].options["items"] == 99
+
+
+def test_a_data_set_changes_the_tokenizer_before_an_arm_does() -> None:
+    changes = ["data.shop.train_tokenizer.ada_sid.num_text=4", "data.shop.train_tokenizer.ada_sid.codebook_size=9"]
+    plain, changed = study.load("study-smoke"), study.load("study-smoke", changes)
+    assert [study.tokenizer_settings(page, "ada_sid", "shop").ada_sid.num_text for page in (plain, changed)] == [1, 4]
+    assert (
+        study.tokenizer_settings(study.load("study-smoke", [*changes, "arms.ada_sid.train_tokenizer.ada_sid.num_text=3"]), "ada_sid", "shop").ada_sid.num_text
+        == 3
+    )
+    keys = [{cell.name: cell.key for cell in cells(page)} for page in (plain, changed)]
+    moved = {name.split("/")[1] for name in keys[0] if keys[0][name] != keys[1][name]}
+    assert "ada_sid" in moved
+    assert "rq_kmeans" not in moved
+    with pytest.raises(ConfigError, match="num_txt"):
+        study.load("study-smoke", ["data.shop.train_tokenizer.ada_sid.num_txt=4"])
 
 
 # ---------------------------------------------------------------- the grid
