@@ -357,7 +357,10 @@ class AdaSid(Section):
         "none", description="what content says of behaviour: absent = stands in where there is none; poor = draws poor behaviour towards it, too; none = unused"
     )
     router: Literal["adaptive", "one"] = Field("adaptive", description="behaviour gate: adaptive is the method, one is the control")
-    sparsity: Literal["bucket", "scalar", "off"] = Field("bucket", description="lambda per richness bucket, one scalar (paper), or none")
+    sparsity: Literal["bucket", "expert", "scalar", "off"] = Field(
+        "expert",
+        description="how many gates close: by richness bucket with all experts closing alike (expert) or the weakest first (bucket), by one scalar (paper), off",
+    )
     sparsity_buckets: int = Field(8, ge=1, description="richness buckets (quantiles, frozen with the generation) that have a lambda each")
     active_share: float = Field(0.6, gt=0, le=1, description="share of behaviour gates on for the poorest items (N = 0); theta = 1 - active share")
     lambda_init: float = Field(1e-3, gt=0, description="first lambda of the sparsity controller")

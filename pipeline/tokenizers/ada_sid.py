@@ -209,6 +209,7 @@ class Network(nn.Module):
         self.controller = SparsityController(
             settings.sparsity if settings.router == "adaptive" else "off",
             settings.sparsity_buckets,
+            self.experts.get("behavior", 0),
             theta=1.0 - settings.active_share,
             lambda_init=settings.lambda_init,
             lambda_step=settings.lambda_step,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.tokenizers.world import World
 
-Sparsity = Literal["bucket", "scalar", "off"]
+Sparsity = Literal["bucket", "expert", "scalar", "off"]
 LOG_LAMBDA_MIN = math.log(1e-10)
 WAKE = 0.05  # pull on a closed gate that should be open
 GAIN, GAIN_MOST = 20.0, 2.0  # 5 points off target change lambda e-fold at once, but never raise it by more than two e-folds
@@ -104,7 +104,7 @@ class SparsityController(nn.Module):
 
     The margin is a running quantile of the bucket's logits at its target share: gates below it are pressed until they close, gates above it are lifted
     until they open. Buckets are quantiles of the catalogue's richness, frozen with the tokenizer; `scalar` is one bucket, as in the paper; `off` never
-    penalises.
+    penalises. With one margin for all experts the weakest expert takes all the closing; `expert` keeps a margin for each, so that all close alike often.
     """
 
     edge_Q: Tensor
@@ -114,13 +114,14 @@ class SparsityController(nn.Module):
     log_lambda_Q: Tensor
     margin_Q: Tensor
 
-    def __init__(self, kind: Sparsity, buckets: int, *, theta: float, lambda_init: float, lambda_step: float, lambda_max: float) -> None:
+    def __init__(self, kind: Sparsity, buckets: int, experts: int, *, theta: float, lambda_init: float, lambda_step: float, lambda_max: float) -> None:
         super().__init__()
         self.kind, self.theta, self.step, self.most = kind, theta, lambda_step, lambda_max
-        self.buckets = buckets if kind == "bucket" else 1
+        self.buckets = buckets if kind in ("bucket", "expert") else 1
         self.register_buffer("edge_Q", torch.full((self.buckets - 1,), torch.inf))
-        for name, value in (("target_Q", theta), ("active_Q", 0.0), ("seen_Q", 0.0), ("log_lambda_Q", math.log(lambda_init)), ("margin_Q", 0.0)):
+        for name, value in (("target_Q", theta), ("active_Q", 0.0), ("seen_Q", 0.0), ("log_lambda_Q", math.log(lambda_init))):
             self.register_buffer(name, torch.full((self.buckets,), value))
+        self.register_buffer("margin_Q", torch.zeros((self.buckets, experts) if kind == "expert" else (self.buckets,)))
 
     def fit_buckets(self, richness_N: Tensor) -> None:
         """Freeze bucket edges and targets on the richness of the items that have behaviour; ties stay in one bucket, so buckets may be empty."""
@@ -141,7 +142,7 @@ class SparsityController(nn.Module):
         if self.kind == "off":
             return weight_BE.sum() * 0.0
         bucket_B = self.bucket(richness_B)
-        due_BE = logit_BE.detach() < self.margin_Q[bucket_B][:, None]
+        due_BE = logit_BE.detach() < self.margin_Q[bucket_B].view(len(bucket_B), -1)
         active_E, items, seen_Q, on_Q, due_Q = self._count(weight_BE, due_BE, bucket_B, mask_B, world)
         target = (self.target_Q * seen_Q).sum() / seen_Q.sum().clamp(min=1)
         loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.acting_lambda()[bucket_B], due_BE)
@@ -155,13 +156,15 @@ class SparsityController(nn.Module):
         return (self.log_lambda_Q + (GAIN * too_many_on_Q).clamp(max=GAIN_MOST)).clamp(max=math.log(self.most)).exp()
 
     def _count(self, weight_BE: Tensor, due_BE: Tensor, bucket_B: Tensor, mask_B: Tensor, world: World) -> tuple[Tensor, ...]:
-        """Over all processes: items per expert that switch it on, items shown, and per bucket items shown and their mean shares on and due to be off."""
+        """Over all processes: items per expert that switch it on, items shown, and per bucket items shown and the sums of their shares on and due to be off."""
         shown_B1 = mask_B[:, None].to(weight_BE.dtype)
         on_BE = (weight_BE > 0) * shown_B1
         member_BQ = torch.nn.functional.one_hot(bucket_B, self.buckets).to(weight_BE.dtype) * shown_B1
-        parts = [on_BE.sum(0), shown_B1.sum()[None], member_BQ.sum(0), on_BE.mean(1) @ member_BQ, due_BE.to(weight_BE.dtype).mean(1) @ member_BQ]
+        due_BE = due_BE.to(weight_BE.dtype)
+        due_Q = member_BQ.T @ due_BE if self.kind == "expert" else due_BE.mean(1) @ member_BQ
+        parts = [on_BE.sum(0), shown_B1.sum()[None], member_BQ.sum(0), on_BE.mean(1) @ member_BQ, due_Q.flatten()]
         active_E, items, seen_Q, on_Q, due_Q = world.total(torch.cat(parts)).split([len(part) for part in parts])
-        return active_E, items[0], seen_Q, on_Q, due_Q
+        return active_E, items[0], seen_Q, on_Q, due_Q.view_as(self.margin_Q)
 
     @torch.no_grad()
     def _observe(self, seen_Q: Tensor, on_Q: Tensor, due_Q: Tensor, memory: float = 0.9) -> None:
@@ -169,7 +172,8 @@ class SparsityController(nn.Module):
         share_Q = on_Q / seen_Q.clamp(min=1)
         mixed_Q = torch.where(self.seen_Q > 0, memory * self.active_Q + (1 - memory) * share_Q, share_Q)
         self.active_Q.copy_(torch.where(seen_Q > 0, mixed_Q, self.active_Q))
-        self.margin_Q.add_(torch.where(seen_Q > 0, MARGIN_RATE * (self.target_Q - due_Q / seen_Q.clamp(min=1)), 0.0))
+        target_Q, known_Q = (each.view(-1, *[1] * (due_Q.dim() - 1)) for each in (self.target_Q, seen_Q))
+        self.margin_Q.add_(torch.where(known_Q > 0, MARGIN_RATE * (target_Q - due_Q / known_Q.clamp(min=1)), 0.0))
         self.seen_Q.add_(seen_Q)
 
     @torch.no_grad()

@@ -250,7 +250,7 @@ def test_buckets_have_targets_that_fall_with_richness_and_ties_share_one():
 
 
 def test_the_margin_finds_the_share_of_logits_that_shall_be_off():
-    made, _ = network(num_behavior=4)
+    made, _ = network(num_behavior=4, sparsity="bucket")
     controller = made.controller.train()
     logit = torch.randn(96, 4, generator=torch.Generator().manual_seed(1)) + 1.0
     richness, everyone = torch.linspace(0, 1, 96), torch.ones(96, dtype=torch.bool)
@@ -260,6 +260,24 @@ def test_the_margin_finds_the_share_of_logits_that_shall_be_off():
     for at in range(3):
         below = float((logit[bucket == at] < controller.margin_Q[at]).float().mean())
         assert below == pytest.approx(float(controller.target_Q[at]), abs=0.05)
+
+
+def test_a_margin_per_expert_closes_all_experts_alike_and_the_common_one_closes_the_weakest():
+    logit = torch.randn(96, 3, generator=torch.Generator().manual_seed(1)) + torch.tensor([-3.0, 0.0, 3.0])
+    richness, everyone = torch.linspace(0, 1, 96), torch.ones(96, dtype=torch.bool)
+    due = {}
+    for kind in ("bucket", "expert"):
+        made, _ = network(num_behavior=3, sparsity=kind)
+        controller = made.controller.train()
+        for _ in range(300):
+            controller.penalty(behavior_router(logit, richness), logit, richness, everyone, World())
+        bucket = controller.bucket(richness)
+        due[kind] = (logit < controller.margin_Q[bucket].view(96, -1)).float()
+        for at in range(3):
+            assert float(due[kind][bucket == at].mean()) == pytest.approx(float(controller.target_Q[at]), abs=0.05)
+    spread = {kind: float(due_BE.mean(0).max() - due_BE.mean(0).min()) for kind, due_BE in due.items()}
+    assert spread["bucket"] > 0.5
+    assert spread["expert"] < 0.1
 
 
 def test_the_controller_brings_the_active_share_to_its_target():
