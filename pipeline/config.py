@@ -359,7 +359,7 @@ class AdaSid(Section):
     router: Literal["adaptive", "one"] = Field("adaptive", description="behaviour gate: adaptive is the method, one is the control")
     sparsity: Literal["bucket", "expert", "scalar", "off"] = Field(
         "expert",
-        description="how many gates close: by richness bucket with all experts closing alike (expert) or the weakest first (bucket), by one scalar (paper), off",
+        description="gates close by richness bucket, all experts alike (expert) or the weakest first (bucket); by one scalar (paper); or unpressed (off)",
     )
     sparsity_buckets: int = Field(8, ge=1, description="richness buckets (quantiles, frozen with the generation) that have a lambda each")
     active_share: float = Field(0.6, gt=0, le=1, description="share of behaviour gates on for the poorest items (N = 0); theta = 1 - active share")
