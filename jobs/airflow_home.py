@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.context import ROOT, Home
 from pipeline.errors import ContractError
+
+AGAIN_SECONDS = 2.0  # between two interrupts of a run that shall end
 
 
 def prepare(home: Home) -> None:
@@ -51,7 +57,8 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
         raise ContractError("a DAG file cannot be read", expected="no import errors", found=str(bag.import_errors), where="dags/")
     bag.dags[dag_id].deadline = None  # no scheduler watches here, and Airflow 3.3.2 looks for the alert in a table that such a run never fills
     began = datetime.now(UTC)
-    done = bag.dags[dag_id].test(logical_date=logical_date, run_after=logical_date, run_conf=conf)
+    with stoppable():
+        done = bag.dags[dag_id].test(logical_date=logical_date, run_after=logical_date, run_conf=conf)
     _correct_start(done.id, began)
     identity = f"{done.run_id}__{dag_id}"
     unfinished = sorted((task.state != "failed", task.task_id, str(task.state)) for task in done.get_task_instances() if task.state != "success")
@@ -64,6 +71,36 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
             next_command=f"cat {Home.from_environment().run_folder(identity) / unfinished[0][1]}.json",
         )
     return identity
+
+
+@contextmanager
+def stoppable(again: float = AGAIN_SECONDS) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what runs inside: Airflow takes an interrupt for a failed task and begins the next one, so it is repeated until it gets out."""
+    ended = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        """The first signal begins the repeating; each one interrupts whatever runs."""
+        if ended.is_set():
+            return
+        if not repeating.is_alive():
+            repeating.start()
+        raise KeyboardInterrupt
+
+    def repeat() -> None:
+        """Ask the main thread again and again."""
+        while not ended.wait(again):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    repeating = threading.Thread(target=repeat, daemon=True)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        ended.set()
+        if repeating.is_alive():
+            repeating.join()  # no signal comes after this
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _correct_start(run: int, began: datetime) -> None:
