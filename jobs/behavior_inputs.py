@@ -174,11 +174,14 @@ def read_history(inputs: Inputs, ctx: Context, item_ids: pa.Array) -> History:
 
     from pipeline.tokenizers.base import History
 
-    rows = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids"), where=f"logical_date == '{ctx.logical_date}'").sort_by("user_id")
+    rows = inputs.arrow("feature.user_sequence", columns=("user_id", "item_ids", "baskets"), where=f"logical_date == '{ctx.logical_date}'").sort_by("user_id")
     place_T = pc.index_in(strings(rows["item_ids"]), value_set=item_ids)
-    user_T = pc.list_parent_indices(rows["item_ids"]).to_numpy()[pc.is_valid(place_T).to_numpy(zero_copy_only=False)]
+    known_T = pc.is_valid(place_T).to_numpy(zero_copy_only=False)
+    user_T = pc.list_parent_indices(rows["item_ids"]).to_numpy()[known_T]
+    basket_T = pc.list_flatten(rows["baskets"]).to_numpy(zero_copy_only=False).astype(np.int64)[known_T]
     offset_U = np.concatenate([[0], np.cumsum(np.bincount(user_T, minlength=len(rows)))]).astype(np.int64)
-    return History(index_T=torch.from_numpy(pc.drop_null(place_T).to_numpy().astype(np.int64)), offset_U=torch.from_numpy(offset_U))
+    index_T = torch.from_numpy(pc.drop_null(place_T).to_numpy().astype(np.int64))
+    return History(index_T=index_T, offset_U=torch.from_numpy(offset_U), basket_T=torch.from_numpy(basket_T))
 
 
 def pack_ids(item_ids: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

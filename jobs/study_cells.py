@@ -316,16 +316,16 @@ def integrated(tokenizer: Tokenizer, items: ItemBatch) -> tuple[Arrays, dict[str
 
 def _fitted(job: Job, name: str, items: ItemBatch, seed: int) -> tuple[Tokenizer, dict[str, float], dict[str, list[float]]]:
     """(a registered tokenizer fitted on the known items, its metrics, its curves)."""
-    import torch
-
     from pipeline.log import progress
     from pipeline.tokenizers.base import FitOptions, History
     from pipeline.tokenizers.registry import named
 
     settings = study.tokenizer_settings(job.page, job.cell.arm, job.cell.data)
     tokenizer = named(name)(getattr(settings, name))
-    offsets, events, _ = job.world.train()
-    history = History(index_T=torch.from_numpy(events), offset_U=torch.from_numpy(offsets)) if tokenizer.needs_history else None
+    history = None
+    if tokenizer.needs_history:
+        events = train_sequences(job.world)
+        history = History(index_T=events.items, offset_U=events.offsets, basket_T=events.baskets)
     report = tokenizer.fit(items.take(slice(0, job.world.num_known)), FitOptions(seed=seed, settings=settings, progress=progress, history=history))
     curves = {each: list(values) for each, values in report.curves.items() if each in ("loss/total", "held_out/score")}
     return tokenizer, {f"fit/{each}": value for each, value in report.metrics.items()}, curves

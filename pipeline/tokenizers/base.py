@@ -134,10 +134,12 @@ class History:
     Args:
         index_T: int64, rows of the ItemBatch they come with.
         offset_U: int64, one more than there are users.
+        basket_T: int64, equal = no order between the events of a user; None = every event stands alone.
     """
 
     index_T: Tensor
     offset_U: Tensor
+    basket_T: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

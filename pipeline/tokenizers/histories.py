@@ -1,7 +1,7 @@
 """Users' histories for tokenizers that learn from them: next-item questions, their contexts, a light reader and its loss, and a checkpoint that knows them.
 
-A question is an event with at least one earlier event of the same user; its context is the latest `length` events before it, newest first, so nothing looks
-ahead. The last event of a tenth of the users is never trained on: early stopping asks it.
+A question is an event with an earlier basket of the same user; its context is the latest `length` events before its own basket, newest first, so nothing
+looks ahead. The last event of a tenth of the users is never trained on: early stopping asks it.
 Not here: where histories come from (feature.user_sequence), the variants that use them.
 Suffixes: T events end to end or places of a context, U users, P questions, B batch, C candidates, N items, D width.
 """
@@ -33,7 +33,7 @@ class Events:
     """A history as questions.
 
     Args:
-        item_T / user_T: row of the item and number of the user per event; first_T: where the user's events begin.
+        item_T / user_T: row of the item and number of the user per event; first_T / stop_T: where the user's events and the event's own basket begin.
         train_P / held_P: positions of the events that are questions to train on, and to stop early by.
         share_N: share of events per item, each counted once more than seen, so that none is 0.
         by_item_P: the training questions in the order of their item; from_N: where an item's begin (one longer than there are items).
@@ -43,6 +43,7 @@ class Events:
     item_T: Tensor
     user_T: Tensor
     first_T: Tensor
+    stop_T: Tensor
     train_P: Tensor
     held_P: Tensor
     share_N: Tensor
@@ -62,8 +63,8 @@ class Events:
         return self.by_item_P[self.from_N[item_B] + (noise_B.double() * count_B).long().minimum(count_B - 1)]
 
     def context(self, at_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Item rows before each event, newest first, and which places are filled, (B, length) each."""
-        return context(self.item_T, at_B, self.first_T[at_B], length)
+        """Item rows before each event's basket, newest first, and which places are filled, (B, length) each."""
+        return context(self.item_T, self.stop_T[at_B], self.first_T[at_B], length)
 
 
 def context(item_T: Tensor, stop_B: Tensor, first_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -102,11 +103,12 @@ def events(history: History | None, num_items: int, *, who: str) -> Events:
     history = check(history, num_items, who=who)
     index_T, offset_U = history.index_T, history.offset_U
     user_T = torch.repeat_interleave(torch.arange(len(offset_U) - 1), offset_U.diff())
-    first_T = offset_U[:-1][user_T]
-    asked_P = torch.nonzero(torch.arange(len(index_T)) > first_T).flatten()
+    first_T, stop_T = offset_U[:-1][user_T], _basket_begins(user_T, history.basket_T)
+    asked_T = stop_T > first_T
+    asked_P = torch.nonzero(asked_T).flatten()
     if len(asked_P) < LEAST_QUESTIONS:
-        raise _refusal(f"the histories are too short for {who}", f"{LEAST_QUESTIONS} events with an earlier one of the same user", str(len(asked_P)))
-    held_P = _held(offset_U)
+        raise _refusal(f"the histories are too short for {who}", f"{LEAST_QUESTIONS} events with an earlier basket of the same user", str(len(asked_P)))
+    held_P = _held(offset_U, asked_T)
     train_P = asked_P[~torch.isin(asked_P, held_P)]
     order_P = index_T[train_P].argsort(stable=True)
     count_N = torch.bincount(index_T, minlength=num_items).double() + 1.0
@@ -114,18 +116,29 @@ def events(history: History | None, num_items: int, *, who: str) -> Events:
         item_T=index_T,
         user_T=user_T,
         first_T=first_T,
+        stop_T=stop_T,
         train_P=train_P,
         held_P=held_P if len(held_P) else train_P[:HELD_USERS],
         share_N=(count_N / count_N.sum()).float(),
         by_item_P=train_P[order_P],
         from_N=F.pad(torch.bincount(index_T[train_P], minlength=num_items).cumsum(0), (1, 0)),
-        digest=hashlib.sha256(index_T.numpy().tobytes() + offset_U.numpy().tobytes()).hexdigest(),
+        digest=hashlib.sha256(b"".join(each.numpy().tobytes() for each in (index_T, offset_U, history.basket_T) if each is not None)).hexdigest(),
     )
 
 
-def _held(offset_U: Tensor) -> Tensor:
-    """The last events of users, spread evenly over those with three events or more."""
+def _basket_begins(user_T: Tensor, basket_T: Tensor | None) -> Tensor:
+    """Where each event's own basket begins, (T,)."""
+    at_T = torch.arange(len(user_T))
+    if basket_T is None or not len(user_T):
+        return at_T
+    begins_T = F.pad((user_T.diff() != 0) | (basket_T.diff() != 0), (1, 0), value=True)
+    return torch.where(begins_T, at_T, 0).cummax(0).values
+
+
+def _held(offset_U: Tensor, asked_T: Tensor) -> Tensor:
+    """The last events of users, spread evenly over those with three events or more, as far as they are questions."""
     last_U = (offset_U[1:] - 1)[offset_U.diff() >= 3]
+    last_U = last_U[asked_T[last_U]]
     return last_U[HELD_EVERY - 1 :: max(HELD_EVERY, -(-len(last_U) // HELD_USERS))]
 
 

@@ -56,6 +56,21 @@ def test_contexts_are_the_latest_items_before_the_event_newest_first():
         assert int(shown[t].sum()) == len(before)
 
 
+def test_with_baskets_a_context_ends_where_the_events_own_basket_begins():
+    plain = tiny_history(users=7, length=5)
+    baskets = torch.tensor([0, 0, 1, 1, 1] * 6 + [7] * 5)  # the last user has one basket, of the number that follows nobody's
+    events = histories.events(replace(plain, basket_T=baskets), 96, who="x")
+    rows, shown = events.context(torch.arange(len(plain.index_T)), 3)
+    for t in range(35):
+        start = (t // 5) * 5
+        before = plain.index_T[start : start + 2].tolist()[::-1] if t % 5 >= 2 and t < 30 else []
+        assert rows[t][shown[t]].tolist() == before
+    assert set(torch.cat([events.train_P, events.held_P]).tolist()) == {t for t in range(30) if t % 5 >= 2}
+    assert events.digest != histories.events(plain, 96, who="x").digest
+    alone = histories.events(replace(plain, basket_T=torch.arange(len(plain.index_T))), 96, who="x")
+    assert torch.equal(alone.stop_T, histories.events(plain, 96, who="x").stop_T)
+
+
 def test_nothing_after_an_event_reaches_its_context():
     history = tiny_history()
     changed = history.index_T.clone()
