@@ -75,14 +75,18 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
 
 @contextmanager
 def stoppable(again: float = AGAIN_SECONDS) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what runs inside: Airflow takes an interrupt for a failed task and begins the next one, so it is repeated until it gets out."""
-    ended = threading.Event()
+    """Ctrl-C and SIGTERM end what runs inside: Airflow takes an interrupt for a failed task and begins the next one, so it is repeated until it gets out.
+
+    Raises: KeyboardInterrupt at the end if all of them were swallowed.
+    """
+    ended, asked = threading.Event(), threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
         """The first signal begins the repeating; each one interrupts whatever runs."""
         if ended.is_set():
             return
-        if not repeating.is_alive():
+        if not asked.is_set():
+            asked.set()
             repeating.start()
         raise KeyboardInterrupt
 
@@ -101,6 +105,8 @@ def stoppable(again: float = AGAIN_SECONDS) -> Iterator[None]:
             repeating.join()  # no signal comes after this
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked.is_set():
+        raise KeyboardInterrupt
 
 
 def _correct_start(run: int, began: datetime) -> None:

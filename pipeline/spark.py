@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +39,10 @@ def session(home: Home, lake: Lake, launch: Launch) -> SparkSession:
         builder = builder.master(launch.master)
     for key, value in {**_settings(launch), **catalog_settings(home, lake)}.items():
         builder = builder.config(key, value)
+    before = signal.getsignal(signal.SIGINT)
     spark = builder.getOrCreate()
+    if before is not signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, before)  # pyspark puts its own in the place of whatever the caller wants of Ctrl-C
     spark.sparkContext.setLogLevel("ERROR")
     return spark
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -32,6 +33,11 @@ def test_an_interrupt_is_repeated_until_it_gets_out(number: signal.Signals) -> N
         stubborn(number)
     assert 0.1 < time.monotonic() - began < 5
     assert signal.getsignal(number) is before
+
+
+def test_an_interrupt_that_was_swallowed_for_good_comes_out_at_the_end() -> None:
+    with pytest.raises(KeyboardInterrupt), stoppable(), contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_without_an_interrupt_nothing_is_left_behind() -> None:
