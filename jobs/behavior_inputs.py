@@ -156,7 +156,7 @@ def indexed(night: Night, vocabulary: pa.Array, others: pa.Array | None = None) 
     extra = pc.add(pc.index_in(events, value_set=beyond), len(vocabulary))
     items_T = torch.from_numpy(pc.coalesce(found, extra).to_numpy(zero_copy_only=False).astype(np.int64))
     lengths = pc.list_value_length(night.sequences["item_ids"]).to_numpy()
-    baskets_T = torch.from_numpy(flat(night.sequences["baskets"]).to_numpy(zero_copy_only=False).astype(np.int64))
+    baskets_T = torch.from_numpy(basket_numbers(night.sequences))
     return Sequences(torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)), items_T, baskets_T), beyond
 
 
@@ -178,7 +178,7 @@ def read_history(inputs: Inputs, ctx: Context, item_ids: pa.Array) -> History:
     place_T = pc.index_in(strings(rows["item_ids"]), value_set=item_ids)
     known_T = pc.is_valid(place_T).to_numpy(zero_copy_only=False)
     user_T = pc.list_parent_indices(rows["item_ids"]).to_numpy()[known_T]
-    basket_T = pc.list_flatten(rows["baskets"]).to_numpy(zero_copy_only=False).astype(np.int64)[known_T]
+    basket_T = basket_numbers(rows)[known_T]
     offset_U = np.concatenate([[0], np.cumsum(np.bincount(user_T, minlength=len(rows)))]).astype(np.int64)
     index_T = torch.from_numpy(pc.drop_null(place_T).to_numpy().astype(np.int64))
     return History(index_T=index_T, offset_U=torch.from_numpy(offset_U), basket_T=torch.from_numpy(basket_T))
@@ -200,6 +200,11 @@ def unpack_ids(characters: NDArray[np.uint8], offsets: NDArray[np.int64]) -> pa.
 def strings(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """The column, or the values of a list column, as one array of large strings."""
     return flat(column).cast(pa.large_string())
+
+
+def basket_numbers(sequences: pa.Table) -> NDArray[np.int64]:
+    """The number of each event's basket, the users' events end to end."""
+    return flat(sequences["baskets"]).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def flat(column: pa.ChunkedArray | pa.Array) -> pa.Array:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from jobs.behavior_inputs import basket_numbers
 from jobs.train_ranker import Vocabulary, read_examples, vocabulary
 from pipeline.config import TrainRetriever
 from pipeline.context import Context, derive_seed
@@ -145,9 +146,7 @@ def read_sequences(inputs: Inputs, shelf: Shelf) -> tuple[Sequences, pa.Array]:
 
     Raises: UpstreamMissing when the night has no sequences.
     """
-    import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
     import torch
 
     from pipeline.encoders.sasrec import Sequences
@@ -164,7 +163,7 @@ def read_sequences(inputs: Inputs, shelf: Shelf) -> tuple[Sequences, pa.Array]:
         )
     packed = _packed(rows["item_ids"], shelf.item_ids)
     known_T = _places(rows["item_ids"], shelf.item_ids) >= 0
-    baskets_T = pc.list_flatten(rows["baskets"]).to_numpy(zero_copy_only=False).astype(np.int64)[known_T]
+    baskets_T = basket_numbers(rows)[known_T]
     sequences = Sequences(torch.from_numpy(packed.offsets), torch.from_numpy(packed.items), torch.from_numpy(baskets_T))
     return sequences, pa.chunked_array(rows["user_id"]).combine_chunks()
 

@@ -27,6 +27,7 @@ from pipeline.config import SasRec as Params
 from pipeline.device import deterministic, sent
 from pipeline.errors import ContractError
 from pipeline.log import progress
+from pipeline.tokenizers.base import basket_begins
 
 TABLES = ("input_rows.weight", "output_rows.weight")  # one row per item
 INIT_STD = 0.02  # small, so that rare rows stay short
@@ -198,16 +199,14 @@ def next_baskets(sequences: Sequences) -> tuple[Tensor, Tensor]:
 
     Without baskets every event is one, so that this is the next event.
     """
-    total, device = sequences.items.numel(), sequences.items.device
+    total = sequences.items.numel()
     user_T = torch.repeat_interleave(torch.arange(sequences.offsets.numel() - 1), sequences.offsets.diff())
-    begins_T = torch.ones(total, dtype=torch.bool, device=device)
-    if sequences.baskets is not None:
-        begins_T[1:] = (sequences.baskets.diff() != 0) | (user_T.diff() != 0)
+    begins_T = basket_begins(user_T, sequences.baskets)
     start_K = torch.nonzero(begins_T).flatten()
     size_K = F.pad(start_K, (0, 1), value=total).diff()
     next_T = begins_T.cumsum(0).clamp(max=max(start_K.numel() - 1, 0))  # counted from 1: the number of the basket after an event's own
     after_T = start_K[next_T]
-    own_T = (after_T > torch.arange(total, device=device)) & (user_T[after_T] == user_T)
+    own_T = (after_T > torch.arange(total)) & (user_T[after_T] == user_T)
     return after_T, torch.where(own_T, size_K[next_T], 0)
 
 

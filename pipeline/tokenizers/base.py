@@ -142,6 +142,18 @@ class History:
     basket_T: Tensor | None = None
 
 
+def basket_begins(user_T: Tensor, basket_T: Tensor | None) -> Tensor:
+    """Which events begin a basket of their user, bool (T,); without baskets all do.
+
+    Args:
+        user_T: number of the user per event, users one after the other.
+    """
+    begins_T = torch.ones_like(user_T, dtype=torch.bool)
+    if basket_T is not None:
+        begins_T[1:] = (basket_T.diff() != 0) | (user_T.diff() != 0)
+    return begins_T
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Where a refit begins: at the champion instead of at random numbers, without warm-up and k-means.

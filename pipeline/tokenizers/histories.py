@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ContractError
-from pipeline.tokenizers.base import Checkpoint, FitOptions, History
+from pipeline.tokenizers.base import Checkpoint, FitOptions, History, basket_begins
 from pipeline.tokenizers.world import World
 
 LEAST_QUESTIONS = 16  # questions below which there is nothing to learn from
@@ -103,7 +103,8 @@ def events(history: History | None, num_items: int, *, who: str) -> Events:
     history = check(history, num_items, who=who)
     index_T, offset_U = history.index_T, history.offset_U
     user_T = torch.repeat_interleave(torch.arange(len(offset_U) - 1), offset_U.diff())
-    first_T, stop_T = offset_U[:-1][user_T], _basket_begins(user_T, history.basket_T)
+    first_T = offset_U[:-1][user_T]
+    stop_T = torch.where(basket_begins(user_T, history.basket_T), torch.arange(len(user_T)), 0).cummax(0).values
     asked_T = stop_T > first_T
     asked_P = torch.nonzero(asked_T).flatten()
     if len(asked_P) < LEAST_QUESTIONS:
@@ -124,15 +125,6 @@ def events(history: History | None, num_items: int, *, who: str) -> Events:
         from_N=F.pad(torch.bincount(index_T[train_P], minlength=num_items).cumsum(0), (1, 0)),
         digest=hashlib.sha256(b"".join(each.numpy().tobytes() for each in (index_T, offset_U, history.basket_T) if each is not None)).hexdigest(),
     )
-
-
-def _basket_begins(user_T: Tensor, basket_T: Tensor | None) -> Tensor:
-    """Where each event's own basket begins, (T,)."""
-    at_T = torch.arange(len(user_T))
-    if basket_T is None or not len(user_T):
-        return at_T
-    begins_T = F.pad((user_T.diff() != 0) | (basket_T.diff() != 0), (1, 0), value=True)
-    return torch.where(begins_T, at_T, 0).cummax(0).values
 
 
 def _held(offset_U: Tensor, asked_T: Tensor) -> Tensor:

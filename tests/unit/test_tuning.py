@@ -107,9 +107,10 @@ def test_without_tuning_a_history_changes_nothing():
 def test_a_champion_from_before_a_setting_came_had_its_default():
     champion = AdaSid(ada_settings())
     champion.fit(tiny_items(), FitOptions(seed=0, settings=training(max_epochs=2)))
-    stored = champion.config()
-    old = AdaSid.load({**stored, "settings": {name: value for name, value in stored["settings"].items() if not name.startswith("tune")}}, champion.state())
-    old.config = lambda: {**stored, "settings": {name: value for name, value in stored["settings"].items() if not name.startswith("tune")}}  # type: ignore[method-assign]
+    config = champion.config()
+    stored = {**config, "settings": {name: value for name, value in config["settings"].items() if not name.startswith("tune")}}
+    old = AdaSid.load(stored, champion.state())
+    old.config = lambda: stored  # type: ignore[method-assign]
     report = AdaSid(ada_settings()).fit(tiny_items(), FitOptions(seed=1, settings=training(max_epochs=2), start=Start(tokenizer=old, pull=0.0)))
     assert report.curves
     with pytest.raises(ContractError, match="cannot begin at this champion"):
