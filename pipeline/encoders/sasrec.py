@@ -32,7 +32,9 @@ from pipeline.tokenizers.base import basket_begins
 TABLES = ("input_rows.weight", "output_rows.weight")  # one row per item
 INIT_STD = 0.02  # small, so that rare rows stay short
 CELLS = 16_000_000  # logits held at once while rows are trained
-ROW_WINDOWS = 2  # windows per moved item and step
+ROW_WINDOWS = 4  # windows per moved item and step
+ROW_LENGTH = 12  # events that a window predicts at most: many short windows tell a row more than few long ones (docs/log.md)
+ROW_NEGATIVES = 256  # competitors of a step, the same for all rows; a smaller catalogue competes whole
 NEIGHBOURS = 5  # events on either side that a new row starts from
 ROW_RATE = 3.0  # first step size of a row, in units of learning_rate; it falls to nothing over row_steps
 
@@ -407,7 +409,7 @@ def _generator(seed: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Rows:
-    """Input and output rows of moved items, [M, D] each; with tied tables both are the same."""
+    """Input and output rows of moved items, [M, D] each."""
 
     inputs: Tensor
     outputs: Tensor
@@ -454,14 +456,15 @@ def _slots(items_T: Tensor, moved_M: Tensor) -> Tensor:
     return lookup[items_T]
 
 
-def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows, seeds_M: Tensor, params: Params) -> tuple[Rows, list[float]]:
-    """(trained rows of the moved items, mean loss per step): everything but these rows is held at the base.
+def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows, seeds_M: Tensor, params: Params) -> tuple[Tensor, list[float]]:
+    """(trained input rows of the moved items [M, D], mean loss per step): everything but these rows is held at the base.
 
     What is exact: an item's row is a function of the base, of the windows around its own events and of its own seed. Other moved items stand at their BASE row
-    in its windows, items without a base row drop out of them, negatives are the base items (above `sampled_above` a sample that depends on the step
-    alone), and Adam works on each element by itself. So the row does not depend on which other items moved, up to the rounding of batched products.
-    differs from training everything: an output row is pushed down only in windows that hold its item, so with tied tables (where it is the exported row)
-    moved rows score too high as next items; the input row of untied tables is what this is made for.
+    in its windows, items without a base row drop out of them, the competitors are base items drawn by the step alone, and Adam works on each element by
+    itself. So the row does not depend on which other items moved, up to the rounding of batched products.
+    differs from training everything: the loss is taken where the row can be read, from the item's first event in a window on; the item's output row stays
+    where it starts. With tied tables all positions count, and an output row is pushed down only in windows that hold its item, so moved rows score too high
+    as next items; the input row of untied tables is what this is made for.
 
     Args:
         model: the base network, as from `restore`.
@@ -469,19 +472,18 @@ def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows
         seeds_M: int64, one per moved item; decides which of its windows each step sees.
     """
     if not moved_M.numel():
-        return start, []
-    sampled = model.num_items > params.sampled_above
-    size = max(1, CELLS // (ROW_WINDOWS * params.max_length * (params.num_negatives if sampled else model.num_items)))
+        return start.inputs, []
+    size = max(1, CELLS // (ROW_WINDOWS * ROW_LENGTH * min(model.num_items, ROW_NEGATIVES)))
     chunks = torch.arange(moved_M.numel()).split(size)
     rows, losses = [], []
     with deterministic(0):
         for chunk in progress(chunks, "behaviour rows", len(chunks)):
             task = _RowTask(model, sequences, moved_M[chunk], seeds_M[chunk], params)
-            trained, loss = task.fit(Rows(start.inputs[chunk], start.outputs[chunk]))
-            rows.append(trained)
+            trained_MD, loss = task.fit(Rows(start.inputs[chunk], start.outputs[chunk]))
+            rows.append(trained_MD)
             losses.append(torch.tensor(loss) * chunk.numel())
     curve = (torch.stack(losses).sum(0) / moved_M.numel()).tolist()
-    return Rows(torch.cat([part.inputs for part in rows]), torch.cat([part.outputs for part in rows])), curve
+    return torch.cat(rows), curve
 
 
 class _RowTask:
@@ -493,11 +495,11 @@ class _RowTask:
         self.pad, self.own = model.num_items, model.num_items + 1
         self.picks = _window_choices(sequences, moved_M, seeds_M, params.row_steps * ROW_WINDOWS)
 
-    def fit(self, start: Rows) -> tuple[Rows, list[float]]:
-        """(trained rows, mean loss per step); the step size falls linearly to nothing."""
+    def fit(self, start: Rows) -> tuple[Tensor, list[float]]:
+        """(trained input rows [M, D], mean loss per step); the step size falls linearly to nothing."""
         inputs_MD = start.inputs.to(self.device).clone().requires_grad_()
-        outputs_MD = inputs_MD if self.params.tied else start.outputs.to(self.device).clone().requires_grad_()
-        optimizer = torch.optim.Adam([inputs_MD] if self.params.tied else [inputs_MD, outputs_MD], lr=self.params.learning_rate)
+        outputs_MD = inputs_MD if self.params.tied else start.outputs.to(self.device)
+        optimizer = torch.optim.Adam([inputs_MD], lr=self.params.learning_rate)
         curve = []
         for step in range(self.params.row_steps):
             optimizer.param_groups[0]["lr"] = self.params.learning_rate * ROW_RATE * (1 - step / self.params.row_steps)
@@ -506,7 +508,7 @@ class _RowTask:
             loss_M.sum().backward()
             optimizer.step()
             curve.append(loss_M.detach().mean())
-        return Rows(inputs_MD.detach().cpu(), outputs_MD.detach().cpu()), torch.stack(curve).tolist()
+        return inputs_MD.detach().cpu(), torch.stack(curve).tolist()
 
     def loss(self, step: int, inputs_MD: Tensor, outputs_MD: Tensor) -> Tensor:
         """Mean cross-entropy over the positions of each item's windows of this step, nats [M]; 0 for an item without positions."""
@@ -514,18 +516,20 @@ class _RowTask:
         at_B = self.picks[:, step * ROW_WINDOWS : (step + 1) * ROW_WINDOWS].flatten()
         tokens_BL = self.tokens(at_B, self.moved_M[slot_B]).to(self.device)
         slot_B, before_BL, after_BL = slot_B.to(self.device), tokens_BL[:, :-1], tokens_BL[:, 1:]
-        own_BL1 = (before_BL == self.own)[:, :, None]
+        own_BL = before_BL == self.own
         base_BLD = self.model.input_rows(before_BL.clamp(max=self.pad))
-        hidden_BLD = self.model.encode(torch.where(own_BL1, inputs_MD[slot_B][:, None, :], base_BLD))
-        real_BL = after_BL != self.pad
-        slot_P = slot_B[:, None].expand_as(real_BL)[real_BL]
-        loss_P = self.cross_entropy(hidden_BLD[real_BL], after_BL[real_BL], slot_P, outputs_MD, step)
+        hidden_BLD = self.model.encode(torch.where(own_BL[:, :, None], inputs_MD[slot_B][:, None, :], base_BLD))
+        counts_BL = after_BL != self.pad
+        if not self.params.tied:
+            counts_BL &= own_BL.cumsum(1) > 0  # attention is causal: nothing before reads the row
+        slot_P = slot_B[:, None].expand_as(counts_BL)[counts_BL]
+        loss_P = self.cross_entropy(hidden_BLD[counts_BL], after_BL[counts_BL], slot_P, outputs_MD, step)
         zeros_M = torch.zeros(self.moved_M.numel(), device=self.device)
         return zeros_M.index_add(0, slot_P, loss_P) / torch.bincount(slot_P, minlength=zeros_M.numel()).clamp(min=1)
 
     def tokens(self, at_B: Tensor, item_B: Tensor) -> Tensor:
         """The window around each event [B, L + 1]: base items, `own` for the moved item itself, others dropped, padding at the end."""
-        offsets, length = self.sequences.offsets, self.params.max_length
+        offsets, length = self.sequences.offsets, min(ROW_LENGTH, self.params.max_length)
         user_B = torch.searchsorted(offsets, at_B, right=True) - 1
         last_start_B = torch.maximum(offsets[user_B], offsets[user_B + 1] - length - 1)
         start_B = torch.minimum(torch.maximum(at_B - length // 2, offsets[user_B]), last_start_B)
@@ -539,19 +543,19 @@ class _RowTask:
     def cross_entropy(self, hidden_PD: Tensor, after_P: Tensor, slot_P: Tensor, outputs_MD: Tensor, step: int) -> Tensor:
         """Negative log-likelihood of each next item, nats [P]; the moved item competes with its own row, the base items with theirs."""
         table_ND, moved_P = self.model.output_table(), self.moved_M.to(self.device)[slot_P]
-        own_P1 = (hidden_PD * outputs_MD[slot_P]).sum(1, keepdim=True)
-        is_own_P = after_P == self.own
-        if table_ND.shape[0] <= self.params.sampled_above:
-            base_PN = hidden_PD @ table_ND.T
-            shadowed = torch.nonzero(moved_P < self.pad).flatten()
-            base_PN[shadowed, moved_P[shadowed]] = -torch.inf  # the base row of the moved item itself
-            return F.cross_entropy(torch.cat([base_PN, own_P1], 1), torch.where(is_own_P, self.pad, after_P), reduction="none")
-        negatives_S = torch.randint(table_ND.shape[0], (self.params.num_negatives,), generator=_generator(step)).to(self.device)
+        own_P1, is_own_P = (hidden_PD * outputs_MD[slot_P]).sum(1, keepdim=True), after_P == self.own
+        negatives_S = self.competitors(step)
         target_P1 = (hidden_PD * table_ND[after_P.clamp(max=self.pad - 1)]).sum(1, keepdim=True).masked_fill(is_own_P[:, None], -torch.inf)
-        hit_PS = (negatives_S == after_P[:, None]) | (negatives_S == moved_P[:, None])
-        negative_PS = hidden_PD @ table_ND[negatives_S].T + np.log(table_ND.shape[0] / negatives_S.numel())
+        hit_PS = (negatives_S == after_P[:, None]) | (negatives_S == moved_P[:, None])  # the target once, and not the moved item's base row
+        negative_PS = hidden_PD @ table_ND[negatives_S].T + np.log(self.pad / negatives_S.numel())
         logits = torch.cat([target_P1, negative_PS.masked_fill(hit_PS, -torch.inf), own_P1], 1)
         return F.cross_entropy(logits, torch.where(is_own_P, logits.shape[1] - 1, 0), reduction="none")
+
+    def competitors(self, step: int) -> Tensor:
+        """Base items that a step's targets compete with [S]: all of a small catalogue, or a sample by the step alone."""
+        if self.pad <= ROW_NEGATIVES:
+            return torch.arange(self.pad, device=self.device)
+        return torch.randint(self.pad, (ROW_NEGATIVES,), generator=_generator(step)).to(self.device)
 
 
 def _window_choices(sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, count: int) -> Tensor:

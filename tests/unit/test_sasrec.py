@@ -156,29 +156,27 @@ def nightly(seed: int = 0) -> sasrec.Sequences:
     return sequences([[12 if item == 3 and user % 3 == 0 else 13 if item == 8 and user % 4 == 0 else item for item in part] for user, part in enumerate(lists)])
 
 
-def trained(base: tuple[sasrec.SasRec, Params], data: sasrec.Sequences, moved: list[int], seeds: list[int]) -> tuple[sasrec.Rows, list[float]]:
+def trained(base: tuple[sasrec.SasRec, Params], data: sasrec.Sequences, moved: list[int], seeds: list[int]) -> tuple[torch.Tensor, list[float]]:
     model, params = base
     start, near = sasrec.initial_rows(model, data, torch.tensor(moved))
     assert near.all()
     return sasrec.train_rows(model, data, torch.tensor(moved), start, torch.tensor(seeds), params)
 
 
-@pytest.mark.parametrize("sampled_above", [1000, 4])
-def test_a_row_does_not_depend_on_which_others_moved(base: tuple[sasrec.SasRec, Params], sampled_above: int) -> None:
-    model, params = base
-    setting = (model, params.model_copy(update={"sampled_above": sampled_above, "num_negatives": 6}))
-    together, _ = trained(setting, nightly(), [12, 5, 13], [7, 8, 9])
+@pytest.mark.parametrize("competitors", [1000, 6])
+def test_a_row_does_not_depend_on_which_others_moved(base: tuple[sasrec.SasRec, Params], competitors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sasrec, "ROW_NEGATIVES", competitors)
+    together, _ = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
     for place, (item, seed) in enumerate([(12, 7), (5, 8), (13, 9)]):
-        alone, _ = trained(setting, nightly(), [item], [seed])
-        torch.testing.assert_close(alone.inputs[0], together.inputs[place], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone.outputs[0], together.outputs[place], rtol=1e-4, atol=1e-5)
+        alone, _ = trained(base, nightly(), [item], [seed])
+        torch.testing.assert_close(alone[0], together[place], rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_of_moved_items_do_not_matter(base: tuple[sasrec.SasRec, Params], monkeypatch: pytest.MonkeyPatch) -> None:
     together, _ = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
     monkeypatch.setattr(sasrec, "CELLS", 1)
     apart, curve = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
-    torch.testing.assert_close(apart.inputs, together.inputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
     assert len(curve) == base[1].row_steps
 
 
@@ -186,17 +184,16 @@ def test_users_without_a_moved_item_say_nothing(base: tuple[sasrec.SasRec, Param
     lists = [part.tolist() for part in np.split(nightly().items.numpy(), 40)]
     whole, _ = trained(base, sequences(lists), [12, 13], [1, 2])
     holding, _ = trained(base, sequences([part for part in lists if {12, 13} & set(part)]), [12, 13], [1, 2])
-    assert torch.equal(holding.inputs, whole.inputs)
-    assert torch.equal(holding.outputs, whole.outputs)
+    assert torch.equal(holding, whole)
 
 
 def test_rows_are_bit_deterministic_and_follow_their_seed(base: tuple[sasrec.SasRec, Params]) -> None:
     first, _ = trained(base, nightly(), [12, 13], [1, 2])
     again, _ = trained(base, nightly(), [12, 13], [1, 2])
     other, _ = trained(base, nightly(), [12, 13], [3, 2])
-    assert torch.equal(first.inputs, again.inputs)
-    assert not torch.equal(first.inputs[0], other.inputs[0])
-    torch.testing.assert_close(first.inputs[1], other.inputs[1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], other[0])
+    torch.testing.assert_close(first[1], other[1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_base_stays_as_it_was_and_rows_learn(base: tuple[sasrec.SasRec, Params]) -> None:
@@ -205,15 +202,44 @@ def test_the_base_stays_as_it_was_and_rows_learn(base: tuple[sasrec.SasRec, Para
     rows, curve = trained(base, nightly(), [12], [1])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert np.mean(curve[-5:]) < np.mean(curve[:5])
-    closest = F.cosine_similarity(rows.inputs, model.input_table()).argmax()
+    closest = F.cosine_similarity(rows, model.input_table()).argmax()
     assert int(closest) == 3  # the item it stands in for
 
 
-def test_a_tied_table_has_one_row_for_both() -> None:
-    params = SMALL.model_copy(update={"tied": True})
-    model = sasrec.restore(sasrec.train(cycles(60, 12, 9), 12, params, seed=5).state, params)
-    rows, _ = trained((model, params), nightly(), [12, 4], [1, 2])
-    assert torch.equal(rows.inputs, rows.outputs)
+def test_a_tied_row_is_pushed_as_a_next_item_too() -> None:
+    """Item 12 stands last in every list, so its row is never read: an untied one stays, a tied one moves towards what comes before it."""
+    data = sequences([[0, 1, 12], [3, 4, 12]])
+    for tied in (False, True):
+        params = SMALL.model_copy(update={"tied": tied})
+        model = sasrec.restore(sasrec.train(cycles(60, 12, 9), 12, params, seed=5).state, params)
+        start, _ = sasrec.initial_rows(model, data, torch.tensor([12]))
+        rows, _ = sasrec.train_rows(model, data, torch.tensor([12]), start, torch.tensor([1]), params)
+        assert torch.equal(rows, start.inputs) is not tied
+
+
+def row_task(setting: tuple[sasrec.SasRec, Params], item: int) -> sasrec._RowTask:
+    return sasrec._RowTask(setting[0], nightly(), torch.tensor([item]), torch.tensor([1]), setting[1])
+
+
+@pytest.mark.parametrize("item", [12, 5])
+def test_all_of_a_small_catalogue_competes_and_the_moved_item_with_its_own_row(base: tuple[sasrec.SasRec, Params], item: int) -> None:
+    """Slow form: softmax over the base table with the moved item's row in its place, or behind it."""
+    table, hidden, own = base[0].output_table().detach(), torch.randn(5, SMALL.dim), torch.randn(1, SMALL.dim)
+    after = torch.tensor([0, 7, 13, 3, 11])  # 13 = `own` of a base of 12
+    found = row_task(base, item).cross_entropy(hidden, after, torch.zeros(5, dtype=torch.int64), own, step=0)
+    whole = torch.cat([table, own]) if item == 12 else torch.cat([table[:item], own, table[item + 1 :]])
+    at = torch.where(after == 13, item, after)
+    torch.testing.assert_close(found, F.cross_entropy(hidden @ whole.T, at, reduction="none"))
+
+
+def test_sampled_competitors_estimate_the_whole_catalogue(base: tuple[sasrec.SasRec, Params], monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, own, after, slots = torch.randn(6, SMALL.dim), torch.randn(1, SMALL.dim), torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    whole = row_task(base, 12).cross_entropy(hidden, after, slots, own, step=0)
+    monkeypatch.setattr(sasrec, "ROW_NEGATIVES", 8)
+    task = row_task(base, 12)
+    sampled = torch.stack([task.cross_entropy(hidden, after, slots, own, step) for step in range(400)])
+    assert not torch.equal(sampled[0], sampled[1])
+    torch.testing.assert_close(sampled.mean(0), whole, atol=0.15, rtol=0)
 
 
 def test_a_known_item_starts_from_its_row_and_a_new_one_from_its_neighbours(base: tuple[sasrec.SasRec, Params]) -> None:
@@ -228,8 +254,8 @@ def test_a_known_item_starts_from_its_row_and_a_new_one_from_its_neighbours(base
 def test_nothing_moved_is_nothing_to_train(base: tuple[sasrec.SasRec, Params]) -> None:
     model, params = base
     nothing = sasrec.Rows(torch.zeros(0, 8), torch.zeros(0, 8))
-    rows, curve = sasrec.train_rows(model, nightly(), torch.tensor([], dtype=torch.int64), nothing, torch.tensor([], dtype=torch.int64), params)
-    assert rows.inputs.shape == (0, 8)
+    none, curve = sasrec.train_rows(model, nightly(), torch.tensor([], dtype=torch.int64), nothing, torch.tensor([], dtype=torch.int64), params)
+    assert none.shape == (0, 8)
     assert curve == []
 
 
