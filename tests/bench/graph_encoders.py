@@ -63,6 +63,15 @@ def trained(name: str, settings: dict[str, Any], seed: int, train: Sequences, co
     return fitted
 
 
+def several(name: str, settings: dict[str, Any], args: argparse.Namespace, train: Sequences, content: Tensor) -> list[graph.Fitted]:
+    """One trained arm per seed; of several step sizes the one that validates best with the first seed (the same grid for every arm)."""
+    grid = [{**settings, "learning_rate": rate} for rate in args.rates] or [settings]
+    firsts = [trained(name, each, 0, train, content) for each in grid]
+    best = max(range(len(grid)), key=lambda at: firsts[at].metrics["valid_ndcg@10"])
+    sys.stderr.write(f"{name} chosen={grid[best]}\n")
+    return [firsts[best], *(trained(name, grid[best], seed, train, content) for seed in range(1, args.seeds))]
+
+
 def texts_of(texts: list[str]) -> Tensor:
     """MiniLM's vectors of the texts (N, C)."""
     options = EncoderOptions(name="minilm", batch=64, size=64, normalize=True)
@@ -81,7 +90,7 @@ def compare(args: argparse.Namespace) -> None:
     ranks = {"popularity": evaluation.ranks_in_chunks(lambda rows: torch.from_numpy(popularity).repeat(rows.stop - rows.start, 1), last, len(texts), history)}
     for text in args.arms:
         name, _, settings = text.partition(":")
-        fitted = [trained(name, json.loads(settings or "{}"), seed, train, content) for seed in range(args.seeds)]
+        fitted = several(name, json.loads(settings or "{}"), args, train, content)
         ranks[text] = np.stack([graph.answer(each.network, train, questions) for each in fitted])
     for text, found in ranks.items():
         sys.stdout.write(json.dumps({"arm": text, **{m: round(v, 4) for m, v in evaluation.ranking_metrics(found, (20,)).items()}}) + "\n")
@@ -146,6 +155,7 @@ def main() -> None:
     parser.add_argument("--path", default="", help="MovieLens-100K: folder, zip or recbole wheel")
     parser.add_argument("--last", type=int, default=10, help="events of each user that are asked for")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="step sizes that every arm tries; validation chooses")
     parser.add_argument("--times", type=float, default=1.0, help="an arm is compared with so many times its neighbour's recall")
     parser.add_argument("--cold", type=float, default=0.0, help="share of the films that training never sees; the one arm is AlphaRec's settings, JSON")
     parser.add_argument("--pairs", type=int, default=0, help="time one epoch on a random graph of so many pairs instead")
