@@ -650,7 +650,7 @@ class TrainRetriever(Section):
     learning_rate: float = Field(3e-3, gt=0, description="AdamW step size, decayed along a cosine")
     batch_size: int = Field(128, ge=1, description="histories per step")
     max_epochs: int = Field(30, ge=1, description="epochs at most")
-    patience: int = Field(5, ge=1, description="epochs without a better validation score")
+    patience: int = Field(30, ge=1, description="epochs without a better validation score; the step size is annealed, so to stop early is to give up its end")
     valid_users: int = Field(1000, ge=1, description="users whose last basket is the validation sample")
     stop_on: Literal["ndcg", "loss"] = Field("ndcg", description="validation score: NDCG@50 over the full ranking, or the loss (cheap for beam searches)")
     router_share: float = Field(1.0, ge=0, le=1, description="share of the router weights in loss and score: (1 - share) + share * weight")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from homes import releases, sid
 
 from pipeline import config, lakehouse
-from pipeline.context import Home
+from pipeline.context import ROOT, Home
 
 pytestmark = pytest.mark.e2e
 
@@ -77,3 +78,12 @@ def test_running_it_again_reuses_both_nights_and_changes_nothing(told, listed) -
     again = sid(told[0], "demo", "--dataset", "shop")
     assert again.count("reused release") == 2
     assert releases(told[0]) == listed
+
+
+def test_the_lines_of_the_readme_read_the_release(told, listed, monkeypatch: pytest.MonkeyPatch) -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.setenv("SID_HOME", str(told[0]))
+    names: dict[str, object] = {}
+    exec(lines.replace("d19980422", str(listed[-1]["tag"])), names)
+    assert names["rows"].column_names == ["item_id", "codes", "weights"]
+    assert names["rows"].num_rows == listed[-1]["items"]
