@@ -353,7 +353,7 @@ def _experts(settings: profile.AdaSid, modalities: tuple[str, ...]) -> dict[str,
     return {"shared": settings.num_shared if modalities else 0, **{name: counts[name] for name in modalities}}
 
 
-class Training:
+class Training(parallel.CodeBooks):
     """ADA-SID as the training loop wants it (`fit.Trainable`)."""
 
     def __init__(self, network: Network) -> None:
@@ -412,23 +412,6 @@ class Training:
     def after_step(self) -> None:
         """Advance the sparsity controller."""
         self.network.controller.advance()
-
-    @torch.no_grad()
-    def _look(self, items: ItemBatch, generator: torch.Generator) -> Pass:
-        """A pass over a sample of the items."""
-        chosen = parallel.sample(items, self.settings.codebook_size, generator=generator)
-        made: Pass = self.network(chosen.to(self.network.codebook_LKD.device), quantise=True)
-        return made
-
-    def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
-        """K-means of the latents per position; items that mask a position or switch it off are left out of it."""
-        made = self._look(items, generator)
-        parallel.start_codes(self.network.codebook_LKD.data, self.network.usage_LK, made, generator=generator)
-
-    def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
-        """Codes with fewer than 2 items in the epoch, per position, moved onto badly coded latents."""
-        rows_LKD, usage_LK = self.network.codebook_LKD.data, self.network.usage_LK
-        return {"codebook_LKD": parallel.revive(rows_LKD, usage_LK, lambda: self._look(items, generator), generator=generator, world=world)}
 
     @torch.no_grad()
     def evaluate(self, items: ItemBatch, *, quantise: bool) -> dict[str, float]:

@@ -7,8 +7,7 @@ Not here: experts and gates (one file per variant), the lookup itself (quantize.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +48,6 @@ def blocks(items: ItemBatch, rows: int = 0) -> list[ItemBatch]:
     return [items.take(slice(start, start + rows)) for start in range(0, len(items), rows)]
 
 
-def sample(items: ItemBatch, size: int, *, generator: torch.Generator) -> ItemBatch:
-    """As many items, drawn at random, as k-means of `size` codes needs."""
-    return items.take(torch.randperm(len(items), generator=generator)[: POINTS_PER_CODE * size])
-
-
 def code_terms(made: Coded, usage_LK: Tensor, *, square: float, world: World) -> dict[str, Tensor]:
     """Terms `codebook` and `commitment` on the unit sphere, summed over positions; each position's mean is over the items that show it.
 
@@ -70,34 +64,47 @@ def code_terms(made: Coded, usage_LK: Tensor, *, square: float, world: World) ->
     return {name: torch.stack([world.mean(loss_BL[:, at] / square, on_BL[:, at]) for at in columns]).sum() for name, loss_BL in pairs.items()}
 
 
-@torch.no_grad()
-def start_codes(codebook_LKD: Tensor, usage_LK: Tensor, made: Coded, *, generator: torch.Generator) -> None:
-    """K-means of the latents per position, in place; items that mask a position or switch it off are left out of it."""
-    usage_LK.zero_()  # what the warm-up counted concerns other codes
-    for at, codebook_KD in enumerate(codebook_LKD):
-        on_B = made.gate_BL[:, at] > 0
-        points_BD = F.normalize(made.z_BLD[:, at][on_B if bool(on_B.any()) else slice(None)], dim=1)
-        codebook_KD.copy_(kmeans(points_BD, codebook_LKD.shape[1], generator=generator, spherical=True))
+class CodeBooks:
+    """What the training loop asks of the code books of ADA-SID and MMQ alike (`fit.Trainable`): their k-means start and their revival.
 
-
-@torch.no_grad()
-def revive(codebook_LKD: Tensor, usage_LK: Tensor, look: Callable[[], Coded], *, generator: torch.Generator, world: World) -> Tensor:
-    """Codes with fewer than 2 items since the last call moved onto badly coded latents, in place; which rows moved, (L, K).
-
-    Args:
-        look: a pass over a sample of items, asked for only when some code is dead.
+    Attributes:
+        network: prepared items -> `Coded`, with codebook_LKD (L, K, D) and usage_LK, the items per code since the last revival.
     """
-    seen_LK = world.total(usage_LK)
-    usage_LK.zero_()
-    moved_LK = torch.zeros_like(seen_LK, dtype=torch.bool)
-    if not bool((seen_LK < 2).any()):
-        return moved_LK
-    made = look()
-    for at in torch.nonzero((seen_LK < 2).any(1)).flatten().tolist():
-        on_B = made.gate_BL[:, at] > 0
-        if not bool(on_B.any()):
-            continue
-        rows_KD, points_BD = F.normalize(codebook_LKD[at], dim=1), F.normalize(made.z_BLD[:, at][on_B], dim=1)
-        revived_KD, moved_LK[at] = revive_codes(rows_KD, seen_LK[at], points_BD, made.codes_BL[:, at][on_B], generator=generator)
-        codebook_LKD[at].copy_(revived_KD)
-    return moved_LK
+
+    network: Any
+
+    @torch.no_grad()
+    def start_codes(self, items: ItemBatch, *, generator: torch.Generator) -> None:
+        """K-means of the latents per position; items that mask a position or switch it off are left out of it."""
+        made, codebook_LKD = self._look(items, generator), self.network.codebook_LKD.data
+        self.network.usage_LK.zero_()  # what the warm-up counted concerns other codes
+        for at, codebook_KD in enumerate(codebook_LKD):
+            on_B = made.gate_BL[:, at] > 0
+            points_BD = F.normalize(made.z_BLD[:, at][on_B if bool(on_B.any()) else slice(None)], dim=1)
+            codebook_KD.copy_(kmeans(points_BD, codebook_LKD.shape[1], generator=generator, spherical=True))
+
+    @torch.no_grad()
+    def revive(self, items: ItemBatch, *, generator: torch.Generator, world: World) -> dict[str, Tensor]:
+        """Codes with fewer than 2 items since the last call moved onto badly coded latents; which rows moved, (L, K)."""
+        codebook_LKD, seen_LK = self.network.codebook_LKD.data, world.total(self.network.usage_LK)
+        self.network.usage_LK.zero_()
+        moved_LK = torch.zeros_like(seen_LK, dtype=torch.bool)
+        dead_L = (seen_LK < 2).any(1)
+        if not bool(dead_L.any()):
+            return {"codebook_LKD": moved_LK}
+        made = self._look(items, generator)
+        for at in torch.nonzero(dead_L).flatten().tolist():
+            on_B = made.gate_BL[:, at] > 0
+            if not bool(on_B.any()):
+                continue
+            rows_KD, points_BD = F.normalize(codebook_LKD[at], dim=1), F.normalize(made.z_BLD[:, at][on_B], dim=1)
+            revived_KD, moved_LK[at] = revive_codes(rows_KD, seen_LK[at], points_BD, made.codes_BL[:, at][on_B], generator=generator)
+            codebook_LKD[at].copy_(revived_KD)
+        return {"codebook_LKD": moved_LK}
+
+    def _look(self, items: ItemBatch, generator: torch.Generator) -> Coded:
+        """A pass over as many items, drawn at random, as k-means needs."""
+        codebook_LKD = self.network.codebook_LKD
+        drawn = torch.randperm(len(items), generator=generator)[: POINTS_PER_CODE * codebook_LKD.shape[1]]
+        made: Coded = self.network(items.take(drawn).to(codebook_LKD.device), quantise=True)
+        return made
