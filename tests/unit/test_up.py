@@ -195,12 +195,19 @@ def free_ports() -> tuple[int, int]:
         return one.getsockname()[1], two.getsockname()[1]
 
 
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.airflow
 def test_both_interfaces_run_ask_for_the_password_and_leave_no_process(home: Home) -> None:
     airflow, mlflow = free_ports()
     words = ["up", "--port-airflow", str(airflow), "--port-mlflow", str(mlflow)]
     given = {**os.environ, "SID_HOME": str(home.root), "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *words], env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *words], env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_interrupts
+    )
     try:
         assert process.stdout is not None
         said = []
