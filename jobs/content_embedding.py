@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -109,27 +109,29 @@ def run(inputs: Inputs, params: config.ContentEmbedding, ctx: Context) -> StageR
 
 def text_encoding(inputs: Inputs, params: config.ContentEmbedding, ctx: Context) -> Encoding | None:
     """The configured text encoder with its id; None for `none`."""
-    return _encoding(inputs, ctx, "text", params.text_encoder, params.text_batch, params.max_tokens, params.normalize)
+    settings = {"batch": params.text_batch, "size": params.max_tokens, "normalize": params.normalize, "precision": params.text_precision}
+    return _encoding(inputs, ctx, "text", params.text_encoder, settings)
 
 
 def image_encoding(inputs: Inputs, params: config.ContentEmbedding, ctx: Context) -> Encoding | None:
     """The configured image encoder with its id; None for `none`."""
-    return _encoding(inputs, ctx, "image", params.image_encoder, params.image_batch, params.image_size, params.normalize)
+    settings = {"batch": params.image_batch, "size": params.image_size, "normalize": params.normalize}
+    return _encoding(inputs, ctx, "image", params.image_encoder, settings)
 
 
-def _encoding(inputs: Inputs, ctx: Context, modality: Modality, value: str, batch: int, size: int, normalize: bool) -> Encoding | None:
+def _encoding(inputs: Inputs, ctx: Context, modality: Modality, value: str, settings: Mapping[str, Any]) -> Encoding | None:
     from pipeline.encoders import CONTENT_ENCODERS
     from pipeline.encoders.base import EncoderOptions
 
     kind, place = parse_encoder(value, modality)
     if kind == "none":
         return None
-    options = EncoderOptions(name=f"hf-{Path(place).name}" if place else kind, batch=batch, size=size, normalize=normalize)
+    options = EncoderOptions(name=f"hf-{Path(place).name}" if place else kind, **settings)
     if kind != GIVEN:
         encoder_id = CONTENT_ENCODERS[modality][kind].identify(model_folder(kind, place), options)
         return Encoding(modality=modality, kind=kind, place=place, options=options, encoder_id=encoder_id)
     width = given_width(inputs.frame("raw.item"), f"{modality}_vector", ctx.logical_date)
-    encoder_id = f"{GIVEN}-d{width}-{'l2' if normalize else 'raw'}"
+    encoder_id = f"{GIVEN}-d{width}-{'l2' if options.normalize else 'raw'}"
     return Encoding(modality=modality, kind=kind, place="", options=options, encoder_id=encoder_id, width=width) if width else None
 
 

@@ -9,6 +9,7 @@ Legend: B batch, T tokens, D width.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.device import best_device
+from pipeline.device import best_device, has_bfloat16
 from pipeline.encoders.base import EncoderOptions, Vectors, bucket_of, encoder_id, finished, length_buckets, padded, rows_per_pass, weights_digest
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 WEIGHTS = "*.safetensors"
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
@@ -46,6 +48,8 @@ class TextModel:
         self._pooling = read_pooling(folder)
         self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         self._model = load_model(folder)
+        if options.precision == "bfloat16" and self._model.device.type == "cpu" and not has_bfloat16():
+            logger.warning("this CPU has no bfloat16 products: content_embedding.text_precision=float32 would be faster here")
         self._buckets = length_buckets(min(options.size, self._tokenizer.model_max_length))
         self.dim = int(self._model.config.hidden_size)
 
@@ -56,18 +60,21 @@ class TextModel:
 
     def encode(self, batch: Sequence[str]) -> Vectors:
         """Vectors (B, D) float32, in the order of the texts."""
+        import torch
+
         if not batch:
             return np.zeros((0, self.dim), dtype=np.float32)
         tokens = self._tokenizer(list(batch), add_special_tokens=True, truncation=True, max_length=self._buckets[-1])["input_ids"]
         lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
         buckets = bucket_of(lengths, self._buckets)
         vectors = np.zeros((len(tokens), self.dim), dtype=np.float32)
-        for bucket in np.unique(buckets):
-            rows = np.flatnonzero(buckets == bucket)
-            size = rows_per_pass(self._buckets[bucket], self._options.batch)
-            for start in range(0, len(rows), size):
-                chosen = rows[start : start + size]
-                vectors[chosen] = self._pass([tokens[row] for row in chosen], lengths[chosen], self._buckets[bucket], size)
+        with torch.inference_mode(), torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._options.precision == "bfloat16"):
+            for bucket in np.unique(buckets):
+                rows = np.flatnonzero(buckets == bucket)
+                size = rows_per_pass(self._buckets[bucket], self._options.batch)
+                for start in range(0, len(rows), size):
+                    chosen = rows[start : start + size]
+                    vectors[chosen] = self._pass([tokens[row] for row in chosen], lengths[chosen], self._buckets[bucket], size)
         return finished(vectors, normalize=self._options.normalize)
 
     def _pass(self, tokens: list[list[int]], lengths: NDArray[np.int64], length: int, size: int) -> Vectors:
@@ -79,11 +86,10 @@ class TextModel:
         mask_BT = np.arange(length) < lengths_B[:, None]
         ids_BT = np.full((size, length), self._tokenizer.pad_token_id or 0, dtype=np.int64)
         ids_BT[: len(tokens)][mask_BT[: len(tokens)]] = np.concatenate(tokens)
-        with torch.inference_mode():
-            device = self._model.device
-            mask = torch.from_numpy(mask_BT).to(device)
-            hidden_BTD = self._model(input_ids=torch.from_numpy(ids_BT).to(device), attention_mask=mask.long()).last_hidden_state
-            return np.asarray(pooled(hidden_BTD, mask, self._pooling)[: len(tokens)].float().cpu().numpy())
+        device = self._model.device
+        mask = torch.from_numpy(mask_BT).to(device)
+        hidden_BTD = self._model(input_ids=torch.from_numpy(ids_BT).to(device), attention_mask=mask.long()).last_hidden_state
+        return np.asarray(pooled(hidden_BTD.float(), mask, self._pooling)[: len(tokens)].cpu().numpy())
 
 
 class MiniLM(TextModel):

@@ -14,24 +14,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pipeline.device import has_bfloat16
 
 BLOCK = 2048  # points whose scores are held at once
 BLOCK_THERE = 65_536  # the same on an accelerator, which is not busy with fewer
 NARROW = 128  # points narrower than this gain nothing from bfloat16
 UNIT = 2.0**-8  # half a step of bfloat16, relative
 SLACK = 1.05  # on the bound, for what float32 loses while the bound itself is computed
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (AMX or AVX-512 BF16)."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def rounds(width: int, device: torch.device) -> bool:

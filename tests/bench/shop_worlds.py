@@ -55,7 +55,7 @@ class Items(NamedTuple):
 def build(args: argparse.Namespace, seed: int, folder: Path) -> Items:
     """The items of world `seed`, encoded, with richness by rank and items under n_min events masked."""
     sizes = {"items": args.items, "users": args.items // 2, "events_per_day": args.items * 4 // 3, "distinct_images": 144}
-    quality = {"text_quality": args.quality, "image_quality": args.quality, "noise_tie": args.tie, "dirty_share": 0.0}
+    quality = {"text_quality": args.quality, "image_quality": args.quality, "noise_tie": args.tie, "noise": args.noise, "zipf": args.zipf, "dirty_share": 0.0}
     source = Source(dataset="shop", options={**sizes, **quality, "seed": seed, "file_format": "parquet"})
     root = Path(Shop().prepare(source, folder, seed).image_root)
     truth = pq.read_table(root / "truth.parquet")
@@ -199,6 +199,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tie", choices=("rarity", "independent", "reversed"), default="rarity")
     parser.add_argument("--quality", type=float, default=0.9, help="share of items whose text, or picture, shows their own cluster")
+    parser.add_argument("--noise", type=float, default=0.8, help="largest share of an item's events that go to random users")
+    parser.add_argument("--zipf", type=float, default=0.9, help="exponent of popularity by rank: the higher, the poorer the tail")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)

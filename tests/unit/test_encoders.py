@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from jobs import content_embedding as job
-from pipeline.encoders import BEHAVIOR_ENCODERS, CONTENT_ENCODERS
+from pipeline.encoders import BEHAVIOR_ENCODERS, CONTENT_ENCODERS, text
 from pipeline.encoders import image as images
 from pipeline.encoders.base import (
     EncoderOptions,
@@ -69,6 +70,11 @@ def minilm():
 
 
 @pytest.fixture(scope="module")
+def minilm_bfloat16():
+    return CONTENT_ENCODERS["text"]["minilm"](job.model_folder("minilm", ""), replace(TEXT, precision="bfloat16"))
+
+
+@pytest.fixture(scope="module")
 def lite0():
     return CONTENT_ENCODERS["image"]["efficientnet_lite0"](job.model_folder("efficientnet_lite0", ""), PICTURE)
 
@@ -116,7 +122,7 @@ def test_every_setting_and_the_weights_stand_in_the_id():
         encoder_id(TEXT, "a" * 64, "cls"),
         *(
             encoder_id(EncoderOptions(**{**vars(TEXT), **other}), "a" * 64, "mean")
-            for other in ({"name": "n"}, {"batch": 8}, {"size": 32}, {"normalize": False})
+            for other in ({"name": "n"}, {"batch": 8}, {"size": 32}, {"normalize": False}, {"precision": "bfloat16"})
         ),
     ]
     assert len(set(changed)) == len(changed)
@@ -175,12 +181,26 @@ def test_minilm_vectors_are_the_models_own(minilm):
     assert np.linalg.norm(found, axis=1) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_a_text_has_the_same_bits_alone_and_in_any_crowd(minilm):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_text_has_the_same_bits_alone_and_in_any_crowd(minilm, minilm_bfloat16, precision):
+    minilm = minilm if precision == "float32" else minilm_bfloat16
     texts = [*TITLES, *(f"{title} number {number}" for number in range(5) for title in TITLES[:3])]
     whole = minilm.encode(texts)
     assert np.array_equal(np.concatenate([minilm.encode([text]) for text in texts]), whole)
     assert np.array_equal(minilm.encode(texts[::-1])[::-1], whole)
     assert np.array_equal(np.concatenate([minilm.encode(texts[:5]), minilm.encode(texts[5:])]), whole)
+
+
+def test_bfloat16_products_leave_a_text_where_it_was(minilm, minilm_bfloat16):
+    assert (minilm.encode(TITLES) * minilm_bfloat16.encode(TITLES)).sum(1).min() >= 0.999
+    assert minilm_bfloat16.encoder_id == minilm.encoder_id + "-bfloat16"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_without_its_instructions_is_said(tiny_text, monkeypatch, caplog, there):
+    monkeypatch.setattr(text, "has_bfloat16", lambda: there)
+    CONTENT_ENCODERS["text"]["hf"](tiny_text, replace(TEXT, precision="bfloat16"))
+    assert ("would be faster" in caplog.text) is not there
 
 
 def test_long_texts_are_cut_and_no_text_gives_no_rows(minilm):

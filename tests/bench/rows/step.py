@@ -17,9 +17,9 @@ from bench import Case, peer, repository
 from torch import Tensor, nn
 
 from pipeline import config
+from pipeline.device import has_bfloat16
 from pipeline.tokenizers import ada_sid, rq_vae
 from pipeline.tokenizers.base import ItemBatch
-from pipeline.tokenizers.residual import has_bfloat16
 from pipeline.tokenizers.world import World
 from rows.assign import counted_flops, embeddings
 
