@@ -12,10 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 STRATA = ("head", "torso", "tail")
+UNIT = 2.0**-32  # of an event: weights are whole numbers of it, so that their sum is exact in any order
 
 
 def decayed_count(item_index_E: ArrayLike, age_E: ArrayLike, events_E: ArrayLike, num_items: int, *, window_days: int, half_life_days: float) -> Floats:
-    """Popularity per item in events, shape (N,): sum over 0 <= age < W of events * 2^(-age / H).
+    """Popularity per item in events, shape (N,): sum over 0 <= age < W of events * 2^(-age / H), each weight rounded to `UNIT`; an item may have 2^31 of them.
 
     Args:
         item_index_E: item of each row, 0 .. num_items - 1.
@@ -25,13 +26,15 @@ def decayed_count(item_index_E: ArrayLike, age_E: ArrayLike, events_E: ArrayLike
         half_life_days: H, days after which an event counts half.
     Raises: ValueError for an age below zero (an event after the cutoff), W < 1 or H <= 0.
     """
-    index_E, old_E, count_E = np.asarray(item_index_E, np.int64), np.asarray(age_E, np.int64), np.asarray(events_E, np.float64)
+    index_E, old_E, count_E = (np.asarray(values, np.int64) for values in (item_index_E, age_E, events_E))
     if (old_E < 0).any():
         raise ValueError("an event lies after the cutoff")
     if window_days < 1 or half_life_days <= 0:
         raise ValueError(f"window_days {window_days} must be >= 1 and half_life_days {half_life_days} > 0")
-    weight_E = np.where(old_E < window_days, np.exp2(-old_E / half_life_days), 0.0)
-    return np.bincount(index_E, weights=count_E * weight_E, minlength=num_items).astype(np.float64)
+    weight_E = np.where(old_E < window_days, np.round(np.exp2(-old_E / half_life_days) / UNIT), 0).astype(np.int64)
+    units_N = np.zeros(num_items, np.int64)
+    np.add.at(units_N, index_E, count_E * weight_E)
+    return units_N * UNIT
 
 
 def evidence(item_index_E: ArrayLike, age_E: ArrayLike, events_E: ArrayLike, num_items: int) -> tuple[Ints, Ints]:

@@ -2,38 +2,28 @@
 -- Views: item_day_stat (the files of the window and all files after :added_up), listed (item_id of the catalogue files after :added_up),
 --        before (item_id, evidence_count, first_event_date of every item known at :added_up; empty when nothing is added up yet).
 -- Parameters: :logical_date, :added_up, :inputs_sha256, :window_days, :half_life_days, :head_share, :tail_share.
-WITH daily AS (
-  SELECT item_id, event_date, sum(events) AS events, sum(CASE WHEN logical_date > :added_up THEN events END) AS new_events
-  FROM item_day_stat
-  WHERE logical_date <= :logical_date
-  GROUP BY item_id, event_date
-),
-history AS (
+WITH evidence AS (
   SELECT
     item_id,
-    sum(new_events) AS new_events,
-    min(event_date) AS first_event_date,
-    -- Added up in the order of days: a sum of doubles in the order of arrival would differ in its last bits from run to run.
-    aggregate(
-      array_sort(collect_list(struct(datediff(:logical_date, event_date) AS age, events)) FILTER (WHERE datediff(:logical_date, event_date) < :window_days)),
-      0.0D,
-      (total, day) -> total + day.events * power(2.0D, -day.age / CAST(:half_life_days AS DOUBLE))
-    ) AS popularity
-  FROM daily
-  GROUP BY item_id
-),
-known_item AS (
-  SELECT item_id FROM before UNION SELECT item_id FROM listed UNION SELECT item_id FROM history
+    -- Weights are whole numbers of 2^-32 events: a sum of doubles in the order of arrival would differ in its last bits from run to run.
+    CASE
+      WHEN datediff(:logical_date, event_date) < :window_days
+      THEN events * CAST(round(4294967296.0D * power(2.0D, -datediff(:logical_date, event_date) / CAST(:half_life_days AS DOUBLE))) AS BIGINT)
+      ELSE 0L
+    END AS popularity,
+    CASE WHEN logical_date > :added_up THEN events ELSE 0L END AS events,
+    event_date
+  FROM item_day_stat
+  WHERE logical_date <= :logical_date
+  UNION ALL
+  SELECT item_id, 0L, evidence_count, first_event_date FROM before
+  UNION ALL
+  SELECT item_id, 0L, 0L, NULL FROM listed
 ),
 scored AS (
-  SELECT
-    k.item_id,
-    coalesce(h.popularity, 0.0D) AS popularity,
-    coalesce(b.evidence_count, 0L) + coalesce(h.new_events, 0L) AS evidence_count,
-    least(b.first_event_date, h.first_event_date) AS first_event_date
-  FROM known_item AS k
-  LEFT JOIN history AS h ON h.item_id = k.item_id
-  LEFT JOIN before AS b ON b.item_id = k.item_id
+  SELECT item_id, sum(popularity) / 4294967296.0D AS popularity, sum(events) AS evidence_count, min(event_date) AS first_event_date
+  FROM evidence
+  GROUP BY item_id
 ),
 step AS (
   SELECT popularity, count(*) AS ties FROM scored GROUP BY popularity
