@@ -51,7 +51,8 @@ def ground(inputs: Inputs, table: str, night: date, *settings: object) -> Ground
 
     ledger = inputs.frame("raw.source_file").where(F.col("file_date") <= F.lit(night))
     files = [tuple(map(str, row)) for row in ledger.select("file_date", "kind", "sha256", "rows_in", "rejected").collect()]
-    settings = ((SQL / table.replace(".", "/") / "query.sql").read_text(encoding="utf-8"), *settings)  # rows of another definition are no ground
+    definition = [path.read_text(encoding="utf-8") for path in sorted((SQL / table.replace(".", "/")).glob("*.sql"))]
+    settings = (*definition, *settings)  # rows of another definition are no ground
     before, stored = night - timedelta(days=1), inputs.frame(table)
     rows = stored.where(F.col("logical_date") == F.lit(before))
     known = "inputs_sha256" in rows.columns  # a snapshot shows the columns it was written with: rows from before there was a digest are no ground

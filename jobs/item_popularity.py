@@ -95,14 +95,14 @@ def item_popularity(inputs: Inputs, stats: DataFrame, base: Ground, params: conf
     from pyspark.sql import functions as F
 
     listed = inputs.frame("raw.item").where((F.col("file_date") > F.lit(base.after)) & (F.col("file_date") <= F.lit(logical_date)))
-    return inputs.query(
+    scored = inputs.query(
         TABLE,
         {"item_day_stat": stats, "listed": listed.select("item_id"), "before": base.rows.select("item_id", "evidence_count", "first_event_date")},
+        name="scored",
         logical_date=logical_date,
         added_up=base.after,
-        inputs_sha256=base.inputs_sha256,
         window_days=params.window_days,
         half_life_days=params.half_life_days,
-        head_share=params.head_share,
-        tail_share=params.tail_share,
-    )
+    ).persist()  # ranks read it twice: the steps of popularity and the items on them
+    ranks = {"inputs_sha256": base.inputs_sha256, "head_share": params.head_share, "tail_share": params.tail_share}
+    return inputs.query(TABLE, {"scored": scored}, logical_date=logical_date, **ranks)

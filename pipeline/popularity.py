@@ -1,4 +1,4 @@
-"""Popularity of items as pure NumPy: the definitions that sql/feature/item_popularity/query.sql computes in Spark, and a test compares the two.
+"""Popularity of items as pure NumPy: the definitions that sql/feature/item_popularity computes in Spark, and a test compares the two.
 
 Events are given by their age in days at the cutoff: 0 = the logical date itself. Nothing younger exists, so nothing here can look ahead.
 Suffixes: E events (or rows of counted events), N items.

@@ -74,8 +74,11 @@ def in_spark(spark, rows, params):
     spark.createDataFrame(stats, schema).createOrReplaceTempView("item_day_stat")
     spark.createDataFrame([(f"i{item}",) for item in range(NUM_ITEMS)], "item_id string").createOrReplaceTempView("listed")
     spark.createDataFrame([], "item_id string, evidence_count bigint, first_event_date date").createOrReplaceTempView("before")
-    text = (SQL / "feature" / "item_popularity" / "query.sql").read_text(encoding="utf-8")
-    found = spark.sql(text, args={"logical_date": DAY, "added_up": date(1900, 1, 1), "inputs_sha256": "s", **params}).collect()
+    given = {"logical_date": DAY, "added_up": date(1900, 1, 1), "inputs_sha256": "s", **params}
+    for name in ("scored", "query"):
+        frame = spark.sql((SQL / "feature" / "item_popularity" / f"{name}.sql").read_text(encoding="utf-8"), args=given)
+        frame.createOrReplaceTempView("scored")
+    found = frame.collect()
     return {
         row.item_id: (row.popularity, row.percentile, row.popularity_decile, row.popularity_stratum, row.evidence_count, row.days_since_first_event)
         for row in found

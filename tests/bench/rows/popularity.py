@@ -150,7 +150,7 @@ def same_rows(ours: pa.Table, theirs: pa.Table) -> str:
 
 
 def by_duckdb(world: World, night: date, cores: int) -> pa.Table:
-    """The definitions of sql/feature/item_popularity/query.sql over all events up to the night."""
+    """The definitions of sql/feature/item_popularity over all events up to the night."""
     duckdb: Any = peer("duckdb")
     with duckdb.connect() as base:
         base.execute(f"SET threads={cores}")
