@@ -104,5 +104,11 @@ def item_popularity(inputs: Inputs, stats: DataFrame, base: Ground, params: conf
         window_days=params.window_days,
         half_life_days=params.half_life_days,
     ).persist()  # ranks read it twice: the steps of popularity and the items on them
-    ranks = {"inputs_sha256": base.inputs_sha256, "head_share": params.head_share, "tail_share": params.tail_share}
-    return inputs.query(TABLE, {"scored": scored}, logical_date=logical_date, **ranks)
+    return inputs.query(
+        TABLE,
+        {"scored": scored},
+        logical_date=logical_date,
+        inputs_sha256=base.inputs_sha256,
+        head_share=params.head_share,
+        tail_share=params.tail_share,
+    )

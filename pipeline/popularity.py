@@ -34,7 +34,7 @@ def decayed_count(item_index_E: ArrayLike, age_E: ArrayLike, events_E: ArrayLike
     weight_E = np.where(old_E < window_days, np.round(np.exp2(-old_E / half_life_days) / UNIT), 0).astype(np.int64)
     units_N = np.zeros(num_items, np.int64)
     np.add.at(units_N, index_E, count_E * weight_E)
-    return units_N * UNIT
+    return np.asarray(units_N * UNIT, np.float64)
 
 
 def evidence(item_index_E: ArrayLike, age_E: ArrayLike, events_E: ArrayLike, num_items: int) -> tuple[Ints, Ints]:

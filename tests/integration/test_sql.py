@@ -1,7 +1,7 @@
 """Rows in -> rows out of every query under sql/, from tests/sql_cases/<namespace>.<table>.json.
 
 A case names its views (schema and rows as JSON), its parameters and the rows it expects, whatever their order.
-`query` names another file of the table's folder than query.sql.
+`query` names another file of the table's folder than query.sql, or several in a row: each is a view for the next.
 """
 
 import json
@@ -43,9 +43,10 @@ def parameter(name, value):
 def test_rows_in_rows_out(spark, table, case):
     for name, view in case["views"].items():
         frame_of(spark, view).createOrReplaceTempView(name)
-    namespace, name = table.split(".")
-    text = (SQL / namespace / name / f"{case.get('query', 'query')}.sql").read_text(encoding="utf-8")
-    found = spark.sql(text, args={key: parameter(key, value) for key, value in case["params"].items()})
+    given = {key: parameter(key, value) for key, value in case["params"].items()}
+    for name in case.get("query", "query").split(", "):
+        found = spark.sql((SQL / table.replace(".", "/") / f"{name}.sql").read_text(encoding="utf-8"), args=given)
+        found.createOrReplaceTempView(name)
     assert rows_of(found) == sorted((dict(row) for row in case["expect"]), key=json.dumps)
 
 
