@@ -373,6 +373,10 @@ class AdaSid(Section):
     behavior_dropout: float = Field(0.2, ge=0, lt=1, description="share of items whose behaviour is hidden in a step")
     content_dropout: float = Field(0.1, ge=0, lt=1, description="share of items whose text or image is hidden in a step")
     warmup_epochs: int = Field(8, ge=0, description="epochs without quantisation before k-means initialisation")
+    expert_start: Literal["parts", "whole"] = Field(
+        "parts",
+        description="where the experts of one modality begin: each with its own part of the principal axes, or each with all of them, turned its own way",
+    )
     detach_behavior: bool = Field(False, description="stop the gradient into h_b in the alignment terms")
     code_gradient: bool = Field(True, description="let the decoder's gradient reach the code rows")
     text_dim: int = Field(128, ge=1, description="PCA width of text vectors before the tokenizer")

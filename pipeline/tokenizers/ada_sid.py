@@ -110,12 +110,13 @@ class ExpertBank(nn.Module):
         return latents_EBD.transpose(0, 1) + self.second_ED
 
     @torch.no_grad()
-    def start_on(self, points_ND: Tensor) -> None:
-        """Begin as a linear read-out: each expert sees its own part of the inputs' principal axes, randomly turned into the latent space."""
+    def start_on(self, points_ND: Tensor, *, whole: bool = False) -> None:
+        """Begin as a linear read-out of the inputs' principal axes, randomly turned into the latent space: each expert of its own part of them, or of all."""
         mean_D, axes_DD = principal_axes(points_ND, points_ND.shape[1])
         variance_D = ((points_ND.cpu() - mean_D) @ axes_DD).var(0, correction=0)
         width = self.direct_EDD.shape[2]
-        for direct_DD, part in zip(self.direct_EDD, deal_axes(variance_D, self.experts), strict=True):
+        parts = [list(range(len(variance_D)))] * self.experts if whole else deal_axes(variance_D, self.experts)
+        for direct_DD, part in zip(self.direct_EDD, parts, strict=True):
             turn_DD = torch.linalg.qr(torch.randn(width, width)).Q[: len(part)]
             direct_DD.copy_(axes_DD[:, part[:width]] @ turn_DD)
         self.second_EHD.mul_(0.1)
@@ -261,7 +262,7 @@ class Network(nn.Module):
             if name != "shared" and isinstance(bank, ExpertBank):
                 prepared = self.prepare(samples[name]).vectors(name)
                 assert prepared is not None, f"no {name} vectors"
-                bank.start_on(prepared)
+                bank.start_on(prepared, whole=self.settings.expert_start == "whole")
         self.controller.fit_buckets(items.richness_N[items.behavior_N].cpu())
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:

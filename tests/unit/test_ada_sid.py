@@ -10,7 +10,7 @@ import torch
 from tokenizer_items import ada_settings, tiny_items, training
 
 from pipeline.tokenizers import TOKENIZERS, from_state
-from pipeline.tokenizers.ada_sid import AdaSid, Network, Training
+from pipeline.tokenizers.ada_sid import AdaSid, ExpertBank, Network, Training
 from pipeline.tokenizers.base import MODALITIES, FitOptions, ItemBatch, codebook_digest
 from pipeline.tokenizers.router import behavior_router
 from pipeline.tokenizers.world import World
@@ -157,6 +157,22 @@ def test_inputs_get_one_scale_each_and_keep_behaviour_norms():
     assert torch.allclose(ratio, made.scale_behavior.expand_as(ratio), rtol=1e-4)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+def test_experts_of_a_modality_begin_apart_or_each_with_the_whole_of_it(whole):
+    torch.manual_seed(0)
+    points = torch.randn(200, 6) * torch.arange(1.0, 7.0)
+    bank = ExpertBank(3, 6, 5, 8).requires_grad_(False)
+    bank.start_on(points, whole=whole)
+    seen = [points @ direct for direct in bank.direct_EDD]
+    distances = [torch.cdist(latents, latents) for latents in seen]
+    if whole:
+        assert all(torch.allclose(each, torch.cdist(points, points), atol=0.02) for each in distances), "a turn keeps all distances"
+        assert not torch.allclose(seen[0], seen[1], atol=0.1)
+    else:
+        assert torch.allclose(sum(each.square() for each in distances), torch.cdist(points, points).square(), rtol=1e-3, atol=1e-2), "each axis is somebody's"
+        assert all(int(torch.linalg.matrix_rank(direct, tol=1e-4)) == 2 for direct in bank.direct_EDD)
+
+
 @pytest.mark.parametrize("code_gradient", [True, False])
 def test_the_decoder_reaches_the_code_rows_only_when_asked(code_gradient):
     made, prepared = network(code_gradient=code_gradient)
@@ -208,6 +224,7 @@ def test_total_is_the_weighted_sum_of_the_terms():
         {"sparsity": "scalar"},
         {"sparsity": "off"},
         {"detach_behavior": True},
+        {"expert_start": "whole"},
         {"num_shared": 0},
         {"num_text": 2, "num_image": 0},
         {"warmup_epochs": 0},
