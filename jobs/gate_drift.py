@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STRATA = ("head", "torso", "tail")
 MAX_PAIRS = 2000
 ITEMS_PER_USER = 20  # a user's pairs grow with the square of this
+MEETINGS = 32  # users that may meet a pair on average before all pairs are compared
 MIN_PAIRS = 200  # below this the agreement is printed, never judged
 Row = Mapping[str, Any]
 
@@ -82,7 +83,8 @@ def measure_agreement(inputs: Inputs, params: GateDrift, ctx: Context, row: Row)
     events = inputs.frame("raw.interaction").where(
         (F.col("file_date") > F.lit(first)) & (F.col("file_date") <= F.lit(day)) & (F.col("event_ts") < F.lit(ctx.cutoff))
     )
-    pairs: Any = with_codes(cooccurring_pairs(events), release_frame(inputs, row)).toPandas()
+    found: Any = with_codes(cooccurring_pairs(events), release_frame(inputs, row)).toPandas()
+    pairs = found.sort_values(["key", "item_a", "item_b"])  # a stranger is the next pair's
     sizes = inputs.frame("sid.generation").where(F.col("generation") == row["generation"]).select("codebook_sizes").collect()[0].codebook_sizes
     width = len(sizes)
     return agreement(
@@ -103,24 +105,50 @@ def release_frame(inputs: Inputs, row: Row) -> DataFrame:
 
 
 def cooccurring_pairs(events: DataFrame, *, max_pairs: int = MAX_PAIRS, items_per_user: int = ITEMS_PER_USER) -> DataFrame:
-    """item_a, item_b, key: at most `max_pairs` pairs of items that one user met in the window, item_a < item_b, chosen and ordered by hash."""
+    """item_a, item_b, key: the `max_pairs` pairs of items that one user met in the window, item_a < item_b, with the smallest hashes; all if fewer."""
+    from pyspark.sql import functions as F
+
+    met = items_met(events, items_per_user).persist()
+    size = F.size("items")
+    total = met.agg(F.sum(size * (size - 1) / 2)).collect()[0][0] or 0.0
+    share = MEETINGS * max_pairs / max(total, 1.0)
+    found = smallest_keys(met, share, max_pairs)
+    if share < 1.0 and len(found) < max_pairs:  # the same pairs meet so often that too few are below the bound
+        found = smallest_keys(met, 1.0, max_pairs)
+    return events.sparkSession.createDataFrame(found, "item_a string, item_b string, key bigint")
+
+
+def items_met(events: DataFrame, most: int) -> DataFrame:
+    """items: the distinct items of one user, sorted, at most `most` of them, chosen by hash."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    order = Window.partitionBy("user_id").orderBy(F.xxhash64("user_id", "item_id"), "item_id")
-    met = events.select("user_id", "item_id").distinct().withColumn("place", F.row_number().over(order)).where(F.col("place") <= items_per_user)
-    left, right = met.select("user_id", F.col("item_id").alias("item_a")), met.select("user_id", F.col("item_id").alias("item_b"))
-    pairs = left.join(right, "user_id").where(F.col("item_a") < F.col("item_b")).select("item_a", "item_b").distinct()
-    return pairs.withColumn("key", F.xxhash64("item_a", "item_b")).orderBy("key", "item_a", "item_b").limit(max_pairs)
+    order = Window.partitionBy("user_id").orderBy("hash", "item_id")
+    placed = events.select("user_id", "item_id", F.xxhash64("user_id", "item_id").alias("hash")).withColumn("place", F.dense_rank().over(order))
+    return placed.where(F.col("place") <= most).groupBy("user_id").agg(F.sort_array(F.collect_set("item_id")).alias("items")).select("items")
+
+
+def smallest_keys(met: DataFrame, share: float, max_pairs: int) -> list[tuple[str, str, int]]:
+    """(item_a, item_b, key) of the distinct pairs with the smallest keys among those in the lowest `share` of all keys, in order.
+
+    The bound spares the comparison of millions of pairs that cannot be among the smallest.
+    """
+    from pyspark.sql import functions as F
+
+    first = met.select(F.posexplode("items").alias("place", "item_a"), "items")
+    pairs = first.select("item_a", F.explode(F.expr("slice(items, place + 2, size(items))")).alias("item_b")).withColumn("key", F.xxhash64("item_a", "item_b"))
+    below = pairs if share >= 1.0 else pairs.where(F.col("key") < F.lit(int(share * 2**64) - 2**63))
+    return [tuple(row) for row in below.distinct().orderBy("key", "item_a", "item_b").limit(max_pairs).collect()]
 
 
 def with_codes(pairs: DataFrame, release: DataFrame) -> DataFrame:
-    """The pairs in hash order with codes_a, codes_b and stratum_b; a pair with an item outside the release is left out."""
+    """The pairs with codes_a, codes_b and stratum_b; a pair with an item outside the release is left out."""
     from pyspark.sql import functions as F
 
     left = release.select(F.col("item_id").alias("item_a"), F.col("codes").alias("codes_a"))
     right = release.select(F.col("item_id").alias("item_b"), F.col("codes").alias("codes_b"), F.col("popularity_stratum").alias("stratum_b"))
-    return pairs.join(left, "item_a").join(right, "item_b").orderBy("key", "item_a", "item_b")
+    half = F.broadcast(pairs).join(left, "item_a")  # few pairs: the release is not shuffled
+    return F.broadcast(half).join(right, "item_b")
 
 
 def agreement(
