@@ -11,9 +11,9 @@ Not here: fitting the tokenizer (train_tokenizer) and publishing (publish_releas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 SAME_WORDS = ("", "anchored")  # nights whose codes mean what the parent's mean
 STRATA = ("head", "torso", "tail")
 FEW = 1_000_000  # items of a frozen night whose keys every task may hold: about 130 MB
+OF_FEATURES = ("logical_date", "item_id", "popularity", "popularity_stratum", "status", "first_seen", "retired_at")  # what a release's row takes over
+REFERENCES = ("text_encoder_id", "text_hash", "image_encoder_id", "image_hash", "behavior_date", "richness", "strength")  # what an encoded item is found by
 FLAGS = ("live", "described", "shared", "known", "changed_from_parent", "unmasked", "encoded", "dangling", "bad_codes", "loud_mask", "parent_stratum")
+Mapper = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 CODES_SCHEMA = "item_id string, codes array<int>, weights array<float>, dangling boolean"
 USERS_SCHEMA = "user_id string, codes array<int>, num_items int"
 CODEBOOK_SCHEMA = "position int, slot string, code int, vector array<float>"
@@ -65,8 +68,8 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     tonight = F.col("logical_date") == F.lit(plan.logical_date)
     features = inputs.frame("feature.item_feature").where(tonight)
     parent = parent_rows(inputs, plan)
-    chosen = items_to_encode(features, parent, plan)
-    chosen = chosen.join(parent.select("item_id", F.col("codes").alias("keep")), "item_id", "left").persist()
+    items = beside_parent(features, parent, plan).persist()
+    chosen = items.where("chosen").withColumnRenamed("parent_codes", "keep")
     content = inputs.frame("feature.item_content_vector")
     behavior = inputs.frame("feature.item_behavior_vector").where(tonight)  # behaviour that is encoded was trained tonight
     if not plan.new_generation and chosen.count() <= FEW:
@@ -75,7 +78,7 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
     model = broadcast_model(inputs, vocabulary)
     margin = params.hold_margin if plan.start in SAME_WORDS else None
     encoded = encode(vectors, partial(encode_batches, model=model, margin=margin), vocabulary.codebook_sizes)
-    rows = with_groups(release_rows(features, encoded, parent, plan), vocabulary.codebook_sizes).persist()
+    rows = with_groups(release_rows(items, encoded, plan), vocabulary.codebook_sizes).persist()
     sources = read_sources(features, parent, plan.logical_date)
     metrics, usage = measured(rows, vocabulary.codebook_sizes)
     metrics = {**metrics, **against_sources(metrics, sources, plan)}
@@ -147,15 +150,23 @@ def parent_rows(inputs: Inputs, plan: Plan) -> DataFrame:
 # ---------------------------------------------------------------- encoding
 
 
-def items_to_encode(features: DataFrame, parent: DataFrame, plan: Plan) -> DataFrame:
-    """Feature rows to encode: all of a new generation; else those not in the parent or with a behaviour row trained tonight."""
+def beside_parent(features: DataFrame, parent: DataFrame, plan: Plan) -> DataFrame:
+    """OF_FEATURES and REFERENCES of `features` with the parent_* columns (null = not in the parent) and `chosen` = to be encoded.
+
+    All of a new generation; else those not in the parent or with a behaviour row trained tonight.
+    """
     from pyspark.sql import functions as F
 
-    if plan.new_generation:
-        return features
-    known = parent.select("item_id", F.lit(True).alias("known"))
+    before = parent.select(
+        "item_id",
+        F.col("codes").alias("parent_codes"),
+        F.col("weights").alias("parent_weights"),
+        F.col("disambiguator").alias("parent_number"),
+        F.col("popularity_stratum").alias("parent_stratum"),
+    )
     trained_tonight = F.col("behavior_date").eqNullSafe(F.lit(plan.logical_date))
-    return features.join(known, "item_id", "left").where(F.col("known").isNull() | trained_tonight).drop("known")
+    chosen = F.lit(plan.new_generation) | F.col("parent_codes").isNull() | trained_tonight
+    return features.select(*OF_FEATURES, *REFERENCES).join(before, "item_id", "left").withColumn("chosen", chosen)
 
 
 def content_keys(items: DataFrame) -> DataFrame:
@@ -220,18 +231,22 @@ def model_files(folder: Path) -> tuple[str, bytes]:
     return (folder / "config.json").read_text(encoding="utf-8"), (folder / "model.safetensors").read_bytes()
 
 
-def encode(vectors: DataFrame, mapper: Any, codebook_sizes: tuple[int, ...]) -> DataFrame:
+def encode(vectors: DataFrame, mapper: Mapper, codebook_sizes: tuple[int, ...]) -> DataFrame:
     """item_id, codes, weights, dangling per row of `vectors`; an item without any modality gets the reserved code K and weight 0 everywhere."""
-    from pyspark.sql import functions as F
+    return vectors.mapInArrow(partial(around_masked, mapper=mapper, codebook_sizes=codebook_sizes), CODES_SCHEMA)
 
-    empty = F.col("text").isNull() & F.col("image").isNull() & F.col("behavior").isNull()
-    masked = vectors.where(empty).select(
-        "item_id",
-        _literals(codebook_sizes).alias("codes"),
-        F.array(*[F.lit(0.0).cast("float") for _ in codebook_sizes]).alias("weights"),
-        "dangling",
-    )
-    return vectors.where(~empty).mapInArrow(mapper, CODES_SCHEMA).unionByName(masked)
+
+def around_masked(batches: Iterator[pa.RecordBatch], mapper: Mapper, codebook_sizes: tuple[int, ...]) -> Iterator[pa.RecordBatch]:
+    """Record batches of CODES_SCHEMA, where the mapper sees only items with a modality: two passes would gather all vectors twice."""
+    import pyarrow.compute as pc
+
+    for batch in batches:
+        empty_N = reduce(pc.and_, (pc.is_null(batch.column(name)) for name in ("text", "image", "behavior")))
+        yield from mapper(iter([batch.filter(pc.invert(empty_N))]))
+        masked = batch.filter(empty_N)
+        codes_NL = np.tile(np.asarray(codebook_sizes, np.int32), (masked.num_rows, 1))
+        columns = [masked.column("item_id"), list_array(codes_NL), list_array(np.zeros(codes_NL.shape, np.float32)), masked.column("dangling")]
+        yield pa.RecordBatch.from_arrays(columns, names=["item_id", "codes", "weights", "dangling"])
 
 
 def encode_batches(batches: Iterator[pa.RecordBatch], model: Any, margin: float | None = None) -> Iterator[pa.RecordBatch]:
@@ -384,23 +399,20 @@ def _literals(values: Iterable[int]) -> Column:
 # ---------------------------------------------------------------- the release's rows
 
 
-def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, plan: Plan) -> DataFrame:
-    """One row per item of `features`: the columns of sid.item_sid, and parent_codes, parent_stratum, encoded, dangling for the measurements."""
+def release_rows(items: DataFrame, encoded: DataFrame, plan: Plan) -> DataFrame:
+    """One row per item of `beside_parent`: the columns of sid.item_sid, and parent_codes, parent_stratum, encoded, dangling for the measurements.
+
+    Only what was encoded is joined: an unmoved item has all it needs in its own row.
+    """
     from pyspark.sql import functions as F
 
-    before = parent.select(
-        "item_id",
-        F.col("codes").alias("parent_codes"),
-        F.col("weights").alias("parent_weights"),
-        F.col("disambiguator").alias("parent_number"),
-        F.col("popularity_stratum").alias("parent_stratum"),
-    )
+    kept = items.drop(*REFERENCES)
     fresh = encoded.select("item_id", "dangling", F.col("codes").alias("new_codes"), F.col("weights").alias("new_weights"))
     carry, same_words = F.lit(not plan.new_generation), F.lit(plan.start in SAME_WORDS)
     joined = (
-        features.drop("generation")
+        kept.where("chosen")
         .join(fresh, "item_id", "left")
-        .join(before, "item_id", "left")
+        .unionByName(kept.where("NOT chosen"), allowMissingColumns=True)
         .withColumn("encoded", F.col("new_codes").isNotNull())
         .withColumn("codes", F.coalesce("new_codes", F.when(carry, F.col("parent_codes"))))
         .withColumn("weights", F.coalesce("new_weights", F.when(carry, F.col("parent_weights"))))
@@ -409,7 +421,7 @@ def release_rows(features: DataFrame, encoded: DataFrame, parent: DataFrame, pla
         .withColumn("changed_from_parent", F.coalesce(F.col("codes") != F.col("parent_codes"), F.lit(False)))
         .withColumn("generation", F.lit(plan.generation).cast("int"))
     )
-    return disambiguate_frame(joined).drop("existing", "new_codes", "new_weights", "parent_weights", "parent_number")
+    return disambiguate_frame(joined).drop("existing", "new_codes", "new_weights", "parent_weights", "parent_number", "chosen")
 
 
 def disambiguate_frame(rows: DataFrame) -> DataFrame:

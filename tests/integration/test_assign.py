@@ -52,6 +52,10 @@ def released(item_id, codes, number=0, *, weights=(1.0, 1.0), stratum="head", po
     return (D - timedelta(days=1), item_id, list(codes), list(weights), number, popularity, stratum, "live", True, D - timedelta(days=9), None, False, 1)
 
 
+def night_rows(features, encoded, parent, night):
+    return assign_sid.release_rows(assign_sid.beside_parent(features, parent, night), encoded, night)
+
+
 def encoded_frame(spark, rows):
     return spark.createDataFrame([(item, list(codes), [1.0] * len(codes), False) for item, codes in rows], assign_sid.CODES_SCHEMA)
 
@@ -83,9 +87,8 @@ def test_frozen_encodes_new_items_and_rows_trained_tonight_only(spark):
         [feature("old", behavior_date=D - timedelta(days=3)), feature("moved", behavior_date=D), feature("new"), feature("cold")], FEATURE
     )
     parent = spark.createDataFrame([released("old", (1, 1)), released("moved", (2, 2)), released("cold", (3, 3))], SID)
-    chosen = assign_sid.items_to_encode(features, parent, plan())
-    assert sorted(row.item_id for row in chosen.collect()) == ["moved", "new"]
-    assert assign_sid.items_to_encode(features, parent, plan(new_generation=True)).count() == 4
+    assert by_item(assign_sid.beside_parent(features, parent, plan()), "chosen") == {"old": (False,), "moved": (True,), "new": (True,), "cold": (False,)}
+    assert assign_sid.beside_parent(features, parent, plan(new_generation=True)).where("chosen").count() == 4
 
 
 def test_everything_not_encoded_is_carried_over_bit_by_bit(spark):
@@ -97,7 +100,7 @@ def test_everything_not_encoded_is_carried_over_bit_by_bit(spark):
         [released("a", (1, 1), 3, weights=(odd, 0.5)), released("gone", (1, 1), 4), released("same", (2, 2), 7), released("moved", (2, 2), 8)], SID
     )
     encoded = encoded_frame(spark, [("same", (2, 2)), ("moved", (1, 1)), ("new", (1, 1))])
-    rows = assign_sid.release_rows(features, encoded, parent, plan())
+    rows = night_rows(features, encoded, parent, plan())
     found = by_item(rows, "codes", "disambiguator", "changed_from_parent", "is_new")
     assert found == {
         "a": ([1, 1], 3, False, False),
@@ -114,7 +117,7 @@ def test_a_new_generation_numbers_from_zero(spark):
     features = spark.createDataFrame([feature("b", first_seen=D), feature("a", first_seen=D), feature("late", first_seen=D + timedelta(days=1))], FEATURE)
     parent = spark.createDataFrame([released("a", (1, 1), 9)], SID)
     encoded = encoded_frame(spark, [("a", (1, 1)), ("b", (1, 1)), ("late", (1, 1))])
-    found = by_item(assign_sid.release_rows(features, encoded, parent, plan(new_generation=True)), "disambiguator", "generation")
+    found = by_item(night_rows(features, encoded, parent, plan(new_generation=True)), "disambiguator", "generation")
     assert found == {"a": (0, 2), "b": (1, 2), "late": (2, 2)}
 
 
@@ -123,7 +126,7 @@ def test_an_anchored_generation_keeps_the_numbers_of_unmoved_items(spark):
     parent = spark.createDataFrame([released("a", (1, 1), 9), released("b", (2, 2), 4)], SID)
     encoded = encoded_frame(spark, [("a", (1, 1)), ("b", (1, 1)), ("new", (1, 1))])
     night = plan(new_generation=True).model_copy(update={"start": "anchored"})
-    found = by_item(assign_sid.release_rows(features, encoded, parent, night), "disambiguator", "changed_from_parent", "generation")
+    found = by_item(night_rows(features, encoded, parent, night), "disambiguator", "changed_from_parent", "generation")
     assert found == {"a": (9, False, 2), "b": (10, True, 2), "new": (11, False, 2)}
 
 
@@ -172,8 +175,8 @@ def test_an_item_without_any_modality_is_masked_without_asking_the_tokenizer(spa
 def test_metrics_count_what_their_names_say(spark):
     features = spark.createDataFrame(
         [
-            feature("a", popularity=6.0),
-            feature("b", popularity=2.0, stratum="tail"),
+            feature("a", behavior_date=D, popularity=6.0),
+            feature("b", behavior_date=D, popularity=2.0, stratum="tail"),
             feature("c", popularity=2.0, stratum="tail"),
             feature("retired", popularity=0.0, status="retired"),
             feature("empty", text=None, popularity=0.0, stratum="tail"),
@@ -184,7 +187,7 @@ def test_metrics_count_what_their_names_say(spark):
     parent = spark.createDataFrame([released("a", (1, 2)), released("b", (3, 10), weights=(1.0, 0.0), stratum="tail"), released("retired", (1, 1))], SID)
     encoded = encoded_frame(spark, [("a", (1, 1)), ("b", (3, 4)), ("c", (1, 1)), ("empty", (10, 10)), ("empty too", (10, 10))])
     encoded = encoded.selectExpr("item_id", "codes", "IF(codes[0] = 10, array(0f, 0f), weights) AS weights", "item_id = 'c' AS dangling")
-    metrics, usage = assign_sid.measure(assign_sid.with_groups(assign_sid.release_rows(features, encoded, parent, plan()), SIZES), SIZES)
+    metrics, usage = assign_sid.measure(assign_sid.with_groups(night_rows(features, encoded, parent, plan()), SIZES), SIZES)
     expected = {
         "rows": 6, "live": 5, "known": 3, "new_items": 3, "dangling": 1, "codes_out_of_range": 0, "masked_with_weight": 0, "disambiguators": 3,
         "collision_rate": 2 / 3,  # a and c of a, b, c: neither the retired nor the masked items count
@@ -210,7 +213,7 @@ def test_broken_codes_are_counted(spark):
         ],
         assign_sid.CODES_SCHEMA,
     )
-    rows = assign_sid.release_rows(features, encoded, spark.createDataFrame([], SID), plan(parent=False))
+    rows = night_rows(features, encoded, spark.createDataFrame([], SID), plan(parent=False))
     metrics, _ = assign_sid.measure(assign_sid.with_groups(rows, SIZES), SIZES)
     assert metrics["codes_out_of_range"] == 3
     assert metrics["masked_with_weight"] >= 1
@@ -230,7 +233,7 @@ def test_the_churn_budget_holds_within_a_generation_only_and_lost_items_are_coun
 def test_collisions_by_decile(spark):
     features = spark.createDataFrame([feature(f"i{number}", popularity=float(number)) for number in range(20)], FEATURE)
     encoded = encoded_frame(spark, [(f"i{number}", (0, 0) if number < 2 else (number % 10, number // 10 + 1)) for number in range(20)])
-    rows = assign_sid.release_rows(features, encoded, spark.createDataFrame([], SID), plan(parent=False))
+    rows = night_rows(features, encoded, spark.createDataFrame([], SID), plan(parent=False))
     rates = assign_sid.collisions_by_decile(assign_sid.with_groups(rows, SIZES))
     assert len(rates) == 10
     assert rates[0] == 1.0
@@ -251,7 +254,7 @@ def test_gate_names_only_metrics_that_somebody_measures(spark):
 
     contract = quality.read_expectations("sid.item_sid")
     features = spark.createDataFrame([feature("a")], FEATURE)
-    rows = assign_sid.release_rows(features, encoded_frame(spark, [("a", (1, 1))]), spark.createDataFrame([], SID), plan(parent=False))
+    rows = night_rows(features, encoded_frame(spark, [("a", (1, 1))]), spark.createDataFrame([], SID), plan(parent=False))
     metrics, _ = assign_sid.measure(assign_sid.with_groups(rows, SIZES), SIZES)
     known = {*contract["metrics"], *metrics, "rows_missing", "items_lost", "budget_churn", "budget_churn_head", "budget_churn_refit"}
     assert {rule["metric"] for rule in contract["expect"]} <= known
