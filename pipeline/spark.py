@@ -127,6 +127,7 @@ def _settings(launch: Launch) -> dict[str, str]:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.adaptive.enabled": "true",
+        "spark.sql.inMemoryColumnarStorage.compressed": "false",  # kept rows are read once or twice: packing them costs more than it saves
     }
 
 
