@@ -182,10 +182,9 @@ def rows_digest(frame: DataFrame) -> str:
         frame.select(row.alias("h"))
         .groupBy(F.substring("h", 1, 3).alias("b"))
         .agg(F.sha2(F.concat_ws("", F.sort_array(F.collect_list("h"))), 256).alias("d"))
-        .orderBy("b")
         .collect()
     )
-    return hashlib.sha256("".join(bucket.d for bucket in buckets).encode()).hexdigest()
+    return hashlib.sha256("".join(bucket.d for bucket in sorted(buckets)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- writing: branch, replace, publish
