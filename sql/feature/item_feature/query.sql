@@ -2,6 +2,7 @@
 -- Views: item (sql/raw/item/as_of.sql), item_popularity (the night's partition), content_key (encoder_id, modality, content_hash),
 --        trained (item_id, evidence_count, evidence_bucket, richness, strength of the rows trained tonight), parent (its item_feature rows; empty for a new generation).
 -- Parameters: :logical_date, :generation, :text_encoder_id, :image_encoder_id (null = none).
+-- The joins by item come first: rows are shuffled by item once.
 -- A behaviour row is tonight's where it was trained tonight, else the parent's bit by bit, else masked.
 SELECT
   :logical_date AS logical_date,
@@ -24,7 +25,7 @@ SELECT
   i.retired_at
 FROM item_popularity AS p
 LEFT JOIN item AS i ON i.item_id = p.item_id
-LEFT JOIN content_key AS t ON t.encoder_id = :text_encoder_id AND t.modality = 'text' AND t.content_hash = i.text_hash
-LEFT JOIN content_key AS m ON m.encoder_id = :image_encoder_id AND m.modality = 'image' AND m.content_hash = i.image_hash
 LEFT JOIN trained AS b ON b.item_id = p.item_id
 LEFT JOIN parent AS old ON old.item_id = p.item_id
+LEFT JOIN content_key AS t ON t.encoder_id = :text_encoder_id AND t.modality = 'text' AND t.content_hash = i.text_hash
+LEFT JOIN content_key AS m ON m.encoder_id = :image_encoder_id AND m.modality = 'image' AND m.content_hash = i.image_hash
