@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SAME_WORDS = ("", "anchored")  # nights whose codes mean what the parent's mean
 STRATA = ("head", "torso", "tail")
 FEW = 1_000_000  # items of a frozen night whose keys every task may hold: about 130 MB
+WORTH_A_WORKER = 20_000  # items whose encoding takes as long as a worker that loads torch
 OF_FEATURES = ("logical_date", "item_id", "popularity", "popularity_stratum", "status", "first_seen", "retired_at")  # what a release's row takes over
 REFERENCES = ("text_encoder_id", "text_hash", "image_encoder_id", "image_hash", "behavior_date", "richness", "strength")  # what an encoded item is found by
 FLAGS = ("live", "described", "shared", "known", "changed_from_parent", "unmasked", "encoded", "dangling", "bad_codes", "loud_mask", "parent_stratum")
@@ -65,16 +66,10 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
 
     plan = ctx.plan()
     vocabulary = read_vocabulary(inputs, ctx, plan)
-    tonight = F.col("logical_date") == F.lit(plan.logical_date)
-    features = inputs.frame("feature.item_feature").where(tonight)
+    features = inputs.frame("feature.item_feature").where(F.col("logical_date") == F.lit(plan.logical_date))
     parent = parent_rows(inputs, plan)
     items = beside_parent(features, parent, plan).persist()
-    chosen = items.where("chosen").withColumnRenamed("parent_codes", "keep")
-    content = inputs.frame("feature.item_content_vector")
-    behavior = inputs.frame("feature.item_behavior_vector").where(tonight)  # behaviour that is encoded was trained tonight
-    if not plan.new_generation and chosen.count() <= FEW:
-        content = content.join(F.broadcast(content_keys(chosen)), ["modality", "encoder_id", "content_hash"], "left_semi")  # else all vectors would be shuffled
-    vectors = item_vectors(chosen, content, behavior, plan.generation)
+    vectors = chosen_vectors(inputs, items, plan)
     model = broadcast_model(inputs, vocabulary)
     margin = params.hold_margin if plan.start in SAME_WORDS else None
     encoded = encode(vectors, partial(encode_batches, model=model, margin=margin), vocabulary.codebook_sizes)
@@ -167,6 +162,21 @@ def beside_parent(features: DataFrame, parent: DataFrame, plan: Plan) -> DataFra
     trained_tonight = F.col("behavior_date").eqNullSafe(F.lit(plan.logical_date))
     chosen = F.lit(plan.new_generation) | F.col("parent_codes").isNull() | trained_tonight
     return features.select(*OF_FEATURES, *REFERENCES).join(before, "item_id", "left").withColumn("chosen", chosen)
+
+
+def chosen_vectors(inputs: Inputs, items: DataFrame, plan: Plan) -> DataFrame:
+    """`item_vectors` of the chosen items of `beside_parent`; a frozen night shuffles only what they refer to and starts few workers."""
+    from pyspark.sql import functions as F
+
+    chosen = items.where("chosen").withColumnRenamed("parent_codes", "keep")
+    content = inputs.frame("feature.item_content_vector")
+    behavior = inputs.frame("feature.item_behavior_vector").where(F.col("logical_date") == F.lit(plan.logical_date))  # what is encoded was trained tonight
+    if plan.new_generation:
+        return item_vectors(chosen, content, behavior, plan.generation)
+    count = chosen.count()
+    if count <= FEW:
+        content = content.join(F.broadcast(content_keys(chosen)), ["modality", "encoder_id", "content_hash"], "left_semi")
+    return item_vectors(chosen, content, behavior, plan.generation).coalesce(1 + count // WORTH_A_WORKER)
 
 
 def content_keys(items: DataFrame) -> DataFrame:
