@@ -462,9 +462,8 @@ def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows
     What is exact: an item's row is a function of the base, of the windows around its own events and of its own seed. Other moved items stand at their BASE row
     in its windows, items without a base row drop out of them, the competitors are base items drawn by the step alone, and Adam works on each element by
     itself. So the row does not depend on which other items moved, up to the rounding of batched products.
-    differs from training everything: the loss is taken where the row can be read, from the item's first event in a window on; the item's output row stays
-    where it starts. With tied tables all positions count, and an output row is pushed down only in windows that hold its item, so moved rows score too high
-    as next items; the input row of untied tables is what this is made for.
+    differs from training everything: the loss is taken where the row can be read, from the item's first event in a window on. As a next item the row stays
+    where it starts, with tied tables too: these windows hold their item far oftener than others do, so they would lift its score until all of it is that.
 
     Args:
         model: the base network, as from `restore`.
@@ -498,7 +497,7 @@ class _RowTask:
     def fit(self, start: Rows) -> tuple[Tensor, list[float]]:
         """(trained input rows [M, D], mean loss per step); the step size falls linearly to nothing."""
         inputs_MD = start.inputs.to(self.device).clone().requires_grad_()
-        outputs_MD = inputs_MD if self.params.tied else start.outputs.to(self.device)
+        outputs_MD = start.outputs.to(self.device)
         optimizer = torch.optim.Adam([inputs_MD], lr=self.params.learning_rate)
         curve = []
         for step in range(self.params.row_steps):
@@ -519,9 +518,7 @@ class _RowTask:
         own_BL = before_BL == self.own
         base_BLD = self.model.input_rows(before_BL.clamp(max=self.pad))
         hidden_BLD = self.model.encode(torch.where(own_BL[:, :, None], inputs_MD[slot_B][:, None, :], base_BLD))
-        counts_BL = after_BL != self.pad
-        if not self.params.tied:
-            counts_BL &= own_BL.cumsum(1) > 0  # attention is causal: nothing before reads the row
+        counts_BL = (after_BL != self.pad) & (own_BL.cumsum(1) > 0)  # attention is causal: nothing before reads the row
         slot_P = slot_B[:, None].expand_as(counts_BL)[counts_BL]
         loss_P = self.cross_entropy(hidden_BLD[counts_BL], after_BL[counts_BL], slot_P, outputs_MD, step)
         zeros_M = torch.zeros(self.moved_M.numel(), device=self.device)
