@@ -31,7 +31,7 @@ GATES = {
     "min_perplexity_share": ("min", "publish_release.min_perplexity_share", "evenness of code use at the worst position"),
     "max_dead_share": ("max", "publish_release.max_dead_share", "unused codes at the worst position"),
     "shared_mass": ("max", "publish_release.max_shared_mass", "popularity on items that share their codes"),
-    "budget_churn": ("max", "publish_release.max_churn", "items of the parent whose codes changed"),
+    "budget_churn": ("max", "publish_release.max_churn", "items of the parent whose codes changed, first behaviour codes apart"),
     "budget_churn_head": ("max", "publish_release.max_head_churn", "the same among the most popular items"),
     "budget_churn_refit": ("max", "publish_release.max_refit_churn", "items whose codes an anchored refit changed"),
 }
