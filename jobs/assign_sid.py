@@ -250,12 +250,19 @@ def around_masked(batches: Iterator[pa.RecordBatch], mapper: Mapper, codebook_si
     """Record batches of CODES_SCHEMA, where the mapper sees only items with a modality: two passes would gather all vectors twice."""
     import pyarrow.compute as pc
 
-    for batch in batches:
-        empty_N = reduce(pc.and_, (pc.is_null(batch.column(name)) for name in ("text", "image", "behavior")))
-        yield from mapper(iter([batch.filter(pc.invert(empty_N))]))
-        masked = batch.filter(empty_N)
-        codes_NL = np.tile(np.asarray(codebook_sizes, np.int32), (masked.num_rows, 1))
-        columns = [masked.column("item_id"), list_array(codes_NL), list_array(np.zeros(codes_NL.shape, np.float32)), masked.column("dangling")]
+    masked: list[pa.RecordBatch] = []
+
+    def shown() -> Iterator[pa.RecordBatch]:
+        """The items with a modality; the others are put aside. One stream, because a mapper looks for its model once a call."""
+        for batch in batches:
+            empty_N = reduce(pc.and_, (pc.is_null(batch.column(name)) for name in ("text", "image", "behavior")))
+            masked.append(batch.select(["item_id", "dangling"]).filter(empty_N))
+            yield batch.filter(pc.invert(empty_N))
+
+    yield from mapper(shown())
+    for rows in masked:
+        codes_NL = np.tile(np.asarray(codebook_sizes, np.int32), (rows.num_rows, 1))
+        columns = [rows.column("item_id"), list_array(codes_NL), list_array(np.zeros(codes_NL.shape, np.float32)), rows.column("dangling")]
         yield pa.RecordBatch.from_arrays(columns, names=["item_id", "codes", "weights", "dangling"])
 
 

@@ -37,27 +37,20 @@ FloatArray = NDArray[np.float64]
 def cases(scale: str) -> Iterator[Case]:
     users, num_items = SIZES[scale]
     generator = np.random.default_rng(0)
-    lengths = 5 + generator.geometric(1 / (MEAN_LENGTH - 4), users) - 1
+    lengths, offsets = histories(users, generator)
     items_T = torch.from_numpy((num_items * generator.random(int(lengths.sum())) ** 2).astype(np.int64))
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
     params = config.SasRec(dropout=0.0)  # without it both ways see the same numbers, so that their losses can be compared
     start_B, stop_B = sasrec.window_bounds(offsets, params.max_length)
 
-    def fresh() -> tuple[sasrec.SasRec, torch.optim.Optimizer]:
-        """The same first weights for both."""
-        torch.manual_seed(0)
-        model = sasrec.SasRec(num_items, params)
-        return model, torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0)
-
     def ours() -> float:
         """Loss of an epoch of ours."""
-        model, optimizer = fresh()
+        model, optimizer = fresh(num_items, params)
         torch.manual_seed(1)
         return sasrec._epoch(model, optimizer, items_T, start_B, stop_B, params)
 
     def plain() -> float:
         """Loss of an epoch of the peer."""
-        model, optimizer = fresh()
+        model, optimizer = fresh(num_items, params)
         torch.manual_seed(1)
         return plain_epoch(model, optimizer, items_T, start_B, stop_B, params)
 
@@ -89,6 +82,19 @@ def cases(scale: str) -> Iterator[Case]:
         yield trained(recbole, *WHOLE[scale])
 
 
+def histories(users: int, generator: np.random.Generator) -> tuple[NDArray[np.int64], Tensor]:
+    """(events, where they begin) of users as long as Beauty's."""
+    lengths = 5 + generator.geometric(1 / (MEAN_LENGTH - 4), users) - 1
+    return lengths, torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def fresh(num_items: int, params: config.SasRec) -> tuple[sasrec.SasRec, torch.optim.Optimizer]:
+    """A network with its first weights, the same at every call."""
+    torch.manual_seed(0)
+    model = sasrec.SasRec(num_items, params)
+    return model, torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0)
+
+
 def trained(recbole: ModuleType, users: int, num_items: int) -> Case:
     """Equally many epochs of both on strolls, then the last event of every user."""
     params = config.SasRec(max_length=20, tied=True)  # as RecBole's
@@ -98,9 +104,7 @@ def trained(recbole: ModuleType, users: int, num_items: int) -> Case:
 
     def ours() -> FloatArray:
         """Hits among ten of our network."""
-        torch.manual_seed(0)
-        model = sasrec.SasRec(num_items, params)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, weight_decay=0.0)
+        model, optimizer = fresh(num_items, params)
         for _ in range(EPOCHS):
             sasrec._epoch(model, optimizer, sequences.items, start_B, stop_B, params)
         return evaluation.recall_at(sasrec.answer(model, sequences, questions), 10)
@@ -133,13 +137,13 @@ def trained(recbole: ModuleType, users: int, num_items: int) -> Case:
 def strolls(users: int, num_items: int) -> sasrec.Sequences:
     """Users who walk through two rows of twenty items, mostly one step at a time, so that there is an order to learn."""
     generator = np.random.default_rng(0)
-    lengths = 5 + generator.geometric(1 / (MEAN_LENGTH - 4), users) - 1
+    lengths, offsets = histories(users, generator)
     user_T = np.repeat(np.arange(users), lengths)
     row_UR, start_U = generator.integers(num_items // ROW, size=(users, 2)), generator.integers(ROW, size=users)
     step_T = np.where(generator.random(len(user_T)) < 0.7, 1, generator.integers(ROW, size=len(user_T)))
     row_T = row_UR[user_T, (generator.random(len(user_T)) < 0.2).astype(int)]
     items_T = ROW * row_T + (start_U[user_T] + np.cumsum(step_T)) % ROW
-    return sasrec.Sequences(torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])), torch.from_numpy(items_T))
+    return sasrec.Sequences(offsets, torch.from_numpy(items_T))
 
 
 @dataclass(frozen=True)
@@ -165,19 +169,20 @@ class RecBole:
         return model, torch.optim.Adam(model.parameters(), lr=params.learning_rate)
 
     def asked(self, target_E: Tensor, first_E: Tensor) -> dict[str, Tensor]:
-        """Examples: the events before each target, at most `max_length`, 0 = none."""
+        """The events before each target, at most `max_length`, 0 = none."""
         length_E = (target_E - first_E).clamp(max=self.params.max_length)
         place_EL = torch.arange(self.params.max_length)
         event_EL = (target_E - length_E)[:, None] + place_EL.minimum(length_E[:, None] - 1)
         history_EL = torch.where(place_EL < length_E[:, None], 1 + self.sequences.items[event_EL], 0)
-        return {"item_list": history_EL, "item_length": length_E, "item": 1 + self.sequences.items[target_E.clamp(max=len(self.sequences.items) - 1)]}
+        return {"item_list": history_EL, "item_length": length_E}
 
     @cached_property
     def examples(self) -> dict[str, Tensor]:
         """Every event after a user's first."""
         offsets = self.sequences.offsets
         first, target_E = offsets[:-1].repeat_interleave(offsets.diff()), torch.arange(len(self.sequences.items))
-        return self.asked(target_E[target_E > first], first[target_E > first])
+        target_E, first_E = (part[target_E > first] for part in (target_E, first))
+        return {**self.asked(target_E, first_E), "item": 1 + self.sequences.items[target_E]}
 
     def epoch(self, model: Any, optimizer: torch.optim.Optimizer) -> float:
         """Mean loss of an epoch."""
