@@ -314,6 +314,19 @@ def maintain(dry_run: DryRun = False, as_json: AsJson = False, reason: Reason = 
         console.print(f"{freed:,} bytes {'would be ' if dry_run else ''}freed, {later:,} more when the snapshots that still show them have aged")
 
 
+@app.command(epilog="sid export d19980421 --out codes.arrow")
+def export(
+    tag: Annotated[str, typer.Argument(help="A release tag; empty = the newest current release.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the file.")] = None,
+    profile: Profile = "",
+    sets: Sets = None,
+) -> None:
+    """Write a release as one Arrow file that a training maps into memory."""
+    from jobs import export as exporting
+
+    console.print(str(exporting.write(_lake(profile, sets), tag, out)), soft_wrap=True)
+
+
 @app.command(epilog="sid report d19980421")
 def report(
     tag: Annotated[str, typer.Argument(help="A release tag; empty = the newest current release.")] = "",

@@ -35,7 +35,7 @@ GAVE_OUT = re.compile(
 )
 SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 # A command of ours up to where the next one or a remark begins; those without a profile (stages, demo, up, study) stay as they are.
-COMMAND = re.compile(r"\bsid (?:run|backfill|releases|show|diff|inspect|repair|rollback|pin|maintain|report)\b[^;,(]*?(?=\s*(?:[;,(]|$))")
+COMMAND = re.compile(r"\bsid (?:run|backfill|releases|show|diff|inspect|repair|rollback|pin|maintain|export|report)\b[^;,(]*?(?=\s*(?:[;,(]|$))")
 
 
 class SidError(Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from homes import releases, sid
 
-from pipeline import config, lakehouse
+from pipeline import config, lakehouse, release_file
 from pipeline.context import ROOT, Home
 
 pytestmark = pytest.mark.e2e
@@ -62,6 +62,16 @@ def test_the_report_is_one_file_without_outside_addresses(told, listed) -> None:
     assert newest in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
+
+
+def test_an_exported_release_is_the_one_in_the_lake(told, listed, tmp_path: Path) -> None:
+    newest = listed[-1]
+    path = sid(told[0], "export", newest["tag"], "--out", str(tmp_path / "codes.arrow")).strip()
+    found = release_file.read(Path(path))
+    rows = lakehouse.read_release(Home(told[0]), config.load("tiny").lake, newest["tag"])
+    assert found.codes_NL.tolist() == rows["codes"].to_pylist()
+    assert found.rows.to_pylist() == rows.to_pylist()
+    assert (found.facts["tag"], found.facts["codebook_digest"]) == (newest["tag"], newest["codebook_digest"])
 
 
 def test_lineage_leads_from_the_release_to_its_runs_and_back(told, listed) -> None:

@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError, ContractError
 from pipeline.stages import STAGES, group
 
 COMMANDS: dict[str, click.Command] = get_command(cli.app).commands  # type: ignore[attr-defined]
-ACTING = {"run", "demo", "report", "up"}  # all others only look
+ACTING = {"run", "demo", "report", "export", "up"}  # all others only look
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> list[Cont
 
 def test_the_commands_are_the_promised_ones() -> None:
     assert set(COMMANDS) == {"run", "releases", "show", "diff", "inspect", "repair", "report", "equations", "stages", "demo"} | {
-        "backfill", "rollback", "pin", "maintain", "up", "study",
+        "backfill", "rollback", "pin", "maintain", "export", "up", "study",
     }  # fmt: skip
 
 
@@ -131,7 +131,9 @@ def test_equations_as_json_name_source_and_function(monkeypatch: pytest.MonkeyPa
     assert all(row["source"] and row["function"].startswith("pipeline/") for row in rows)
 
 
-@pytest.mark.parametrize("arguments", [["show", "50", "--json"], ["diff", "d20260301", "d20260302", "--json"], ["report", "d20260301"]])
+@pytest.mark.parametrize(
+    "arguments", [["show", "50", "--json"], ["diff", "d20260301", "d20260302", "--json"], ["report", "d20260301"], ["export", "d20260301"]]
+)
 def test_a_release_that_is_not_there_may_come_later(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended([*arguments, "--profile", "tiny"], monkeypatch) == 75
     shown = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A release's codes into one tensor: an Iceberg scan at a tag against the JSON index, .pt and Parquet files that published tokenizers write."""
+"""A release's codes into one tensor: an Iceberg scan at a tag against the JSON index, .pt and Parquet files that published tokenizers write; and mapped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import torch
 from bench import Case
 from torch import Tensor
+
+from pipeline import release_file
 
 NUMBER, TITLE = 5, "release to torch"
 COUNTS = {"quick": (10_000, 100_000), "normal": (10_000, 100_000, 1_000_000), "full": (10_000, 100_000, 1_000_000, 10_000_000)}
@@ -28,20 +30,21 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 def cases(scale: str) -> Iterator[Case]:
     for count in COUNTS[scale]:
         with tempfile.TemporaryDirectory() as folder:
-            yield reading(Path(folder), count, scale)
+            codes_NL = np.random.default_rng(0).integers(0, SIZE, (count, LEVELS)).astype(np.int32)
+            ways = {"Iceberg": iceberg(Path(folder), codes_NL)} | files(Path(folder), codes_NL)
+            yield reading(codes_NL, ways)
+            yield mapping(Path(folder), codes_NL, {name: ways[name] for name in ("Iceberg", "tensor file")})
 
 
-def reading(folder: Path, count: int, scale: str) -> Case:
+def reading(codes_NL: np.ndarray, ways: Mapping[str, Callable[[], Tensor]]) -> Case:
     """Warm reads; the first read of each way stands in the facts."""
-    codes_NL = np.random.default_rng(0).integers(0, SIZE, (count, LEVELS)).astype(np.int32)
-    ways = {"Iceberg": iceberg(folder, codes_NL)} | files(folder, codes_NL)
-    rows = torch.randperm(count)[:GATHERED]
+    count, rows = len(codes_NL), torch.randperm(len(codes_NL))[:GATHERED]
     return Case(
         name=f"{count:,} rows of {LEVELS} codes",
-        ours=ways.pop("Iceberg"),
-        peers=ways,
+        ours=ways["Iceberg"],
+        peers={name: way for name, way in ways.items() if name != "Iceberg"},
         judged=("JSON index",),
-        equal=lambda ours, theirs: "" if torch.equal(ours.long(), theirs.long()) else "other codes",
+        equal=differs,
         units=count,
         unit="rows",
         work=float(codes_NL.nbytes),
@@ -51,8 +54,34 @@ def reading(folder: Path, count: int, scale: str) -> Case:
         series="reading a release over rows",
         size=count,
         facts=lambda: {f"gather of {GATHERED} shuffled rows, ms": gather_time(torch.from_numpy(codes_NL), rows)},
-        notices=("a memory-mapped copy of a release is not a feature yet",),
     )
+
+
+def mapping(folder: Path, codes_NL: np.ndarray, ways: Mapping[str, Callable[[], Tensor]]) -> Case:
+    """Opening what `sid export` wrote: nothing is read before it is used."""
+    names = pa.array(np.arange(len(codes_NL)).astype(str))
+    rows = pa.table({"item_id": names, "codes": listed(codes_NL), "weights": listed(np.ones(codes_NL.shape, np.float32))})
+    path = release_file.write(rows, {"tag": "release", "codebook_sizes": [SIZE] * LEVELS}, folder / "release.arrow")
+    return Case(
+        name=f"{len(codes_NL):,} rows of {LEVELS} codes, mapped",
+        ours=lambda: release_file.read(path).codes_NL,
+        peers=ways,
+        equal=differs,
+        units=len(codes_NL),
+        unit="rows",
+        seconds=0.001,
+        series="mapping a release over rows",
+        size=len(codes_NL),
+    )
+
+
+def differs(ours: Tensor, theirs: Tensor) -> str:
+    return "" if torch.equal(ours.long(), theirs.long()) else "other codes"
+
+
+def listed(values_NL: np.ndarray) -> pa.Array:
+    """A matrix as lists, a row each."""
+    return pa.ListArray.from_arrays(pa.array(np.arange(0, values_NL.size + 1, values_NL.shape[1], dtype=np.int32)), pa.array(values_NL.reshape(-1)))
 
 
 def gather_time(codes_NL: Tensor, rows: Tensor) -> float:
@@ -67,9 +96,7 @@ def iceberg(folder: Path, codes_NL: np.ndarray) -> Callable[[], Tensor]:
 
     catalog = SqlCatalog("lake", uri=f"sqlite:///{folder / 'catalog.db'}", warehouse=f"file://{folder / 'warehouse'}")
     catalog.create_namespace("sid")
-    offsets = pa.array(np.arange(0, codes_NL.size + 1, codes_NL.shape[1], dtype=np.int32))
-    lists = pa.ListArray.from_arrays(offsets, pa.array(codes_NL.reshape(-1)))
-    data = pa.table({"item_id": pa.array(np.arange(len(codes_NL)).astype(str)), "codes": lists})
+    data = pa.table({"item_id": pa.array(np.arange(len(codes_NL)).astype(str)), "codes": listed(codes_NL)})
     table = catalog.create_table("sid.item_sid", schema=data.schema)
     table.append(data)
     snapshot = table.current_snapshot()
