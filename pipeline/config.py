@@ -239,7 +239,9 @@ class SasRec(Section):
     num_heads: int = Field(2, ge=1, description="attention heads")
     max_length: int = Field(50, ge=2, description="events per training window")
     dropout: float = Field(0.3, ge=0, lt=1, description="dropout on embeddings, attention output and feed-forward")
-    tied: bool = Field(False, description="one item table for input and output; False = the input table is the behaviour vector")
+    tied: bool = Field(
+        True, description="one item table for input and output; False = two, and the input table is the behaviour vector (richness = norm wants it)"
+    )
     learning_rate: float = Field(2e-3, gt=0, description="AdamW step size; moved rows start at three times it")
     batch_size: int = Field(64, ge=1, description="windows per step")
     max_epochs: int = Field(40, ge=1, description="epochs at most")

@@ -93,7 +93,7 @@ def behaviour(root: Path, item_ids: pa.ChunkedArray, args: argparse.Namespace, s
     item_T = pc.index_in(events["item_id"], value_set=item_ids.combine_chunks()).to_numpy().astype(np.int64)
     length_U = events.group_by("user_id").aggregate([("item_id", "count")]).sort_by("user_id")["item_id_count"].to_numpy()
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length_U)]).astype(np.int64))
-    params = SasRec(max_epochs=args.sasrec_epochs, batch_size=args.sasrec_batch, sampled_above=5000)
+    params = SasRec(max_epochs=args.sasrec_epochs, batch_size=args.sasrec_batch, sampled_above=5000, tied=not args.two_tables)
     trained = sasrec.train(sasrec.Sequences(offsets, torch.from_numpy(item_T)), len(item_ids), params, seed=derive_seed(seed, "sasrec"))
     return trained.item_vectors, np.bincount(item_T, minlength=len(item_ids)), {f"sasrec_{name}": value for name, value in trained.metrics.items()}
 
@@ -197,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, default in (("worlds", 5), ("first", 0), ("items", 1500), ("epochs", 30), ("sasrec-epochs", 15), ("sasrec-batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--two-tables", action="store_true", help="SASRec with a table for input and one for output")
     parser.add_argument("--tie", choices=("rarity", "independent", "reversed"), default="rarity")
     parser.add_argument("--quality", type=float, default=0.9, help="share of items whose text, or picture, shows their own cluster")
     parser.add_argument("--noise", type=float, default=0.8, help="largest share of an item's events that go to random users")

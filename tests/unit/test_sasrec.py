@@ -295,7 +295,7 @@ def test_procrustes_finds_a_rotation_again_and_keeps_norms() -> None:
 
 
 def test_training_begins_at_the_champions_rows_of_the_items_it_knows() -> None:
-    params = Params(dim=8, num_blocks=1, num_heads=1, max_length=4, max_epochs=1)
+    params = Params(dim=8, num_blocks=1, num_heads=1, max_length=4, max_epochs=1, tied=False)
     torch.manual_seed(0)
     old, new = sasrec.SasRec(5, params), sasrec.SasRec(4, params)
     place = torch.tensor([3, -1, 0, 4])
@@ -307,6 +307,14 @@ def test_training_begins_at_the_champions_rows_of_the_items_it_knows() -> None:
         assert torch.equal(rows[1], fresh[table][1]), "an unknown item keeps its random row"
     assert torch.equal(new.positions.weight, old.positions.weight)
     assert torch.equal(new.input_rows.weight[4], torch.zeros(8)), "the padding row stays zero"
+
+
+def test_one_table_begins_at_the_input_table_of_two_and_not_the_other_way_round() -> None:
+    two, one = (sasrec.SasRec(4, Params(dim=8, num_blocks=1, num_heads=1, tied=tied)) for tied in (False, True))
+    sasrec.lay(sasrec.Champion(two.state_dict(), torch.arange(4)), one)
+    assert torch.equal(one.input_table(), two.input_table())
+    with pytest.raises(ContractError, match="cannot begin"):
+        sasrec.lay(sasrec.Champion(one.state_dict(), torch.arange(4)), two)
 
 
 def test_a_champion_of_other_sizes_is_refused() -> None:
