@@ -68,10 +68,13 @@ def test_an_exported_release_is_the_one_in_the_lake(told, listed, tmp_path: Path
     newest = listed[-1]
     path = sid(told[0], "export", newest["tag"], "--out", str(tmp_path / "codes.arrow")).strip()
     found = release_file.read(Path(path))
-    rows = lakehouse.read_release(Home(told[0]), config.load("tiny").lake, newest["tag"])
+    home, lake = Home(told[0]), config.load("tiny").lake
+    rows, published = lakehouse.read_release(home, lake, newest["tag"]), lakehouse.read_releases(home, lake).to_pylist()[-1]
     assert found.codes_NL.tolist() == rows["codes"].to_pylist()
     assert found.rows.to_pylist() == rows.to_pylist()
-    assert (found.facts["tag"], found.facts["codebook_digest"]) == (newest["tag"], newest["codebook_digest"])
+    assert {name: found.facts[name] for name in ("tag", "codebook_digest", "rows_digest")} == {
+        name: published[name] for name in ("tag", "codebook_digest", "rows_digest")
+    }
 
 
 def test_lineage_leads_from_the_release_to_its_runs_and_back(told, listed) -> None:
