@@ -118,7 +118,7 @@ class SasRec:
         model = sasrec.restore(state, self.params)
         start, near_M = sasrec.initial_rows(model, sequences, moved_M)
         start = sasrec.Rows(start.inputs[near_M], start.outputs[near_M])
-        rows_MD, curve = sasrec.train_rows(model.to(device), sequences, moved_M[near_M], start, seeds_M[near_M], self.params)
+        rows_MD, curve = sasrec.train_rows(model.to(device), sequences, moved_M[near_M], start, seeds_M[near_M], self.params, sasrec.Contexts.of(state))
         return MovedRows.of(rows_MD, start.inputs, near_M, curve)
 
     def probe(self, sequences: Sequences, num_items: int, *, seed: int, device: str = "cpu", content: Tensor | None = None) -> dict[str, float]:

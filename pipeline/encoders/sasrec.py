@@ -14,7 +14,7 @@ Tensor suffixes: B windows, T events end to end, L positions, D width, N items, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,12 +30,15 @@ from pipeline.log import progress
 from pipeline.tokenizers.base import basket_begins
 
 TABLES = ("input_rows.weight", "output_rows.weight")  # one row per item
+CONTEXT = "context."  # what `Contexts` are named by in a state
 INIT_STD = 0.02  # small, so that rare rows stay short
 CELLS = 16_000_000  # logits held at once while rows are trained
 ROW_WINDOWS = 4  # windows per moved item and step
 ROW_LENGTH = 12  # events that a window predicts at most: many short windows tell a row more than few long ones (docs/log.md)
 ROW_NEGATIVES = 256  # competitors of a step, the same for all rows; a smaller catalogue competes whole
 NEIGHBOURS = 5  # events on either side that a new row starts from
+ROW_CONTEXTS = 4096  # places of the base's windows where a moved row competes to come next
+CONTEXT_WINDOWS = 1024  # windows that these places are drawn from
 ROW_RATE = 3.0  # first step size of a row, in units of learning_rate; it falls to nothing over row_steps
 
 
@@ -153,9 +156,9 @@ def _initialise(module: nn.Module) -> None:
 
 
 def restore(state: Mapping[str, Tensor], params: Params) -> SasRec:
-    """The network of a state, strict, ready to be read: no dropout, no gradient."""
+    """The network of a state, strict but for the contexts that may lie beside it, ready to be read: no dropout, no gradient."""
     model = SasRec(state["input_rows.weight"].shape[0] - 1, params)
-    model.load_state_dict(dict(state), strict=True)
+    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(CONTEXT)}, strict=True)
     return model.eval().requires_grad_(False)
 
 
@@ -326,6 +329,8 @@ def train(
     model.load_state_dict(best.state)
     found = {"epochs": float(len(curves["loss"])), "best_epoch": float(best.epoch), "valid_users": float(questions.users.numel())}
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    if params.tied:
+        state |= Contexts.drawn(restore(state, params).to(device), rest, params.max_length, seed).state()
     vectors = state["input_rows.weight"][:num_items].clone()
     return TrainedEncoder(vectors, state, curves, found | {f"valid_{name}": value for name, value in best.metrics.items()})
 
@@ -415,6 +420,54 @@ class Rows:
     outputs: Tensor
 
 
+@dataclass(frozen=True)
+class Contexts:
+    """Where a row competes to come next: a sample of what the base has read, drawn when it was trained, so that a frozen night needs no other user's events.
+
+    Args:
+        hidden_SD: hidden states at random places of the training windows.
+        log_total_S: log of the sum over the base's items of exp(score) there.
+        events: events of the training.
+    """
+
+    hidden_SD: Tensor
+    log_total_S: Tensor
+    events: int
+
+    @classmethod
+    def drawn(cls, model: SasRec, sequences: Sequences, length: int, seed: int) -> Contexts:
+        """A sample of the training events of a trained network."""
+        start_B, stop_B = window_bounds(sequences.offsets, length)
+        some = torch.randperm(start_B.numel(), generator=_generator(seed))[:CONTEXT_WINDOWS]
+        start_B, stop_B = start_B[some], stop_B[some]
+        device, table_ND = model.positions.weight.device, model.output_table()
+        tokens_BL = gather(sequences.items, start_B, stop_B, length, model.num_items).to(device)
+        at_P = places(stop_B - start_B, int((stop_B - start_B).sum()), length)
+        at_S = at_P[torch.randperm(at_P.numel(), generator=_generator(seed))[:ROW_CONTEXTS]].to(device)
+        hidden_SD = model(tokens_BL).flatten(0, 1)[at_S]
+        log_total_S = torch.cat([torch.logsumexp(part @ table_ND.T, 1) for part in hidden_SD.split(max(1, CELLS // model.num_items))])
+        return cls(hidden_SD.cpu(), log_total_S.cpu(), sequences.items.numel())
+
+    def state(self) -> dict[str, Tensor]:
+        """The sample as named tensors."""
+        return {
+            f"{CONTEXT}hidden_SD": self.hidden_SD,
+            f"{CONTEXT}log_total_S": self.log_total_S,
+            f"{CONTEXT}events": torch.tensor([self.events]),
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Contexts | None:
+        """The sample of a state; None for two tables, and for an encoder from before there was one."""
+        if f"{CONTEXT}events" not in state:
+            return None
+        return cls(state[f"{CONTEXT}hidden_SD"], state[f"{CONTEXT}log_total_S"], int(state[f"{CONTEXT}events"]))
+
+    def to(self, device: torch.device) -> Contexts:
+        """On a device."""
+        return replace(self, hidden_SD=self.hidden_SD.to(device), log_total_S=self.log_total_S.to(device))
+
+
 def initial_rows(model: SasRec, sequences: Sequences, moved_M: Tensor) -> tuple[Rows, Tensor]:
     """(where moved items' rows start, whether any base item stands near them, bool [M]).
 
@@ -456,19 +509,23 @@ def _slots(items_T: Tensor, moved_M: Tensor) -> Tensor:
     return lookup[items_T]
 
 
-def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows, seeds_M: Tensor, params: Params) -> tuple[Tensor, list[float]]:
+def train_rows(
+    model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows, seeds_M: Tensor, params: Params, contexts: Contexts | None = None
+) -> tuple[Tensor, list[float]]:
     """(trained input rows of the moved items [M, D], mean loss per step): everything but these rows is held at the base.
 
     What is exact: an item's row is a function of the base, of the windows around its own events and of its own seed. Other moved items stand at their BASE row
     in its windows, items without a base row drop out of them, the competitors are base items drawn by the step alone, and Adam works on each element by
     itself. So the row does not depend on which other items moved, up to the rounding of batched products.
-    differs from training everything: the loss is taken where the row can be read, from the item's first event in a window on. As a next item the row stays
-    where it starts, with tied tables too: these windows hold their item far oftener than others do, so they would lift its score until all of it is that.
+    differs from training everything: the loss is taken where the row can be read, from the item's first event in a window on. These windows hold their item
+    far oftener than others do, so as a next item the row does not learn from them: with one table it learns from the base's contexts (`_RowTask.as_next`),
+    with two, or without contexts, it stays where it starts.
 
     Args:
         model: the base network, as from `restore`.
         sequences: item_index >= N marks items that the base does not have.
         seeds_M: int64, one per moved item; decides which of its windows each step sees.
+        contexts: of a base with one table.
     """
     if not moved_M.numel():
         return start.inputs, []
@@ -477,7 +534,7 @@ def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows
     rows, losses = [], []
     with deterministic(0):
         for chunk in progress(chunks, "behaviour rows", len(chunks)):
-            task = _RowTask(model, sequences, moved_M[chunk], seeds_M[chunk], params)
+            task = _RowTask(model, sequences, moved_M[chunk], seeds_M[chunk], params, contexts)
             trained_MD, loss = task.fit(Rows(start.inputs[chunk], start.outputs[chunk]))
             rows.append(trained_MD)
             losses.append(torch.tensor(loss) * chunk.numel())
@@ -488,11 +545,14 @@ def train_rows(model: SasRec, sequences: Sequences, moved_M: Tensor, start: Rows
 class _RowTask:
     """Moved items that are trained side by side; `M` counts this chunk only."""
 
-    def __init__(self, model: SasRec, sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, params: Params) -> None:
+    def __init__(self, model: SasRec, sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, params: Params, contexts: Contexts | None = None) -> None:
         self.model, self.sequences, self.moved_M, self.params = model, sequences, moved_M, params
         self.device = model.positions.weight.device
+        self.contexts = None if contexts is None else contexts.to(self.device)
         self.pad, self.own = model.num_items, model.num_items + 1
         self.picks = _window_choices(sequences, moved_M, seeds_M, params.row_steps * ROW_WINDOWS)
+        if self.contexts is not None:
+            self.others_SM, self.rarity_M = self.rivals(self.contexts)
 
     def fit(self, start: Rows) -> tuple[Tensor, list[float]]:
         """(trained input rows [M, D], mean loss per step); the step size falls linearly to nothing."""
@@ -502,7 +562,7 @@ class _RowTask:
         curve = []
         for step in range(self.params.row_steps):
             optimizer.param_groups[0]["lr"] = self.params.learning_rate * ROW_RATE * (1 - step / self.params.row_steps)
-            loss_M = self.loss(step, inputs_MD, outputs_MD)
+            loss_M = self.loss(step, inputs_MD, outputs_MD if self.contexts is None else inputs_MD.detach())
             optimizer.zero_grad()
             loss_M.sum().backward()
             optimizer.step()
@@ -510,7 +570,7 @@ class _RowTask:
         return inputs_MD.detach().cpu(), torch.stack(curve).tolist()
 
     def loss(self, step: int, inputs_MD: Tensor, outputs_MD: Tensor) -> Tensor:
-        """Mean cross-entropy over the positions of each item's windows of this step, nats [M]; 0 for an item without positions."""
+        """Mean cross-entropy over the positions of each item's windows of this step, and `as_next` with contexts, nats [M]; 0 for an item without positions."""
         slot_B = torch.arange(self.moved_M.numel()).repeat_interleave(ROW_WINDOWS)
         at_B = self.picks[:, step * ROW_WINDOWS : (step + 1) * ROW_WINDOWS].flatten()
         tokens_BL = self.tokens(at_B, self.moved_M[slot_B]).to(self.device)
@@ -522,7 +582,33 @@ class _RowTask:
         slot_P = slot_B[:, None].expand_as(counts_BL)[counts_BL]
         loss_P = self.cross_entropy(hidden_BLD[counts_BL], after_BL[counts_BL], slot_P, outputs_MD, step)
         zeros_M = torch.zeros(self.moved_M.numel(), device=self.device)
-        return zeros_M.index_add(0, slot_P, loss_P) / torch.bincount(slot_P, minlength=zeros_M.numel()).clamp(min=1)
+        total_M = zeros_M.index_add(0, slot_P, loss_P)
+        if self.contexts is not None:
+            is_next_BL = after_BL == self.own
+            total_M = total_M + self.as_next(self.contexts, hidden_BLD[is_next_BL].detach(), slot_B[:, None].expand_as(is_next_BL)[is_next_BL], inputs_MD)
+        return total_M / torch.bincount(slot_P, minlength=zeros_M.numel()).clamp(min=1)
+
+    def as_next(self, contexts: Contexts, hidden_OD: Tensor, slot_O: Tensor, rows_MD: Tensor) -> Tensor:
+        """What the moved rows add to the full softmax as next items, for as many events as these windows show of each, nats [M].
+
+        Over all T places of the training a row r of an item with n events adds sum_t log(1 + exp(h_t r - log Z_t)) - sum_own h_t r, where Z_t is the base's sum
+        without the item: it is pulled where it came next and pushed everywhere. Here the first sum is T times its mean over the contexts; both count per own
+        event.
+
+        Args:
+            hidden_OD, slot_O: hidden states before the own events of the windows, and whose they are.
+        """
+        pull_M = torch.zeros(len(rows_MD), device=self.device).index_add(0, slot_O, (hidden_OD * rows_MD[slot_O]).sum(1))
+        push_M = self.rarity_M * F.softplus(contexts.hidden_SD @ rows_MD.T - self.others_SM).mean(0)
+        return torch.bincount(slot_O, minlength=len(rows_MD)) * push_M - pull_M
+
+    def rivals(self, contexts: Contexts) -> tuple[Tensor, Tensor]:
+        """(log Z without the moved item at each context [S, M], events of the training per event of the item [M])."""
+        count_M = torch.bincount(_slots(self.sequences.items, self.moved_M) + 1, minlength=self.moved_M.numel() + 1)[1:]
+        base_row_MD = self.model.output_table()[self.moved_M.clamp(max=self.pad - 1).to(self.device)]
+        share_SM = (contexts.hidden_SD @ base_row_MD.T - contexts.log_total_S[:, None]).exp() * (self.moved_M < self.pad).to(self.device)
+        others_SM = contexts.log_total_S[:, None] + torch.log1p(-share_SM.clamp(max=1 - 1e-6))
+        return others_SM, (contexts.events / count_M.clamp(min=1)).to(self.device)
 
     def tokens(self, at_B: Tensor, item_B: Tensor) -> Tensor:
         """The window around each event [B, L + 1]: base items, `own` for the moved item itself, others dropped, padding at the end."""

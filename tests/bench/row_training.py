@@ -57,14 +57,15 @@ def main() -> None:
     world = read_world(page.data[args.data], args.data, 0, home)
     params = study.encoder_settings(page, study.inputs_of(page, next(iter(page.arms)), args.data)).sasrec
     sequences = train_sequences(world)
-    base = sasrec.restore(sasrec.train(sequences, world.num_known, params, seed=0).state, params)
+    state = sasrec.train(sequences, world.num_known, params, seed=0).state
+    base, contexts = sasrec.restore(state, params), sasrec.Contexts.of(state)
     count_N = torch.bincount(sequences.items, minlength=world.num_known)
     enough = torch.nonzero(count_N >= 4).flatten()
     moved_M = enough[torch.randperm(enough.numel(), generator=torch.Generator().manual_seed(0))[: args.items]].sort().values
     start = as_new(base, sequences, moved_M)
     sasrec.ROW_WINDOWS, sasrec.ROW_LENGTH, sasrec.ROW_NEGATIVES = args.windows, args.length, args.negatives
     began = time.process_time()
-    trained_MD, _ = sasrec.train_rows(base, sequences, moved_M, start, moved_M, params)
+    trained_MD, _ = sasrec.train_rows(base, sequences, moved_M, start, moved_M, params, contexts)
     spent, table_ND = time.process_time() - began, base.input_table()
     own_MD, rare_M = table_ND[moved_M], count_N[moved_M] < RARE
     own_near = neighbours(own_MD, table_ND, moved_M)
