@@ -330,7 +330,7 @@ def train(
     found = {"epochs": float(len(curves["loss"])), "best_epoch": float(best.epoch), "valid_users": float(questions.users.numel())}
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     if params.tied:
-        state |= Contexts.drawn(restore(state, params).to(device), rest, params.max_length, seed).state()
+        state |= Contexts.drawn(model.eval(), rest, params.max_length, seed).state()
     vectors = state["input_rows.weight"][:num_items].clone()
     return TrainedEncoder(vectors, state, curves, found | {f"valid_{name}": value for name, value in best.metrics.items()})
 
@@ -435,6 +435,7 @@ class Contexts:
     events: int
 
     @classmethod
+    @torch.no_grad()
     def drawn(cls, model: SasRec, sequences: Sequences, length: int, seed: int) -> Contexts:
         """A sample of the training events of a trained network."""
         start_B, stop_B = window_bounds(sequences.offsets, length)

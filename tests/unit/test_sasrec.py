@@ -144,10 +144,22 @@ def test_answers_may_leave_the_history_out() -> None:
 # ---------------------------------------------------------------- rows of a frozen generation
 
 
+ROWS = SMALL.model_copy(update={"max_epochs": 12, "patience": 12, "row_steps": 30})
+
+
 @pytest.fixture(scope="module")
-def base() -> tuple[sasrec.SasRec, Params]:
-    params = SMALL.model_copy(update={"max_epochs": 12, "patience": 12, "row_steps": 30})
-    return sasrec.restore(sasrec.train(cycles(60, 12, 9), 12, params, seed=5).state, params), params
+def state() -> dict[str, torch.Tensor]:
+    return sasrec.train(cycles(60, 12, 9), 12, ROWS, seed=5).state
+
+
+@pytest.fixture(scope="module")
+def base(state: dict[str, torch.Tensor]) -> tuple[sasrec.SasRec, Params]:
+    return sasrec.restore(state, ROWS), ROWS
+
+
+@pytest.fixture(params=["stays as next item", "learns as next item"])
+def contexts(request: pytest.FixtureRequest, state: dict[str, torch.Tensor]) -> sasrec.Contexts | None:
+    return sasrec.Contexts.of(state) if request.param == "learns as next item" else None
 
 
 def nightly(seed: int = 0) -> sasrec.Sequences:
@@ -156,50 +168,54 @@ def nightly(seed: int = 0) -> sasrec.Sequences:
     return sequences([[12 if item == 3 and user % 3 == 0 else 13 if item == 8 and user % 4 == 0 else item for item in part] for user, part in enumerate(lists)])
 
 
-def trained(base: tuple[sasrec.SasRec, Params], data: sasrec.Sequences, moved: list[int], seeds: list[int]) -> tuple[torch.Tensor, list[float]]:
+def trained(
+    base: tuple[sasrec.SasRec, Params], data: sasrec.Sequences, moved: list[int], seeds: list[int], contexts: sasrec.Contexts | None = None
+) -> tuple[torch.Tensor, list[float]]:
     model, params = base
     start, near = sasrec.initial_rows(model, data, torch.tensor(moved))
     assert near.all()
-    return sasrec.train_rows(model, data, torch.tensor(moved), start, torch.tensor(seeds), params)
+    return sasrec.train_rows(model, data, torch.tensor(moved), start, torch.tensor(seeds), params, contexts)
 
 
 @pytest.mark.parametrize("competitors", [1000, 6])
-def test_a_row_does_not_depend_on_which_others_moved(base: tuple[sasrec.SasRec, Params], competitors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_which_others_moved(
+    base: tuple[sasrec.SasRec, Params], contexts: sasrec.Contexts | None, competitors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sasrec, "ROW_NEGATIVES", competitors)
-    together, _ = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
+    together, _ = trained(base, nightly(), [12, 5, 13], [7, 8, 9], contexts)
     for place, (item, seed) in enumerate([(12, 7), (5, 8), (13, 9)]):
-        alone, _ = trained(base, nightly(), [item], [seed])
+        alone, _ = trained(base, nightly(), [item], [seed], contexts)
         torch.testing.assert_close(alone[0], together[place], rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_of_moved_items_do_not_matter(base: tuple[sasrec.SasRec, Params], monkeypatch: pytest.MonkeyPatch) -> None:
-    together, _ = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
+def test_chunks_of_moved_items_do_not_matter(base: tuple[sasrec.SasRec, Params], contexts: sasrec.Contexts | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, _ = trained(base, nightly(), [12, 5, 13], [7, 8, 9], contexts)
     monkeypatch.setattr(sasrec, "CELLS", 1)
-    apart, curve = trained(base, nightly(), [12, 5, 13], [7, 8, 9])
+    apart, curve = trained(base, nightly(), [12, 5, 13], [7, 8, 9], contexts)
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5)
     assert len(curve) == base[1].row_steps
 
 
-def test_users_without_a_moved_item_say_nothing(base: tuple[sasrec.SasRec, Params]) -> None:
+def test_users_without_a_moved_item_say_nothing(base: tuple[sasrec.SasRec, Params], contexts: sasrec.Contexts | None) -> None:
     lists = [part.tolist() for part in np.split(nightly().items.numpy(), 40)]
-    whole, _ = trained(base, sequences(lists), [12, 13], [1, 2])
-    holding, _ = trained(base, sequences([part for part in lists if {12, 13} & set(part)]), [12, 13], [1, 2])
+    whole, _ = trained(base, sequences(lists), [12, 13], [1, 2], contexts)
+    holding, _ = trained(base, sequences([part for part in lists if {12, 13} & set(part)]), [12, 13], [1, 2], contexts)
     assert torch.equal(holding, whole)
 
 
-def test_rows_are_bit_deterministic_and_follow_their_seed(base: tuple[sasrec.SasRec, Params]) -> None:
-    first, _ = trained(base, nightly(), [12, 13], [1, 2])
-    again, _ = trained(base, nightly(), [12, 13], [1, 2])
-    other, _ = trained(base, nightly(), [12, 13], [3, 2])
+def test_rows_are_bit_deterministic_and_follow_their_seed(base: tuple[sasrec.SasRec, Params], contexts: sasrec.Contexts | None) -> None:
+    first, _ = trained(base, nightly(), [12, 13], [1, 2], contexts)
+    again, _ = trained(base, nightly(), [12, 13], [1, 2], contexts)
+    other, _ = trained(base, nightly(), [12, 13], [3, 2], contexts)
     assert torch.equal(first, again)
     assert not torch.equal(first[0], other[0])
     torch.testing.assert_close(first[1], other[1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_base_stays_as_it_was_and_rows_learn(base: tuple[sasrec.SasRec, Params]) -> None:
+def test_the_base_stays_as_it_was_and_rows_learn(base: tuple[sasrec.SasRec, Params], contexts: sasrec.Contexts | None) -> None:
     model, _ = base
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows, curve = trained(base, nightly(), [12], [1])
+    rows, curve = trained(base, nightly(), [12], [1], contexts)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert np.mean(curve[-5:]) < np.mean(curve[:5])
     closest = F.cosine_similarity(rows, model.input_table()).argmax()
@@ -215,6 +231,49 @@ def test_a_row_that_is_never_read_stays(tied: bool) -> None:
     start, _ = sasrec.initial_rows(model, data, torch.tensor([12]))
     rows, _ = sasrec.train_rows(model, data, torch.tensor([12]), start, torch.tensor([1]), params)
     assert torch.equal(rows, start.inputs)
+
+
+def test_a_row_that_learns_to_come_next_ends_nearer_to_what_a_full_training_gives(base: tuple[sasrec.SasRec, Params], state: dict[str, torch.Tensor]) -> None:
+    """Items 3 and 8 begin like new ones, under another name: their own rows are known."""
+    moved, table = [12, 13], base[0].input_table()[[3, 8]]
+    data = sequences([[{3: 12, 8: 13}.get(item, item) for item in part.tolist()] for part in np.split(cycles(60, 12, 9).items.numpy(), 60)])
+    without, _ = trained(base, data, moved, [1, 2])
+    learnt, _ = trained(base, data, moved, [1, 2], sasrec.Contexts.of(state))
+    assert (F.cosine_similarity(learnt, table) > F.cosine_similarity(without, table)).all()
+
+
+def test_contexts_are_kept_with_one_table_and_missing_ones_are_none(state: dict[str, torch.Tensor]) -> None:
+    found = sasrec.Contexts.of(state)
+    assert found is not None
+    assert found.events == 60 * 9 - ROWS.valid_users  # their last events are held out
+    two = sasrec.train(cycles(60, 12, 9), 12, SMALL.model_copy(update={"tied": False, "max_epochs": 1}), seed=5).state
+    assert sasrec.Contexts.of(two) is None
+    before = {name: tensor for name, tensor in state.items() if not name.startswith(sasrec.CONTEXT)}
+    assert sasrec.Contexts.of(before) is None
+    assert torch.equal(sasrec.restore(before, ROWS).input_table(), sasrec.restore(state, ROWS).input_table())
+
+
+@pytest.mark.parametrize("item", [12, 5])
+def test_as_next_item_a_row_adds_what_it_adds_to_the_full_softmax(base: tuple[sasrec.SasRec, Params], item: int) -> None:
+    """Slow form: the softmax over all places and the base's other items, once with one row, once with another; what does not hold the row cancels."""
+    model, data = base[0], nightly()
+    places, table = torch.randn(40, SMALL.dim), model.output_table()
+    contexts = sasrec.Contexts(places, torch.logsumexp(places @ table.T, 1), events=40)
+    task = sasrec._RowTask(model, data, torch.tensor([item]), torch.tensor([1]), base[1], contexts)
+    count = int((data.items == item).sum())
+    own = places[:count]  # the places after which the item came
+
+    def slow(row: torch.Tensor) -> float:
+        """Sum of the negative log-likelihoods at all places, of those targets the row is part of."""
+        others = [other for other in range(12) if other != item]
+        total = 0.0
+        for place in places:
+            total += float(np.log(sum(np.exp(float(place @ table[other])) for other in others) + np.exp(float(place @ row))))
+        return total - sum(float(place @ row) for place in own)
+
+    rows = torch.randn(2, SMALL.dim)
+    found = [float(task.as_next(contexts, own, torch.zeros(count, dtype=torch.int64), row[None])) for row in rows]
+    assert found[0] - found[1] == pytest.approx(slow(rows[0]) - slow(rows[1]), rel=1e-4)
 
 
 def row_task(setting: tuple[sasrec.SasRec, Params], item: int) -> sasrec._RowTask:
