@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.plan_night import parent_release
-from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.errors import UpstreamMissing
+from pipeline.release_file import matrix
 
 STRATA = ("head", "torso", "tail")
 Row = dict[str, Any]
@@ -120,7 +121,7 @@ def neighbours(release: pa.Table, position: int, codebook_sizes: Sequence[int], 
 
     Equal counts are ordered by the router weights of the shared slots, then popularity, then item_id; retired items are left out.
     """
-    codes_NL, weights_NL = matrix(release["codes"], len(codebook_sizes)), matrix(release["weights"], len(codebook_sizes))
+    codes_NL, weights_NL = matrix(release["codes"], len(codebook_sizes)), matrix(release["weights"], len(codebook_sizes), "weights")
     same_NL = (codes_NL == codes_NL[position]) & (codes_NL != np.asarray(codebook_sizes)) & (weights_NL > 0) & (weights_NL[position] > 0)
     shared_N = same_NL.sum(axis=1)
     alive_N = pc.equal(release["status"], "live").to_numpy(zero_copy_only=False)
@@ -136,18 +137,6 @@ def neighbours(release: pa.Table, position: int, codebook_sizes: Sequence[int], 
     ).sort_by([("shared", "descending"), ("weight", "descending"), ("popularity", "descending"), ("item_id", "ascending")])
     chosen = order.slice(0, top).to_pylist()
     return [{"item_id": row["item_id"], "shared": row["shared"], "positions": np.flatnonzero(same_NL[row["row"]]).tolist()} for row in chosen]
-
-
-def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """A list column as a matrix, shape (N, width).
-
-    Raises: ContractError when a row has another length.
-    """
-    flat = pc.list_flatten(column)
-    if len(flat) != len(column) * width or (len(column) and pc.any(pc.not_equal(pc.list_value_length(column), width)).as_py()):
-        lengths = sorted(set(pc.list_value_length(column).unique().to_pylist()), key=str)
-        raise ContractError("codes of another length", expected=f"{width} positions", found=str(lengths), where="sid.item_sid", next_command="sid releases")
-    return flat.to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
 def _paired(old: pa.Table, new: pa.Table, width: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ from pipeline.device import best_device
 from pipeline.errors import ConfigError, ContractError, VersionMismatch
 from pipeline.rankers import network
 from pipeline.rankers.base import ItemTable, Network, Widths, equal_budget
+from pipeline.release_file import matrix
 
 logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
@@ -170,8 +171,8 @@ def item_codes(rows: pa.Table, items: pa.Array, codebook_sizes: Sequence[int]) -
     rows, index = rows.filter(inside), pc.drop_null(position).to_numpy(zero_copy_only=False).astype(np.int64) + 1
     codes_NL = np.tile(sizes, (len(items) + 1, 1))
     weights_NL = np.zeros(codes_NL.shape, dtype=np.float32)
-    codes_NL[index] = _matrix(rows["codes"], len(sizes), "codes")
-    weights_NL[index] = _matrix(rows["weights"], len(sizes), "weights")
+    codes_NL[index] = matrix(rows["codes"], len(sizes))
+    weights_NL[index] = matrix(rows["weights"], len(sizes), "weights")
     if (codes_NL < 0).any() or (codes_NL > sizes).any():
         raise ContractError("a code lies outside its codebook", expected=f"0..K with K = {sizes.tolist()}", found=str(codes_NL.max(axis=0)), where="codes")
     return ItemCodes(codes_NL, weights_NL, tuple(int(size) for size in sizes))
@@ -235,14 +236,6 @@ def _histories(column: pa.ChunkedArray, items: pa.Array) -> Ints:
     padded = np.zeros((len(lists), max(int(length.max(initial=0)), 1)), dtype=np.int64)
     padded[np.arange(padded.shape[1]) < length[:, None]] = _index(pa.chunked_array([lists.flatten()]), items)
     return padded
-
-
-def _matrix(column: pa.ChunkedArray, width: int, name: str) -> npt.NDArray[Any]:
-    lists = column.combine_chunks()
-    length = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
-    if not (length == width).all():
-        raise ContractError(f"{name} have another number of positions", expected=str(width), found=str(np.unique(length).tolist()), where="sid.item_sid")
-    return lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
 
 
 # ---------------------------------------------------------------- tokens of an item

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import ContractError, UpstreamMissing
 
@@ -56,7 +58,9 @@ def write(rows: pa.Table, facts: Mapping[str, Any], path: Path) -> Path:
     """
     positions = len(facts["codebook_sizes"])
     arrays = {name: column.combine_chunks() for name, column in zip(rows.column_names, rows.columns, strict=True)}
-    arrays |= {name: _of_one_length(arrays[name], name, kind, positions, facts["tag"]) for name, kind in LISTS.items()}
+    for name, kind in LISTS.items():
+        values_NL = matrix(arrays[name], positions, f"{name} of release {facts['tag']}")
+        arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(values_NL.reshape(-1), kind), positions)
     batch = pa.record_batch(arrays).replace_schema_metadata({KEY: json.dumps(dict(facts), sort_keys=True, default=str)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -69,20 +73,23 @@ def write(rows: pa.Table, facts: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def _of_one_length(lists: pa.Array, name: str, kind: pa.DataType, positions: int, tag: str) -> pa.Array:
-    """The lists as one matrix of N x positions."""
-    import pyarrow.compute as pc
+def matrix(lists: pa.Array | pa.ChunkedArray, width: int, what: str = "codes") -> np.ndarray:
+    """A release's column of lists, one value per position, as a matrix (N, width).
 
-    values = lists.flatten().cast(kind)
-    lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
-    if lengths not in ([positions], []) or values.null_count:
+    Args:
+        what: the column, for the error.
+    Raises: ContractError when a row has another length or lacks a value.
+    """
+    values, lengths = pc.list_flatten(lists), pc.unique(pc.list_value_length(lists)).to_pylist()
+    if lengths not in ([width], []) or values.null_count:
         raise ContractError(
-            f"{name} of release {tag} are no matrix",
-            expected=f"{positions} {name} for every item",
-            found=f"lists of {', '.join(map(str, lengths))}, {values.null_count} values missing",
+            f"{what} are no matrix: a row has another length than the number of positions, or lacks a value",
+            expected=f"{width} positions for every item",
+            found=f"lengths {', '.join(map(str, lengths))}; {values.null_count} values missing",
             where="sid.item_sid",
+            next_command="sid releases",
         )
-    return pa.FixedSizeListArray.from_arrays(values, positions)
+    return values.to_numpy(zero_copy_only=False).reshape(len(lists), width)
 
 
 def read(path: Path) -> ReleaseFile:

@@ -17,6 +17,7 @@ import torch
 from bench import Case
 from torch import Tensor
 
+from jobs.assign_sid import list_array
 from pipeline import release_file
 
 NUMBER, TITLE = 5, "release to torch"
@@ -60,7 +61,7 @@ def reading(codes_NL: np.ndarray, ways: Mapping[str, Callable[[], Tensor]]) -> C
 def mapping(folder: Path, codes_NL: np.ndarray, ways: Mapping[str, Callable[[], Tensor]]) -> Case:
     """Opening what `sid export` wrote: nothing is read before it is used."""
     names = pa.array(np.arange(len(codes_NL)).astype(str))
-    rows = pa.table({"item_id": names, "codes": listed(codes_NL), "weights": listed(np.ones(codes_NL.shape, np.float32))})
+    rows = pa.table({"item_id": names, "codes": list_array(codes_NL), "weights": list_array(np.ones(codes_NL.shape, np.float32))})
     path = release_file.write(rows, {"tag": "release", "codebook_sizes": [SIZE] * LEVELS}, folder / "release.arrow")
     return Case(
         name=f"{len(codes_NL):,} rows of {LEVELS} codes, mapped",
@@ -79,11 +80,6 @@ def differs(ours: Tensor, theirs: Tensor) -> str:
     return "" if torch.equal(ours.long(), theirs.long()) else "other codes"
 
 
-def listed(values_NL: np.ndarray) -> pa.Array:
-    """A matrix as lists, a row each."""
-    return pa.ListArray.from_arrays(pa.array(np.arange(0, values_NL.size + 1, values_NL.shape[1], dtype=np.int32)), pa.array(values_NL.reshape(-1)))
-
-
 def gather_time(codes_NL: Tensor, rows: Tensor) -> float:
     from bench import best
 
@@ -96,7 +92,7 @@ def iceberg(folder: Path, codes_NL: np.ndarray) -> Callable[[], Tensor]:
 
     catalog = SqlCatalog("lake", uri=f"sqlite:///{folder / 'catalog.db'}", warehouse=f"file://{folder / 'warehouse'}")
     catalog.create_namespace("sid")
-    data = pa.table({"item_id": pa.array(np.arange(len(codes_NL)).astype(str)), "codes": listed(codes_NL)})
+    data = pa.table({"item_id": pa.array(np.arange(len(codes_NL)).astype(str)), "codes": list_array(codes_NL)})
     table = catalog.create_table("sid.item_sid", schema=data.schema)
     table.append(data)
     snapshot = table.current_snapshot()
