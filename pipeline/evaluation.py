@@ -84,11 +84,10 @@ def ranks_in_chunks(score: Score, targets_B: ArrayLike, num_items: int, history:
         history: one list per row that leaves its ranking; None masks nothing.
     """
     targets = torch.as_tensor(np.asarray(targets_B, np.int64))
-    ranks = [
-        target_ranks(score(rows), targets[rows], None if history is None else history.part(rows.start, rows.stop))
-        for rows in _chunks(targets.numel(), num_items)
-    ]
-    return torch.cat(ranks).numpy() if ranks else np.empty(0)
+    ranks_B = torch.empty(targets.numel(), dtype=torch.float64)  # laid out before: small results kept one by one would pin the heap between large scores (10 GB at a million items)
+    for rows in _chunks(targets.numel(), num_items):
+        ranks_B[rows] = target_ranks(score(rows), targets[rows], None if history is None else history.part(rows.start, rows.stop))
+    return ranks_B.numpy()
 
 
 def listed_ranks(items_BW: Tensor, scores_BW: Tensor, targets_B: ArrayLike, num_items: int, history: Packed | None = None) -> Floats:
@@ -400,11 +399,11 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 def nearest(queries_BD: Tensor, items_ND: Tensor, own_B: Tensor, k: int) -> Tensor:
     """item_index of the k items with the largest cosine to each query [B, k]; `own_B` is the query's own item, left out."""
     unit_ND = torch.nn.functional.normalize(items_ND, dim=1)
-    found = []
+    found_Bk = own_B.new_empty((queries_BD.shape[0], k))
     for rows in _chunks(queries_BD.shape[0], items_ND.shape[0]):
         cosine_BN = torch.nn.functional.normalize(queries_BD[rows], dim=1) @ unit_ND.T
-        found.append(cosine_BN.scatter_(1, own_B[rows, None], -torch.inf).topk(k, dim=1).indices)
-    return torch.cat(found) if found else own_B.new_empty((0, k))
+        found_Bk[rows] = cosine_BN.scatter_(1, own_B[rows, None], -torch.inf).topk(k, dim=1).indices
+    return found_Bk
 
 
 def neighbor_overlap(a_ND: Tensor, b_ND: Tensor, *, k: int = 20, rows_B: Tensor | None = None) -> Floats:
