@@ -1,5 +1,6 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Everything lives in .venv and .sid; removing both undoes it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+SUITABLE := "import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))"
 BIN := .venv/bin
 SETTLED := .venv/.installed
 
@@ -51,9 +52,10 @@ clean:  ## remove the state of all runs, not the environment
 	rm -rf .sid
 
 $(SETTLED): constraints.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "sidmill needs Python 3.11 or 3.12 on the PATH"; exit 64; }
+	@$(or $(PYTHON),false) -c $(SUITABLE) || { echo "sidmill needs Python 3.11 or 3.12 on the PATH; found: $$($(or $(PYTHON),echo none) --version 2>&1)"; exit 64; }
 	@echo "installing into .venv (once; about 3 GB and a few minutes)"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c $(SUITABLE) 2>/dev/null || rm -rf .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "the module venv is missing (Debian: python3-venv)"; exit 64; }
 	$(BIN)/python -m pip install --quiet --requirement constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(SETTLED)

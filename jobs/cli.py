@@ -101,7 +101,7 @@ def run(
     )
     request = launchers.Request(profile=profile, overrides=tuple(sets or ()))
     outcomes = []
-    for night in nights(base.logical_date, parse_date(through) if through else base.logical_date):
+    for night in nights(base.logical_date, parse_date(through, "--through") if through else base.logical_date):
         ctx = replace(base, logical_date=night, run_id=run_id or f"cli__{loaded.name}__{night}")
         stages = selected(what, ctx, named_run=bool(run_id))
         if dry_run:
@@ -136,7 +136,7 @@ def backfill(
 
     profile = _in_force(profile, changes=True)
     home, loaded = _lake(profile, sets)
-    steps = plan.steps(home, loaded, nights(parse_date(start), parse_date(end), "--end"), stages, cascade=cascade)
+    steps = plan.steps(home, loaded, nights(parse_date(start, "--start"), parse_date(end, "--end"), "--end"), stages, cascade=cascade)
     if dry_run:
         show_rows([plan.described(step) for step in steps], f"would run because: {reason}", as_json)
         return
@@ -395,6 +395,8 @@ def study(
     """Run a grid of data sets, tokenizers, readers and seeds, resumable, and judge the page's claims."""
     from jobs import study as grid
 
+    if final and confirm:
+        raise ConfigError("two parts are opened one after the other", expected="--final or --confirm", found="both", where="sid study")
     home = Home.from_environment()
     todo = grid.plan(page, sets=tuple(sets or ()), only=only, part="confirm" if confirm else "test" if final else "valid", home=home, command=_typed())
     if dry_run:
@@ -441,16 +443,18 @@ def show_rows(rows: Sequence[Mapping[str, Any]], title: str, as_json: bool = Fal
     console.print(shown)
 
 
-def parse_date(text: str) -> date:
+def parse_date(text: str, option: str = "--date") -> date:
     """A date.
 
+    Args:
+        option: where it was given.
     Raises: ContractError for anything else than YYYY-MM-DD.
     """
     with suppress(ValueError):
         found = date.fromisoformat(text)
         if str(found) == text:  # Python also reads 20261120 and 2026-W47-5
             return found
-    raise ContractError("not a date", expected="YYYY-MM-DD", found=text, where="--date")
+    raise ContractError("not a date", expected="YYYY-MM-DD", found=text, where=option)
 
 
 def parse_pair(text: str) -> tuple[str, str]:
@@ -531,7 +535,12 @@ def _complain(error: SidError, profile: str) -> NoReturn:
 
 def main() -> None:
     """Entry point of `sid`."""
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # libraries' deprecation notes are not the user's business
+    quiet = (
+        "DeprecationWarning",
+        "PendingDeprecationWarning",
+        "FutureWarning",
+    )  # libraries' notes to their users are not ours' business; numbers that overflow are
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore::{kind}" for kind in quiet))
     IN_FORCE.set("")
     with _errors_as_exit_codes():
         app()

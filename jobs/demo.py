@@ -6,6 +6,8 @@ No web server and no scheduler: the DAG runs are made here, everything inside th
 from __future__ import annotations
 
 import logging
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -154,11 +156,12 @@ def _summary(story: Story) -> None:
     story.console.rule("[bold]what came out")
     _seconds(story)
     _releases(story, lake)
-    for item_id in _famous_items(lake, story.release):
+    famous = _famous_items(lake, story.release)
+    for item_id in famous:
         _item(story, views.item(lake, item_id, story.release))
     _churn(story, lake)
     _ranker(story)
-    _where_to_look(story, page)
+    _where_to_look(story, page, famous[0])
 
 
 def _seconds(story: Story) -> None:
@@ -257,11 +260,14 @@ def _ranker(story: Story) -> None:
     story.console.print("[dim]* fewer than 1,000 rows: no verdict[/dim]")
 
 
-def _where_to_look(story: Story, page: Path) -> None:
+def _where_to_look(story: Story, page: Path, item_id: str) -> None:
     story.console.rule()
     story.console.print(f"report   {page}", soft_wrap=True, highlight=False)
-    story.console.print(f"MLflow   mlflow ui --backend-store-uri {scrub(story.home.tracking_uri)} --host 127.0.0.1", soft_wrap=True, highlight=False)
-    story.console.print(f"look     sid releases   |   sid show 50   |   sid stages      (SID_HOME={story.home.root})", soft_wrap=True, highlight=False)
+    activate = "" if shutil.which("sid") else f". {sys.prefix}/bin/activate && "
+    store = scrub(story.home.tracking_uri)
+    story.console.print(f"MLflow   {activate}mlflow ui --backend-store-uri {store} --host 127.0.0.1", soft_wrap=True, highlight=False)
+    look = f"sid releases   |   sid show {shlex.quote(item_id)}   |   sid stages      (SID_HOME={story.home.root})"
+    story.console.print(f"look     {activate}{look}", soft_wrap=True, highlight=False)
     story.say("done")
 
 

@@ -12,6 +12,7 @@ import hmac
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -79,8 +80,15 @@ def run(home: Home, *, airflow: int, mlflow: int, say: Say) -> None:
         say(f"MLflow    {f'http://{LOOPBACK}:{mlflow}/#/experiments' if _local(home) else home.tracking_uri}")
         say(f"user      {USER}, password in {password_file}")
         say(f"logs      {home.folder('logs')}")
+        say(f"shell     export {shell_environment(home)}   (then `airflow` in another terminal means this one)")
         say("stop with Ctrl-C")
         _watch(running)
+
+
+def shell_environment(home: Home) -> str:
+    """What a shell needs for `airflow dags trigger ...` to reach this Airflow; no secret is among it."""
+    private = airflow_home.settings(home)
+    return " ".join(f"{name}={shlex.quote(private[name])}" for name in ("AIRFLOW_HOME", "AIRFLOW__CORE__DAGS_FOLDER", "SID_HOME"))
 
 
 def services(home: Home, airflow: int, mlflow: int, password_file: Path) -> list[Service]:

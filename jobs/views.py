@@ -70,7 +70,11 @@ def branch(lake: Lake, name: str) -> list[Row]:
     spark = gate.session(home, config.lake, config.launch)
     found = [table for table in lakehouse.table_names() if name in lakehouse.references(spark, table)]
     if not found:
-        raise UpstreamMissing(f"no branch {name!r}", expected="an audit branch that was not published", found=name, where="lake", next_command="sid releases")
+        known_names = {other for table in lakehouse.table_names() for other in lakehouse.references(spark, table) if other.startswith("audit_")}
+        there = ", ".join(sorted(known_names)) or "none is left: every night was published"
+        raise UpstreamMissing(
+            f"no branch {name!r}", expected=f"an audit branch that was not published ({there})", found=name, where="lake", next_command="sid releases"
+        )
     days = re.search(r"_(\d{4})(\d{2})(\d{2})_", name)
     dates = [date(*map(int, days.groups()))] if days else []
     measured = _measured(home, name)

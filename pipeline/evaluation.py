@@ -84,7 +84,8 @@ def ranks_in_chunks(score: Score, targets_B: ArrayLike, num_items: int, history:
         history: one list per row that leaves its ranking; None masks nothing.
     """
     targets = torch.as_tensor(np.asarray(targets_B, np.int64))
-    ranks_B = torch.empty(targets.numel(), dtype=torch.float64)  # laid out before: small results kept one by one would pin the heap between large scores (10 GB at a million items)
+    # laid out before: small results kept one by one pinned the heap between large scores, 10 GB at a million items
+    ranks_B = torch.empty(targets.numel(), dtype=torch.float64)
     for rows in _chunks(targets.numel(), num_items):
         ranks_B[rows] = target_ranks(score(rows), targets[rows], None if history is None else history.part(rows.start, rows.stop))
     return ranks_B.numpy()

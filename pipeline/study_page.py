@@ -240,7 +240,7 @@ def _curve_data(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
         data, *middle, seed = cell.split("/")
         if "valid_ndcg@50" in curves and len(middle) == 2:
             groups.setdefault(f"{data}, {middle[1]}", {})[f"{middle[0]} {seed.removeprefix('seed ')}"] = curves["valid_ndcg@50"]
-    return [(title, {"curves": curves}) for title, curves in groups.items()]
+    return [(title, {"curves": curves, "label": "validation NDCG@50"}) for title, curves in groups.items()]
 
 
 def _card(number: int, kind: str, data: Mapping[str, Any], title: str, caption: str) -> dict[str, Any]:
