@@ -340,7 +340,7 @@ class ItemFeature(Section):
 
 
 class AdaSid(Section):
-    """ADA-SID (ADC-SID form by default); names follow specs and paper."""
+    """ADA-SID (ADC-SID form by default); names follow the paper."""
 
     form: Literal["v3", "v2"] = Field("v3", description="v3 = ADC-SID pairwise alignment; v2 = ADA-SID two-stage alignment")
     num_shared: int = Field(1, ge=0, description="N_s shared experts")

@@ -1,6 +1,6 @@
 """Where does adaptive alignment start and stop paying? A picture of what shop_worlds.py measured, one panel per property of the world.
 
-`python tests/bench/shop_plot.py docs/shop_worlds.svg A.json B.json ...`: files that differ in one option share a panel, dots are worlds, lines their means.
+`python tests/bench/shop_plot.py docs/figures/shop_worlds.svg A.json B.json ...`: files that differ in one option share a panel, dots worlds, lines means.
 """
 
 from __future__ import annotations
