@@ -516,7 +516,7 @@ def floors(job: Job) -> dict[str, Any]:
     if any(reader.kind == "ranker" for reader in job.page.readers.values()):
         rows = rank_rows(job, world.asked(job.part, 0, 0), final=True, history=20)
         arrays |= {"label_B": rows.label, "person_B": rows.person}
-        arrays |= {f"row_mask/{name}": mask for name, mask in evaluation.strata(rows.stratum, rows.evidence).items()}
+        arrays |= {f"row_mask/{name}": mask for name, mask in row_masks(world, world.asked(job.part, 0, 0), rows).items()}
         facts |= {"ranker_rows": len(rows), "ranker_digest": hashlib.sha256(rows.target.tobytes() + rows.label.tobytes()).hexdigest()[:12]}
     job.store.keep(job.cell.key, arrays)
     return {"metrics": {}, "facts": facts, "table": {name: rank_table(ranks_Q, asked.masks, 10**9) for name, ranks_Q in ranks.items()}}
@@ -660,7 +660,7 @@ def _ranked(job: Job) -> dict[str, Any]:
     score_B = fitted.scores_test.astype(np.float64)
     job.store.keep(job.cell.key, {"score_B": score_B})
     table = {}
-    for name, mask in evaluation.strata(test.stratum, test.evidence).items():
+    for name, mask in row_masks(world, world.asked(job.part, 0, 0), test).items():
         gauc, covered = evaluation.gauc(test.label[mask], score_B[mask], test.person[mask])
         loss = evaluation.logloss(test.label[mask], 1 / (1 + np.exp(-score_B[mask])))
         table[name] = {"auc": evaluation.auc(test.label[mask], score_B[mask]), "gauc": gauc, "covered": covered, "logloss": loss, "rows": float(mask.sum())}
@@ -700,7 +700,7 @@ def rank_rows(job: Job, asked: Asked, *, final: bool, history: int) -> RankRows:
         wrong_B = negatives(world, asked, settings.negatives, job.seed("negatives", final), final=final)
         target_B = np.concatenate([target_B, wrong_B])
         label_B = np.concatenate([np.ones(len(row_B)), np.zeros(len(wrong_B))]).astype(np.float32)
-        row_B = np.concatenate([row_B, np.repeat(row_B, settings.negatives)])
+        row_B = question_of_rows(len(row_B), settings.negatives)
     user_B = world.user_T[asked.at_Q][row_B]
     return RankRows(
         user=user_B + 1,
@@ -711,6 +711,30 @@ def rank_rows(job: Job, asked: Asked, *, final: bool, history: int) -> RankRows:
         stratum=world.stratum_N[target_B],
         evidence=world.count_N[target_B],
     )
+
+
+def question_of_rows(questions: int, drawn: int) -> NDArray[np.int64]:
+    """The question of every row of `rank_rows`: the answers first, then `drawn` negatives of each, (B,)."""
+    at_Q = np.arange(questions)
+    return np.concatenate([at_Q, np.repeat(at_Q, drawn)])
+
+
+def row_masks(world: World, asked: Asked, rows: RankRows) -> dict[str, NDArray[np.bool_]]:
+    """Slice -> mask of rankers' rows, empty ones left out.
+
+    Negatives are items that training knows, so a question whose answer it has never seen is in no slice: that an item is new would tell the answer.
+    Tied answers stand in `all_with_ties` alone, as for retrievers (`questions`). Ratings are judged as they are.
+    """
+    from pipeline.evaluation import strata
+
+    masks, count = strata(rows.stratum, rows.evidence), len(asked.at_Q)
+    if len(rows) == count:
+        return masks
+    question_B = question_of_rows(count, len(rows) // max(count, 1) - 1)
+    known_B = (world.item_T[asked.at_Q] < world.num_known)[question_B]
+    tied_B = asked.tied_Q[question_B]
+    masks = {name: mask & known_B & ~tied_B for name, mask in masks.items()} | ({"all_with_ties": known_B} if tied_B.any() else {})
+    return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def negatives(world: World, asked: Asked, count: int, seed: int, *, final: bool) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ KEPT, NOT_KEPT, CANNOT_TELL = "kept", "not kept", "cannot tell"
 FLOORS = ("popularity", "markov", "ease")  # arms of the reader `floor`
 NEEDS_PATH = ("amazon_beauty", "online_retail")  # data sets that are the user's own copy
 CELLS = 4_000_000  # cells of one block of resamples
+JUDGED_ROWS = "answers that training knows, ties apart"  # what rankers are judged on (study_cells.row_masks): part of what a cell is
 POWER = 2.8  # z of a two-sided 5 % level plus z of a power of 80 %
 EXACT_FLIPS, DRAWN_FLIPS = 16, 20_000  # worlds up to which all sign flips are enumerated, else so many are drawn
 
@@ -321,7 +322,12 @@ def grid(page: Page, digests: Mapping[str, str], part: Part = "valid") -> list[C
             "digest": digests[label],
             "seed": page.seed,
         }
-        floors = {**ground, "part": part, **page.train_retriever.model_dump(mode="json", include={"mask_history", "ease_up_to"}), "rankers": ranked}
+        floors = {
+            **ground,
+            "part": part,
+            **page.train_retriever.model_dump(mode="json", include={"mask_history", "ease_up_to"}),
+            "rankers": JUDGED_ROWS if ranked else False,
+        }
         cells = [_cell("floors", f"{label}/floors", name, world, 0, spec=floors)]
         for arm in [each for each, chosen in page.arms.items() if not chosen.data or name in chosen.data]:
             cells += _arm_cells(page, label, name, world, arm, ground, part)
@@ -381,6 +387,7 @@ def _read_cell(
     chosen, read = page.arms[arm], page.readers[reader]
     how = {} if chosen.tokenizer == "none" else {"codes": chosen.codes, "weights": chosen.weights, "item": read.item if read.kind == "ranker" else ""}
     settings = {} if read.kind == "neighbours" else reader_settings(page, reader).model_dump(mode="json")
+    how |= {"judged": JUDGED_ROWS} if read.kind == "ranker" else {}
     spec = {**ground, "needs": needs, "part": part, "kind": read.kind, "settings": settings, "reader_seed": seed, **how}
     return _cell(
         "read", f"{label}/{arm}/{reader}/seed {seed}", name, world, seed, spec=spec, inputs=inputs_of(page, arm, name), arm=arm, reader=reader, needs=needs

@@ -209,6 +209,22 @@ def test_a_history_ends_before_its_answer_and_negatives_are_nobodys_own() -> Non
     assert (world.stratum_N[drawn] == world.stratum_N[answers]).all()
 
 
+def test_a_ranker_is_not_judged_where_newness_tells_the_answer() -> None:
+    events, catalogue = log(users=40)
+    tied = np.arange(len(events.part_T)) % 3 == 0
+    world = prepared(replace(events, tied_T=tied), replace(catalogue, known_N=np.arange(25) % 5 != 0), DataSet())
+    asked = world.asked("test")
+    rows = study_cells.rank_rows(job(world), asked, final=True, history=5)
+    masks = study_cells.row_masks(world, asked, rows)
+    count = len(asked.at_Q)
+    for row in range(len(rows)):
+        question = row if row < count else (row - count) // 4
+        fair = world.item_T[asked.at_Q[question]] < world.num_known
+        assert masks["all"][row] == (fair and not asked.tied_Q[question])
+        assert masks["all_with_ties"][row] == fair
+    assert (rows.target[masks["all"]] <= world.num_known).all()
+
+
 def test_a_subset_of_users_keeps_their_events_and_the_ends_of_their_histories() -> None:
     whole, catalogue = log()
     some = study_data._some_users(whole, 7)
