@@ -112,8 +112,7 @@ def ordered_events(raw: DataFrame, until: date, *, baskets: bool) -> DataFrame:
     """One row per (user, item, instant) of the files up to `until`: user_id, item_id, instant, tie, value, file_date.
 
     Args:
-        baskets: the instant of an event is the start of its session, and inside one a hash decides the order;
-            else the instant is event_ts and ties stand in item order.
+        baskets: the instant of an event is the start of its session, else event_ts; inside an instant a hash decides the order.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
@@ -121,7 +120,7 @@ def ordered_events(raw: DataFrame, until: date, *, baskets: bool) -> DataFrame:
     known = raw.where(F.col("file_date") <= F.lit(until))
     session = Window.partitionBy("user_id", F.coalesce("session_id", F.col("event_ts").cast("string")))
     instant = F.min("event_ts").over(session) if baskets else F.col("event_ts")
-    tie = F.xxhash64("user_id", "item_id") if baskets else F.lit(0).cast("long")
+    tie = F.xxhash64("user_id", "item_id")
     rows = known.select("user_id", "item_id", instant.alias("instant"), tie.alias("tie"), "value", "file_date")
     return rows.groupBy("user_id", "item_id", "instant", "tie").agg(F.max("value").alias("value"), F.min("file_date").alias("file_date"))
 

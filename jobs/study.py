@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import log, study
+from pipeline import intervals, log, study
 from pipeline.context import Home, read_json, write_json
 from pipeline.errors import ConfigError
 from pipeline.study import FLOORS, Cell, Claim, Page, Part
@@ -306,19 +306,20 @@ def judged(todo: Plan, cells: Sequence[Pair]) -> tuple[list[dict[str, Any]], lis
     found = [(claim, data, compared(todo, cells, claim, data)) for claim, data in asked]
     rows = [(claim, data, *sides) for claim, data, sides in found if sides is not None]
     primary = [at for at, row in enumerate(rows) if row[0].primary]
-    adjusted = dict(zip(primary, study.holm([rows[at][2].p for at in primary]), strict=True))
+    absent = sum(claim.primary for claim, _, sides in found if sides is None)  # the family is the page's, whatever part of it was run
+    adjusted = dict(zip(primary, intervals.holm([rows[at][2].p for at in primary] + [1.0] * absent), strict=False))
     not_run = [f"{claim.title} ({data})" for claim, data, sides in found if sides is None]
     return [_claim_row(todo.page, *row, adjusted.get(at)) for at, row in enumerate(rows)], not_run
 
 
-def _claim_row(page: Page, claim: Claim, data: str, found: study.Estimate, capped: bool, adjusted: float | None) -> dict[str, Any]:
+def _claim_row(page: Page, claim: Claim, data: str, found: intervals.Estimate, capped: bool, adjusted: float | None) -> dict[str, Any]:
     several = page.data[data].worlds > 1
     word = study.verdict(claim, found, page.statistics, adjusted_p=adjusted, capped=capped, several_worlds=several)
     about = claim.model_dump(mode="json", exclude={"data"}) | {"data": data, "holm_p": adjusted, "unit": "worlds" if several else "seeds and users"}
     return _finite({**about, **vars(found), "verdict": word.word, "reason": word.reason})
 
 
-def compared(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str) -> tuple[study.Estimate, bool] | None:
+def compared(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str) -> tuple[intervals.Estimate, bool] | None:
     """(the claim's difference on a data set, whether a reader was capped); None where a side was not run."""
     import numpy as np
 
@@ -335,9 +336,9 @@ def compared(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str) -> tupl
         if not seeds:
             return None
         a, b = (np.array([[side[world][seed] for seed in seeds] for world in worlds]) for side in sides)
-        return study.scalar_estimate(a, claim.times * b, **options), capped
+        return intervals.scalar_estimate(a, claim.times * b, **options), capped
     effect = _effect(todo, cells, claim, data, left, right)
-    return None if effect is None else (study.estimate(effect, resamples=todo.page.statistics.resamples, **options), capped)
+    return None if effect is None else (intervals.estimate(effect, resamples=todo.page.statistics.resamples, **options), capped)
 
 
 def _side(cells: Sequence[Pair], data: str, arm: str, reader: str) -> list[Pair]:
@@ -360,7 +361,7 @@ def _grid(side: Sequence[Pair], metric: str, stratum: str) -> dict[int, dict[int
     return found
 
 
-def _effect(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str, left: Sequence[Pair], right: Sequence[Pair]) -> study.Effect | None:
+def _effect(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str, left: Sequence[Pair], right: Sequence[Pair]) -> intervals.Effect | None:
     """The paired effect on rows, both sides in the order of their seeds; a floor stands for every seed."""
     import numpy as np
 
@@ -380,7 +381,7 @@ def _effect(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str, left: Se
     a_SB, b_SB = np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
     if kind == "ranker":
         return _ranker_effect(claim.metric, shared["label_B"][mask], a_SB, b_SB, shared["person_B"][mask])
-    return study.mean_effect(_at(claim.metric, a_SB) - claim.times * _at(claim.metric, b_SB), shared["user_Q"][mask])
+    return intervals.mean_effect(_at(claim.metric, a_SB) - claim.times * _at(claim.metric, b_SB), shared["user_Q"][mask])
 
 
 def _rows(todo: Plan, side: Sequence[Pair], arm: str) -> dict[int, Floats]:
@@ -406,19 +407,19 @@ def _at(metric: str, ranks_SB: Floats) -> Floats:
     return (evaluation.recall_at if name == "recall" else evaluation.ndcg_at)(ranks_SB, int(k))
 
 
-def _ranker_effect(metric: str, label_B: Floats, a_SB: Floats, b_SB: Floats, person_B: NDArray[np.int64]) -> study.Effect:
+def _ranker_effect(metric: str, label_B: Floats, a_SB: Floats, b_SB: Floats, person_B: NDArray[np.int64]) -> intervals.Effect:
     from pipeline import evaluation
 
     if metric == "auc":
-        return study.auc_effect(label_B, a_SB, b_SB, person_B)
+        return intervals.auc_effect(label_B, a_SB, b_SB, person_B)
     if metric != "gauc":
         raise ConfigError(f"a claim names {metric!r}", expected="auc or gauc for rankers", found=metric, where="claims")
     a, b = ([evaluation.user_auc(label_B, row_B, person_B) for row_B in side] for side in (a_SB, b_SB))
-    effect = study.mean_effect([one.auc - other.auc for one, other in zip(a, b, strict=True)], a[0].users, a[0].impressions)
-    return study.Effect(effect.theta_S, effect.influence_SU, len(label_B))
+    effect = intervals.mean_effect([one.auc - other.auc for one, other in zip(a, b, strict=True)], a[0].users, a[0].impressions)
+    return intervals.Effect(effect.theta_S, effect.influence_SU, len(label_B))
 
 
-def _richness_effect(todo: Plan, claim: Claim, left: Sequence[Pair], right: Sequence[Pair]) -> study.Effect | None:
+def _richness_effect(todo: Plan, claim: Claim, left: Sequence[Pair], right: Sequence[Pair]) -> intervals.Effect | None:
     """Spearman with the split-half overlap of one kind of richness minus that of another, over encoder seeds and items."""
     import numpy as np
 
@@ -430,7 +431,7 @@ def _richness_effect(todo: Plan, claim: Claim, left: Sequence[Pair], right: Sequ
         return None
     measured = np.logical_and.reduce([np.isfinite(side[seed]["overlap_N"]) for side in sides for seed in known])
     a_SB, b_SB = (np.stack([side[seed][f"richness/{kind}"][measured] for seed in known]) for kind, side in zip(kinds, sides, strict=True))
-    return study.spearman_effect(a_SB, b_SB, np.stack([sides[0][seed]["overlap_N"][measured] for seed in known])) if measured.sum() > 2 else None
+    return intervals.spearman_effect(a_SB, b_SB, np.stack([sides[0][seed]["overlap_N"][measured] for seed in known])) if measured.sum() > 2 else None
 
 
 def overview(todo: Plan) -> list[dict[str, Any]]:

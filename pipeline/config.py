@@ -226,7 +226,7 @@ class UserSequence(Section):
     """Order of a user's events."""
 
     order: Literal["time", "basket"] = Field(
-        "time", description="time = (event_ts, item_id); basket = events of one session have no order and are shuffled by a hash"
+        "time", description="time = by event_ts; basket = events of one session have no order; what has none is shuffled by a hash"
     )
     max_events: int = Field(500, ge=2, description="latest events kept per user")
 

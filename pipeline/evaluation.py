@@ -1,8 +1,8 @@
-"""Every metric of sidmill in its one definition, paired intervals, and floors that need no training.
+"""Every metric of sidmill in its one definition, and floors that need no training.
 
 Ranking is over the full catalogue, one relevant item per row. Ties: a target stands at the middle of the items that share its score (mid-rank), so a model
 that scores everything alike gets no credit. History masked or not is the caller's switch and must be the same for all arms.
-Tensor suffixes: B rows (one target each), N items, U users, R resamples, G tie groups, D width.
+Tensor suffixes: B rows (one target each), N items, U users, G tie groups, D width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from torch import Tensor
+
+from pipeline import intervals
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -220,65 +222,7 @@ def strata(stratum_B: NDArray[np.str_], evidence_B: ArrayLike) -> dict[str, NDAr
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-# ---------------------------------------------------------------- paired intervals
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A difference (first arm minus second) with its bootstrap interval; it decides something only when 0 lies outside."""
-
-    estimate: float
-    low: float
-    high: float
-
-    @property
-    def decides(self) -> bool:
-        """Whether 0 lies outside the interval."""
-        return self.low > 0 or self.high < 0
-
-
-def paired_bootstrap(
-    difference: ArrayLike, users: ArrayLike | None = None, *, weights: ArrayLike | None = None, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Interval of the (weighted) mean of per-row differences under resampling of users with all their rows.
-
-    Args:
-        difference: metric of arm A minus metric of arm B on the same row, e.g. NDCG, logloss, or a user's AUC.
-        users: user of each row; None = every row is a user of its own.
-        weights: weight of each row, e.g. the user's impressions for GAUC.
-        level: probability mass inside the interval.
-    """
-    difference_B = np.asarray(difference, np.float64)
-    weight_B = np.ones_like(difference_B) if weights is None else np.asarray(weights, np.float64)
-    _, user_B = np.unique(np.arange(difference_B.size) if users is None else np.asarray(users), return_inverse=True)
-    total_U = np.bincount(user_B, weights=difference_B * weight_B)
-    weight_U = np.bincount(user_B, weights=weight_B)
-    if weight_U.sum() <= 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    sampled = [(draws_RU @ total_U) / np.maximum(draws_RU @ weight_U, 1e-12) for draws_RU in _resamples(total_U.size, resamples, seed)]
-    return _interval(float(total_U.sum() / weight_U.sum()), np.concatenate(sampled), level)
-
-
-def paired_auc_bootstrap(
-    labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike, users: ArrayLike, *, resamples: int = 500, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Interval of AUC(a) - AUC(b) under resampling of users with all their rows."""
-    _, user_B = np.unique(np.asarray(users), return_inverse=True)
-    curve_a, curve_b = _SortedRows(labels, scores_a, user_B), _SortedRows(labels, scores_b, user_B)
-    estimate = auc(labels, scores_a) - auc(labels, scores_b)
-    if not np.isfinite(estimate):
-        return Interval(float("nan"), float("nan"), float("nan"))
-    draws = _resamples(int(user_B.max()) + 1, resamples, seed, width=user_B.size)
-    sampled = np.concatenate([curve_a.auc(draws_RU) - curve_b.auc(draws_RU) for draws_RU in draws])
-    return _interval(estimate, sampled[np.isfinite(sampled)], level)
-
-
-def paired_gauc_bootstrap(
-    labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike, users: ArrayLike, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Interval of GAUC(a) - GAUC(b) under resampling of users; both arms cover the same users, because labels decide."""
-    a, b = user_auc(labels, scores_a, users), user_auc(labels, scores_b, users)
-    return paired_bootstrap(a.auc - b.auc, weights=a.impressions, resamples=resamples, seed=seed, level=level)
+# ---------------------------------------------------------------- the table of a report
 
 
 def retrieval_table(
@@ -327,32 +271,16 @@ def _row_metrics(ranks_B: Floats, ks: Sequence[int]) -> dict[str, Floats]:
 def _paired(
     a: Sequence[Mapping[str, Floats]], b: Sequence[Mapping[str, Floats]], metric: str, mask: NDArray[np.bool_], user_B: NDArray[Any], resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Mean difference over seeds with its interval over users, and the deviation between seeds; a floor has one run for all seeds."""
+    """Mean difference over seeds with its interval over users and seeds, and the deviation between seeds; a floor has one run for all seeds."""
     by_seed = [x[metric][mask] - y[metric][mask] for x, y in itertools.zip_longest(a, b, fillvalue=(b if len(b) < len(a) else a)[0])]
-    interval = paired_bootstrap(np.mean(by_seed, axis=0), user_B[mask], resamples=resamples, seed=seed)
-    spread = float(np.std([part.mean() for part in by_seed], ddof=1)) if len(by_seed) > 1 else None
-    return {"mean": interval.estimate, "low": interval.low, "high": interval.high, "seed_sd": spread, "seeds": len(by_seed)}
+    return difference(intervals.mean_effect(by_seed, user_B[mask]), resamples, seed)
 
 
-class _SortedRows:
-    """Rows in the order of one arm's score, ready for AUC under many weightings of their users."""
-
-    def __init__(self, labels: ArrayLike, scores: ArrayLike, user_B: Ints) -> None:
-        score_B = np.asarray(scores, np.float64)
-        order = np.argsort(score_B, kind="stable")
-        self.user_B = user_B[order]
-        self.positive_B = np.asarray(labels)[order] > 0
-        self.starts_G = np.flatnonzero(_starts(score_B[order]))
-
-    def auc(self, draws_RU: Floats) -> Floats:
-        """AUC per resample [R] when user u counts draws_RU[:, u] times; NaN where a class is missing."""
-        weight_RB = draws_RU[:, self.user_B]
-        positive_RG = np.add.reduceat(weight_RB * self.positive_B, self.starts_G, axis=1)
-        negative_RG = np.add.reduceat(weight_RB * ~self.positive_B, self.starts_G, axis=1)
-        below_RG = np.cumsum(negative_RG, axis=1) - negative_RG
-        pairs_R = positive_RG.sum(1) * negative_RG.sum(1)
-        wins_R = (positive_RG * (below_RG + 0.5 * negative_RG)).sum(1)
-        return np.divide(wins_R, pairs_R, out=np.full_like(wins_R, np.nan), where=pairs_R > 0)
+def difference(effect: intervals.Effect, resamples: int, seed: int) -> dict[str, Any]:
+    """mean, low, high, seed_sd and seeds of a paired effect as JSON; null where a class is missing."""
+    found = intervals.estimate(effect, resamples=resamples, seed=seed)
+    values = {"mean": found.difference, "low": found.low, "high": found.high, "seed_sd": found.seed_sd}
+    return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()} | {"seeds": found.seeds}
 
 
 # ---------------------------------------------------------------- a table of ids
@@ -520,17 +448,3 @@ def _tie_means(ranks: NDArray[Any], starts: NDArray[np.bool_]) -> Floats:
     """Ranks with every tie group replaced by its mean."""
     group = np.cumsum(starts) - 1
     return (np.bincount(group, weights=ranks) / np.maximum(np.bincount(group), 1))[group] if group.size else np.empty(0)
-
-
-def _resamples(users: int, resamples: int, seed: int, *, width: int = 0) -> Iterator[Floats]:
-    """How often each user was drawn [R, U], users drawn with replacement, in chunks of resamples; chunking does not change the draws."""
-    generator = np.random.default_rng(seed)
-    for rows in _chunks(resamples, max(users, width)):
-        size = rows.stop - rows.start
-        drawn = generator.integers(0, users, size=(size, users)) + np.arange(size)[:, None] * users
-        yield np.bincount(drawn.ravel(), minlength=size * users).reshape(size, users).astype(np.float64)
-
-
-def _interval(estimate: float, sampled: Floats, level: float) -> Interval:
-    low, high = np.quantile(sampled, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high))

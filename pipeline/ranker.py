@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import evaluation
+from pipeline import evaluation, intervals
 from pipeline.config import TrainRanker
 from pipeline.context import derive_seed
 from pipeline.device import best_device
@@ -427,34 +427,17 @@ def _stratum_metrics(test: RankRows, runs: Sequence[Floats], mask: npt.NDArray[n
 def _differences(
     test: RankRows, runs_a: Sequence[Floats], runs_b: Sequence[Floats], mask: npt.NDArray[np.bool_], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Difference a - b in AUC and GAUC with the interval over users; all seeds of a user are drawn together.
-
-    For AUC the scores of each seed enter as ranks, so that a shift between two seeds' logits does not count.
-    """
-    label = np.tile(test.label[mask], len(runs_a))
-    person = np.tile(test.person[mask], len(runs_a))
-    rank_a, rank_b = (np.concatenate([evaluation.midranks(run[mask]) for run in runs]) for runs in (runs_a, runs_b))
-    of_seed = list(zip(runs_a, runs_b, strict=True))
-    users = [tuple(evaluation.user_auc(test.label[mask], run[mask], test.person[mask]) for run in pair) for pair in of_seed]
-    gauc = evaluation.paired_bootstrap(
-        np.concatenate([a.auc - b.auc for a, b in users]),
-        np.concatenate([a.users for a, _ in users]),
-        weights=np.concatenate([a.impressions for a, _ in users]),
-        resamples=resamples,
-        seed=seed,
-    )
-    auc = evaluation.paired_auc_bootstrap(label, rank_a, rank_b, person, resamples=resamples, seed=seed)
-    by_seed = {
-        "auc": [evaluation.auc(test.label[mask], a[mask]) - evaluation.auc(test.label[mask], b[mask]) for a, b in of_seed],
-        "gauc": [a.gauc - b.gauc for a, b in users],
+    """Difference a - b in AUC and GAUC with the interval over users and seeds."""
+    label_B, person_B = test.label[mask], test.person[mask]
+    a_SB, b_SB = (np.stack([run[mask] for run in runs]) for runs in (runs_a, runs_b))
+    users = [tuple(evaluation.user_auc(label_B, row_B, person_B) for row_B in pair) for pair in zip(a_SB, b_SB, strict=True)]
+    some = users[0][0]
+    effects = {
+        "auc": intervals.auc_effect(label_B, a_SB, b_SB, person_B),
+        "gauc": intervals.mean_effect([a.auc - b.auc for a, b in users], some.users, some.impressions),
     }
-    return [_difference(name, interval, by_seed[name], bool(mask.sum() < THIN_ROWS)) for name, interval in (("auc", auc), ("gauc", gauc))]
-
-
-def _difference(metric: str, interval: evaluation.Interval, by_seed: Sequence[float], thin: bool) -> dict[str, Any]:
-    spread = _number(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-    bounds = {"mean": _number(np.mean(by_seed)), "low": _number(interval.low), "high": _number(interval.high)}
-    return {"metric": metric, **bounds, "seed_sd": spread, "seeds": len(by_seed), "thin": thin}
+    thin = bool(mask.sum() < THIN_ROWS)
+    return [{"metric": name, **evaluation.difference(effect, resamples, seed), "thin": thin} for name, effect in effects.items()]
 
 
 def _probability(logits: Floats) -> Floats:

@@ -23,7 +23,7 @@ from jobs.behavior_inputs import read_history
 from jobs.content_inputs import Shelf, base_encoders, read_pairs, read_shelf, read_teacher
 from jobs.inputs import Inputs
 from jobs.train_content_encoder import held_items
-from pipeline import config, evaluation, lakehouse
+from pipeline import config, evaluation, intervals, lakehouse
 from pipeline.context import Context, Home
 from pipeline.encoders import sail, sail_pairs
 from pipeline.encoders.sail_pairs import PairSet, Questions
@@ -113,8 +113,8 @@ def main() -> None:
     for one, other in (("seq", "content"), ("seq_id", "seq"), ("seq_id", "content")):
         for name, unit in units.items():
             gain = np.concatenate(hits[one][name]) - np.concatenate(hits[other][name])
-            interval = evaluation.paired_bootstrap(gain, np.concatenate(unit))
-            sys.stdout.write(f"{name} {one} - {other}: {interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]\n")
+            found = intervals.estimate(intervals.mean_effect(gain, np.concatenate(unit)))
+            sys.stdout.write(f"{name} {one} - {other}: {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]\n")
 
 
 if __name__ == "__main__":

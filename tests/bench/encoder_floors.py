@@ -16,7 +16,7 @@ import torch
 from jobs import study as command
 from jobs.study_cells import Job, questions, train_sequences
 from jobs.study_data import World, read_world
-from pipeline import evaluation, study
+from pipeline import evaluation, intervals, study
 from pipeline.config import SasRec
 from pipeline.context import Home
 from pipeline.encoders import sasrec
@@ -60,9 +60,9 @@ def main() -> None:
             made = {each: round(value, 4) for each, value in evaluation.ranking_metrics(ranks_SQ[:, inside], (10, 50)).items()}
             sys.stdout.write(json.dumps({"arm": name, "slice": part, "questions": int(inside.sum()), **made}) + "\n")
         for name in [each for each in ranks if each != "sasrec"]:
-            gain_Q = (evaluation.recall_at(ranks["sasrec"], 10) - evaluation.recall_at(ranks[name], 10))[:, inside].mean(0)
-            interval = evaluation.paired_bootstrap(gain_Q, asked.users[inside])
-            sys.stdout.write(f"{part} recall@10 sasrec - {name}: {interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]\n")
+            gain_SQ = (evaluation.recall_at(ranks["sasrec"], 10) - evaluation.recall_at(ranks[name], 10))[:, inside]
+            found = intervals.estimate(intervals.mean_effect(gain_SQ, asked.users[inside]))
+            sys.stdout.write(f"{part} recall@10 sasrec - {name}: {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]\n")
 
 
 if __name__ == "__main__":

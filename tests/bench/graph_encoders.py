@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jobs.content_embedding import model_folder
-from pipeline import config, evaluation
+from pipeline import config, evaluation, intervals
 from pipeline.datasets.movielens import film_rows, read_films, read_origin, read_ratings
 from pipeline.encoders import CONTENT_ENCODERS, alpharec, bpr_mf, graph, lightgcn, ngcf
 from pipeline.encoders.base import EncoderOptions
@@ -96,12 +96,12 @@ def compare(args: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps({"arm": text, **{m: round(v, 4) for m, v in evaluation.ranking_metrics(found, (20,)).items()}}) + "\n")
     names = list(ranks)
     for one, other in zip(names[1:], names, strict=False):
-        gain = (evaluation.recall_at(ranks[one], 20) - args.times * evaluation.recall_at(ranks[other], 20)).reshape(-1, users.numel()).mean(0)
-        say(f"{one} - {args.times:g} * {other}" if args.times != 1 else f"{one} - {other}", evaluation.paired_bootstrap(gain, users.numpy()))
+        gain = (evaluation.recall_at(ranks[one], 20) - args.times * evaluation.recall_at(ranks[other], 20)).reshape(-1, users.numel())
+        say(f"{one} - {args.times:g} * {other}" if args.times != 1 else f"{one} - {other}", intervals.estimate(intervals.mean_effect(gain, users.numpy())))
 
 
-def say(what: str, interval: evaluation.Interval) -> None:
-    sys.stdout.write(f"recall@20 {what}: {interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]\n")
+def say(what: str, found: intervals.Estimate) -> None:
+    sys.stdout.write(f"recall@20 {what}: {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]\n")
 
 
 def cold(args: argparse.Namespace) -> None:
@@ -125,8 +125,8 @@ def cold_world(args: argparse.Namespace, lists: list[np.ndarray], content: Tenso
     hits_Q, other_Q, chance = evaluation.recall_at(ranks_Q, 20), evaluation.recall_at(later_Q, 20), min(1.0, 20 / films.size)
     facts = {"seed": seed, "films": int(films.size), "questions": int(place_Q.size), "chance": round(chance, 4)}
     sys.stdout.write(json.dumps({**facts, "alpharec": round(float(hits_Q.mean()), 4), "popularity in hindsight": round(float(other_Q.mean()), 4)}) + "\n")
-    say("alpharec - chance", evaluation.paired_bootstrap(hits_Q - chance, user_Q))
-    say("alpharec - popularity in hindsight", evaluation.paired_bootstrap(hits_Q - other_Q, user_Q))
+    say("alpharec - chance", intervals.estimate(intervals.mean_effect(hits_Q - chance, user_Q)))
+    say("alpharec - popularity in hindsight", intervals.estimate(intervals.mean_effect(hits_Q - other_Q, user_Q)))
 
 
 def clock(args: argparse.Namespace) -> None:

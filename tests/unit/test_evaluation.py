@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline import evaluation as ev
+from pipeline import intervals
 
 RNG = np.random.default_rng(0)
 
@@ -91,47 +92,6 @@ def test_logloss_equals_its_formula_and_survives_certainty() -> None:
 def test_slices_hand_over_their_rows() -> None:
     values = np.array([1.0, 2, 3, 4])
     assert ev.by_slice(["b", "a", "b", "a"], lambda rows: float(values[rows].sum())) == {"a": 6.0, "b": 4.0}
-
-
-def test_weighted_auc_of_a_resample_equals_repeating_rows() -> None:
-    labels, scores, users = RNG.integers(0, 2, 60), RNG.integers(0, 5, 60) / 5, RNG.integers(0, 9, 60)
-    draws = RNG.integers(0, 3, (4, 9)).astype(float)
-    found = ev._SortedRows(labels, scores, users).auc(draws)
-    for times, value in zip(draws.astype(int), found, strict=True):
-        repeated = np.repeat(np.arange(60), times[users])
-        assert value == pytest.approx(slow_auc(labels[repeated], scores[repeated]), nan_ok=True)
-
-
-def test_paired_bootstrap_equals_a_slow_loop_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    difference, users = RNG.normal(0.1, 1, 50), RNG.integers(0, 12, 50)
-    weights = RNG.uniform(0.5, 2, 50)
-    whole = ev.paired_bootstrap(difference, users, weights=weights, resamples=200, seed=4)
-    monkeypatch.setattr(ev, "CELLS", 60)
-    assert ev.paired_bootstrap(difference, users, weights=weights, resamples=200, seed=4) == whole
-    generator, names = np.random.default_rng(4), np.unique(users)
-    means = []
-    for _ in range(200):
-        rows = np.concatenate([np.flatnonzero(users == names[u]) for u in generator.integers(0, names.size, names.size)])
-        means.append(np.average(difference[rows], weights=weights[rows]))
-    np.testing.assert_allclose([whole.low, whole.high], np.quantile(means, [0.025, 0.975]))
-    assert whole.estimate == pytest.approx(np.average(difference, weights=weights))
-
-
-def test_intervals_decide_for_a_better_arm_and_not_for_equal_ones() -> None:
-    labels, users = RNG.integers(0, 2, 2000), RNG.integers(0, 200, 2000)
-    good, noise = labels + RNG.normal(0, 1, 2000), RNG.normal(0, 1, 2000)
-    for interval in (ev.paired_auc_bootstrap, ev.paired_gauc_bootstrap):
-        better = interval(labels, good, noise, users, resamples=200)
-        assert better.low > 0
-        assert better.decides
-        assert better.low < better.estimate < better.high
-        same = interval(labels, good, good, users, resamples=50)
-        assert (same.estimate, same.low, same.high, same.decides) == (0, 0, 0, False)
-
-
-def test_intervals_without_rows_or_classes_are_nan() -> None:
-    assert math.isnan(ev.paired_bootstrap([]).estimate)
-    assert math.isnan(ev.paired_auc_bootstrap([1, 1], [0, 1], [1, 0], ["a", "b"]).low)
 
 
 def test_spearman_equals_the_library() -> None:
@@ -230,7 +190,7 @@ def test_slices_are_popularity_and_cold_items() -> None:
     assert "evidence_0" not in ev.strata(np.array(["head"]), [3])
 
 
-def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users() -> None:
+def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users_and_seeds() -> None:
     draw = np.random.default_rng(0)
     users, masks = draw.integers(0, 40, 200), {"all": np.ones(200, bool), "tail": draw.random(200) < 0.4}
     good, floor = [draw.integers(1, 30, 200).astype(float) for _ in range(2)], [draw.integers(1, 300, 200).astype(float)]
@@ -247,8 +207,8 @@ def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users() -> N
     }
     row = next(row for row in table["differences"] if (row["stratum"], row["metric"]) == ("all", "ndcg@10"))
     by_seed = [ev.ndcg_at(run, 10) - ev.ndcg_at(floor[0], 10) for run in good]
-    expected = ev.paired_bootstrap(np.mean(by_seed, axis=0), users, resamples=100)
-    assert (row["mean"], row["low"], row["high"], row["seeds"]) == (expected.estimate, expected.low, expected.high, 2)
+    expected = intervals.estimate(intervals.mean_effect(by_seed, users), resamples=100)
+    assert (row["mean"], row["low"], row["high"], row["seeds"]) == (expected.difference, expected.low, expected.high, 2)
     assert row["seed_sd"] == pytest.approx(np.std([part.mean() for part in by_seed], ddof=1))
     assert row["low"] > 0
 

@@ -16,7 +16,7 @@ from tokenizer_items import tiny_history, tiny_items, training, unger_settings
 from jobs import study as command
 from jobs import study_cells, study_data
 from jobs.study_data import TEST, TRAIN, VALID, Catalogue, Log, World, prepared
-from pipeline import evaluation, study, study_page
+from pipeline import evaluation, intervals, study, study_page
 from pipeline.context import Home
 from pipeline.errors import ConfigError
 from pipeline.retrievers import base
@@ -328,7 +328,7 @@ def test_the_interval_of_a_mean_is_that_of_resampled_users_and_seeds() -> None:
     rng = np.random.default_rng(0)
     users = rng.integers(0, 60, 400)
     value = rng.normal(0.1, 1, (3, 400)) + rng.normal(0, 0.5, 60)[users] + rng.normal(0, 0.2, (3, 1))
-    found = study.estimate(study.mean_effect(value, users), resamples=4000, seed=1)
+    found = intervals.estimate(intervals.mean_effect(value, users), resamples=4000, seed=1)
     drawn = []
     spread = (value.mean(1) - value.mean()) * np.sqrt(3 / 2)
     for _ in range(4000):
@@ -359,15 +359,15 @@ def test_influence_is_the_derivative_for_means_aucs_and_rank_correlations() -> N
 
     truth = rng.normal(size=rows)
     statistics = [
-        (study.mean_effect(a - b, users, weights), lambda count: float(np.average(a - b, weights=weights * count))),
-        (study.auc_effect(label, a, b, users), lambda count: weighted_auc(a, count) - weighted_auc(b, count)),
+        (intervals.mean_effect(a - b, users, weights), lambda count: float(np.average(a - b, weights=weights * count))),
+        (intervals.auc_effect(label, a, b, users), lambda count: weighted_auc(a, count) - weighted_auc(b, count)),
     ]
     for effect, statistic in statistics:
         assert effect.theta_S[0] == pytest.approx(statistic(np.ones(rows)))
         slope = [(statistic(1 + 1e-6 * (users == user)) - statistic(np.ones(rows))) / 1e-6 for user in range(30)]
         np.testing.assert_allclose(effect.influence_SU[0], slope, atol=1e-5)
         assert effect.influence_SU.sum() == pytest.approx(0, abs=1e-12)
-    ranked = study.spearman_effect(a, b, truth)
+    ranked = intervals.spearman_effect(a, b, truth)
     assert ranked.theta_S[0] == pytest.approx(evaluation.spearman(a, truth) - evaluation.spearman(b, truth))
     difference = lambda count: weighted_rho(a, truth, count) - weighted_rho(b, truth, count)  # noqa: E731
     slope = [(difference(1 + 1e-6 * (np.arange(rows) == row)) - difference(np.ones(rows))) / 1e-6 for row in range(rows)]
@@ -376,22 +376,37 @@ def test_influence_is_the_derivative_for_means_aucs_and_rank_correlations() -> N
 
 def test_worlds_and_seeds_of_single_numbers() -> None:
     a, b = [[0.7, 0.8], [0.6, 0.6], [0.9, 0.8]], [[0.6, 0.6], [0.6, 0.5], [0.7, 0.9]]
-    several = study.scalar_estimate(a, b)
+    several = intervals.scalar_estimate(a, b)
     assert several.difference == pytest.approx(np.mean([0.15, 0.05, 0.05]))
     assert several.p == pytest.approx(0.25)  # all three positive: 2 of 8 sign flips are as far
     assert (several.units, several.seeds) == (3, 2)
-    one = study.scalar_estimate(a[:1], b[:1])
+    one = intervals.scalar_estimate(a[:1], b[:1])
     assert one.low < one.difference < one.high
-    assert not np.isfinite(study.scalar_estimate([[0.5]], [[0.4]]).low)
+    assert not np.isfinite(intervals.scalar_estimate([[0.5]], [[0.4]]).low)
     values = np.random.default_rng(0).normal(0.3, 1, 7)
     flips = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=7)]
-    assert study.sign_flip(values) == pytest.approx(np.mean(np.array(flips) >= abs(values.sum()) - 1e-12))
+    assert intervals.sign_flip(values) == pytest.approx(np.mean(np.array(flips) >= abs(values.sum()) - 1e-12))
 
 
 def test_holm() -> None:
-    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert study.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert study.holm([]) == []
+    assert intervals.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert intervals.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert intervals.holm([]) == []
+
+
+def test_intervals_decide_for_a_better_arm_and_not_for_equal_ones_or_without_rows() -> None:
+    draw = np.random.default_rng(5)
+    labels, users = draw.integers(0, 2, 2000), draw.integers(0, 200, 2000)
+    good, noise = labels + draw.normal(0, 1, 2000), draw.normal(0, 1, 2000)
+    better = intervals.estimate(intervals.auc_effect(labels, good, noise, users), resamples=200)
+    assert better.decides
+    assert 0 < better.low < better.difference < better.high
+    same = intervals.estimate(intervals.auc_effect(labels, good, good, users), resamples=50)
+    assert (same.difference, same.low, same.high, same.decides) == (0, 0, 0, False)
+    empty = evaluation.difference(intervals.mean_effect(np.empty((3, 0)), []), 50, 0)
+    assert empty == {"mean": None, "low": None, "high": None, "seed_sd": None, "seeds": 3}
+    one_class = evaluation.difference(intervals.auc_effect([1, 1], [0.0, 1.0], [1.0, 0.0], ["a", "b"]), 50, 0)
+    assert one_class["mean"] is None
 
 
 # ---------------------------------------------------------------- verdicts

@@ -1,8 +1,8 @@
 -- Each user's events before :cutoff in order, the latest :max_events of them.
 -- Views: interaction (raw.interaction). Parameters: :logical_date, :cutoff, :order_by (time | basket), :max_events, :inputs_sha256.
--- time: by (event_ts, item_id); events of one instant share a basket.
--- basket: by the first instant of the event's session, then by a hash, so that no order of ids decides what comes next;
---         sessions that begin at one instant share a basket, because nothing says which came first.
+-- time: by event_ts; events of one instant share a basket.
+-- basket: by the first instant of the event's session; sessions that begin at one instant share a basket, because nothing says which came first.
+-- Inside a basket a hash decides, so that no order of ids is learnt; under time it reads nothing but what a stored row of the night before tells again.
 WITH known AS (
   SELECT user_id, item_id, event_ts, session_id, file_date
   FROM interaction
@@ -12,7 +12,7 @@ keyed AS (
   SELECT
     *,
     CASE WHEN :order_by = 'basket' AND session_id IS NOT NULL THEN min(event_ts) OVER (PARTITION BY user_id, session_id) ELSE event_ts END AS moment,
-    CASE WHEN :order_by = 'basket' THEN xxhash64(user_id, item_id, session_id, file_date) ELSE 0L END AS shuffle
+    CASE WHEN :order_by = 'basket' THEN xxhash64(user_id, item_id, session_id, file_date) ELSE xxhash64(user_id, item_id, event_ts) END AS shuffle
   FROM known
 ),
 placed AS (
