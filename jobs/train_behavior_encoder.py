@@ -71,6 +71,8 @@ def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> St
     chosen(params)
     if params.richness == "reliability" and not params.measure_reliability:
         raise ConfigError("richness = reliability must be measured", expected="true", found="false", where="[train_behavior_encoder] measure_reliability")
+    if params.richness == "norm" and params.encoder == "sasrec" and params.sasrec.tied:
+        logger.warning("the norm of a table that input and output share falls with an item's count: set train_behavior_encoder.sasrec.tied=false beside norm")
     items = read_items(inputs, ctx)
     return new_generation(inputs, params, ctx, read_night(inputs, ctx, items)) if ctx.plan().new_generation else frozen_night(inputs, params, ctx, items)
 
@@ -242,7 +244,10 @@ def split_half_overlap(
 
 
 def floors(sequences: Sequences, num_items: int, params: config.TrainBehaviorEncoder, seed: int) -> dict[str, float]:
-    """`floor/<popularity | markov>_<recall | ndcg>@<10 | 20>` on the very questions that the encoder was validated with, the history masked as there."""
+    """`floor/<popularity | markov>_<recall | ndcg>@<10 | 20>` on the very questions that the encoder was validated with, the history masked as there.
+
+    Fitted on what the encoder learns from: the events of all users but the held-out ones.
+    """
     from pipeline import evaluation
     from pipeline.encoders import sasrec
 
@@ -251,7 +256,8 @@ def floors(sequences: Sequences, num_items: int, params: config.TrainBehaviorEnc
         return {}
     asked = rest.users(questions.users)
     contexts = evaluation.Packed(asked.offsets.numpy(), asked.items.numpy())
-    ranks = evaluation.floor_ranks(contexts, questions.targets.numpy(), num_items, mask_history=chosen(params).masks_history, ease=False)
+    known = evaluation.Packed(rest.offsets.numpy(), rest.items.numpy())
+    ranks = evaluation.floor_ranks(contexts, questions.targets.numpy(), num_items, mask_history=chosen(params).masks_history, ease=False, fitted_on=known)
     return {f"floor/{name}_{metric}": value for name, ranks_B in ranks.items() for metric, value in evaluation.ranking_metrics(ranks_B, (10, 20)).items()}
 
 

@@ -3,7 +3,7 @@
 NumPy only. A reference is fitted once, on the items that have a behaviour vector, and stored as JSON; afterwards N is a function of the item's own
 evidence count and norm alone, so that a new item, however popular, moves no other row.
 
-    norm         N = (norm - min) / (max - min)                 the paper's; an input table must be untied or its sign is wrong
+    norm         N = (norm - min) / (max - min)                 the paper's; of a table that is the output's as well its sign is wrong
     count        N = log1p(count) / log1p(max count)
     rank         N = mid-rank of the count among the reference's items, in [0, 1]
     reliability  N = count / (count + kappa), kappa fitted to split-half neighbour overlap

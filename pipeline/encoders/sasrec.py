@@ -1,10 +1,11 @@
 """SASRec: each user's events in order in, one behaviour vector per item out, NOT normalised (its length may carry information).
 
-Source: Kang and McAuley 2018. differs: cross-entropy over the whole catalogue (sampled above a size) instead of one negative per positive; item tables for
-input and output are separate by default, because the norm of a shared table falls with an item's count; windows are padded at the end, so causal attention
-needs no mask. The behaviour vector is the item's INPUT row.
+Source: Kang and McAuley 2018. differs: cross-entropy over the whole catalogue (sampled above a size) instead of one negative per positive; windows are
+padded at the end, so causal attention needs no mask. The behaviour vector is the item's INPUT row; one table for input and output is the default, two
+(`tied = false`) keep its norm apart from how the item is scored, which one table lets fall with the item's count.
 
-Order inside a basket: events of one basket have none; they arrive in a shuffled order and any of them may be the next target, so no id order is learnt.
+Order inside a basket: events of one basket have none; they arrive in an order that a hash deals out and any of them may be the next target, so no id order
+is learnt.
 Bit-deterministic for a seed on one machine and one number of threads.
 Tensor suffixes: B windows, T events end to end, L positions, D width, N items, P predicted positions, S sampled negatives, M moved items, U users, C columns.
 """
@@ -330,7 +331,7 @@ def train(
     found = {"epochs": float(len(curves["loss"])), "best_epoch": float(best.epoch), "valid_users": float(questions.users.numel())}
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     if params.tied:
-        state |= Contexts.drawn(model.eval(), rest, params.max_length, seed).state()
+        state |= Contexts.drawn(model.eval(), rest, params.max_length, seed, events=sequences.items.numel()).state()
     vectors = state["input_rows.weight"][:num_items].clone()
     return TrainedEncoder(vectors, state, curves, found | {f"valid_{name}": value for name, value in best.metrics.items()})
 
@@ -427,7 +428,7 @@ class Contexts:
     Args:
         hidden_SD: hidden states at random places of the training windows.
         log_total_S: log of the sum over the base's items of exp(score) there.
-        events: events of the training.
+        events: events of the sequences, the held-out ones among them, as an item's own are counted on a frozen night.
     """
 
     hidden_SD: Tensor
@@ -436,7 +437,7 @@ class Contexts:
 
     @classmethod
     @torch.no_grad()
-    def drawn(cls, model: SasRec, sequences: Sequences, length: int, seed: int) -> Contexts:
+    def drawn(cls, model: SasRec, sequences: Sequences, length: int, seed: int, *, events: int) -> Contexts:
         """A sample of the training events of a trained network."""
         start_B, stop_B = window_bounds(sequences.offsets, length)
         some = torch.randperm(start_B.numel(), generator=_generator(seed))[:CONTEXT_WINDOWS]
@@ -447,7 +448,7 @@ class Contexts:
         at_S = at_P[torch.randperm(at_P.numel(), generator=_generator(seed))[:ROW_CONTEXTS]].to(device)
         hidden_SD = model(tokens_BL).flatten(0, 1)[at_S]
         log_total_S = torch.cat([torch.logsumexp(part @ table_ND.T, 1) for part in hidden_SD.split(max(1, CELLS // model.num_items))])
-        return cls(hidden_SD.cpu(), log_total_S.cpu(), sequences.items.numel())
+        return cls(hidden_SD.cpu(), log_total_S.cpu(), events)
 
     def state(self) -> dict[str, Tensor]:
         """The sample as named tensors."""
