@@ -43,6 +43,12 @@ def view(h_BD: Tensor, mask_B: Tensor, world: World) -> View:
     return View(h_BD, mask_B, world.gather(h_BD), all_C, world.first_row(len(mask_B)))
 
 
+def inner_products(a_BD: Tensor, b_CD: Tensor) -> Tensor:
+    """a @ b.T in float32, in a step of lower precision too: what is compared in a softmax must not be rounded to eight bits."""
+    with torch.autocast(a_BD.device.type, enabled=False):
+        return a_BD.float() @ b_CD.float().T
+
+
 def info_nce(anchor_BD: Tensor, candidate_CD: Tensor, positive_B: Tensor, candidate_C: Tensor, *, temperature: float) -> Tensor:
     """-log of the share the positive takes of exp(cosine / temperature) over all candidates, per anchor, (B,) >= 0.
 
@@ -51,7 +57,7 @@ def info_nce(anchor_BD: Tensor, candidate_CD: Tensor, positive_B: Tensor, candid
         candidate_C: False hides a candidate from all anchors but the one it is the positive of; (B, C) hides it per anchor.
     Source: ADC-SID eq. (18), A(x, y); differs: masked items are no negatives.
     """
-    cosine_BC = F.normalize(anchor_BD.float(), dim=-1) @ F.normalize(candidate_CD.float(), dim=-1).T
+    cosine_BC = inner_products(F.normalize(anchor_BD.float(), dim=-1), F.normalize(candidate_CD.float(), dim=-1))
     own_BC = positive_B[:, None] == torch.arange(len(candidate_CD), device=positive_B.device)
     allowed_BC = candidate_C | own_BC
     return F.cross_entropy((cosine_BC / temperature).masked_fill(~allowed_BC, -torch.inf), positive_B, reduction="none")

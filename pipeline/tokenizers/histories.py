@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ContractError
+from pipeline.tokenizers.alignment import inner_products
 from pipeline.tokenizers.base import Checkpoint, FitOptions, History, basket_begins
 from pipeline.tokenizers.world import World
 
@@ -201,7 +202,8 @@ def next_item_loss(
         bias_BC: added to cosine / temperature.
     Source: sampling-bias-corrected softmax (Yi et al. 2019), batch softmax with log-frequency correction
     """
-    logit_BC = F.normalize(wanted_BD.float(), dim=-1) @ F.normalize(answer_CD.float(), dim=-1).T / temperature + bias_BC - log_share_C
+    cosine_BC = inner_products(F.normalize(wanted_BD.float(), dim=-1), F.normalize(answer_CD.float(), dim=-1))
+    logit_BC = cosine_BC / temperature + bias_BC - log_share_C
     allowed_BC = asked.rival_BC | F.one_hot(asked.positive_B, len(asked.key_C)).bool()
     return F.cross_entropy(logit_BC.masked_fill(~allowed_BC, -torch.inf), asked.positive_B, reduction="none")
 

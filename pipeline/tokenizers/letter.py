@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline import config as profile
 from pipeline.device import best_device
+from pipeline.tokenizers.alignment import inner_products
 from pipeline.tokenizers.base import FitOptions, FitReport, ItemBatch, Keep, Networked, TokenizerOutput, shows
 from pipeline.tokenizers.fit import NOISE_COLUMNS, Trainer, generator_for
 from pipeline.tokenizers.inputs import Inputs
@@ -37,7 +38,7 @@ def collaborative_loss(quantized_BD: Tensor, behavior_CD: Tensor, positive_B: Te
     Source: LETTER (arXiv 2405.07314), L_CF; differs: behaviour is turned to its principal axes, as wide as the latent (the paper's vectors have that
     width), and centred and scaled to a mean variance of 1 by `Inputs`, which acts as a temperature; the paper has neither temperature nor normalisation.
     """
-    logit_BC = quantized_BD.float() @ behavior_CD.float().T
+    logit_BC = inner_products(quantized_BD, behavior_CD)
     allowed_BC = known_C | F.one_hot(positive_B, len(known_C)).bool()
     return F.cross_entropy(logit_BC.masked_fill(~allowed_BC, -torch.inf), positive_B, reduction="none")
 
@@ -48,7 +49,7 @@ def diversity_loss(rows_BD: Tensor, codes_B: Tensor, partner_B: Tensor, codebook
     Source: LETTER (arXiv 2405.07314), L_Div; as in the authors' program: inner products without a temperature, the item's own row left out.
     """
     own_BK = F.one_hot(codes_B, len(codebook_KD)).bool()
-    return F.cross_entropy((rows_BD @ codebook_KD.T).masked_fill(own_BK, -torch.inf), partner_B, reduction="none")
+    return F.cross_entropy(inner_products(rows_BD, codebook_KD).masked_fill(own_BK, -torch.inf), partner_B, reduction="none")
 
 
 def draw_partners(codes_B: Tensor, cluster_K: Tensor, noise_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from draws import rand
 
-from pipeline.tokenizers.alignment import View, alignment_v3, controlled_strength, info_nce
+from pipeline.tokenizers.alignment import View, alignment_v3, controlled_strength, info_nce, inner_products
 from pipeline.tokenizers.world import World
 
 
@@ -74,3 +74,11 @@ def test_shuffling_keeps_the_values_and_repeats_itself():
     assert torch.equal(dealt[10:].sort().values, w[10:].sort().values)
     assert not torch.equal(dealt, w)
     assert torch.equal(dealt, controlled_strength(w, mask, "shuffled", generator=rng()))
+
+
+def test_what_a_softmax_compares_is_not_rounded_in_steps_of_lower_precision() -> None:
+    a, b = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (a @ b.T).dtype == torch.bfloat16
+        found = inner_products(a, b)
+    assert torch.equal(found, a @ b.T)
