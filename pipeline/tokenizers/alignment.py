@@ -44,7 +44,7 @@ def view(h_BD: Tensor, mask_B: Tensor, world: World) -> View:
 
 
 def inner_products(a_BD: Tensor, b_CD: Tensor) -> Tensor:
-    """a @ b.T in float32, in a step of lower precision too: what is compared in a softmax must not be rounded to eight bits."""
+    """Products of rows, a @ b.T, in float32, in a step of lower precision too: what is compared in a softmax must not be rounded to eight bits."""
     with torch.autocast(a_BD.device.type, enabled=False):
         return a_BD.float() @ b_CD.float().T
 
