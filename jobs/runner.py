@@ -29,6 +29,7 @@ from pipeline import lakehouse, quality, tracking
 from pipeline import spark as spark_gate
 from pipeline.context import Context, write_json
 from pipeline.errors import ContractError, GateFailed, PublishConflict, ResourceLost, SidError, UpstreamMissing, unforeseen
+from pipeline.redact import scrub
 from pipeline.stages import BY_NAME, Stage, StageResult, Write, group
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ def run_stage(ctx: Context) -> dict[str, Any]:
         raise
     except Exception as error:  # the one place where a foreign exception becomes one of ours: it must be written down whatever it is
         logger.error("stage ended by an exception name=%s\n%s", stage.name, "".join(traceback.format_exception(error)))  # as text: a log line is scrubbed
-        params = "".join(f" --param {shlex.quote(f'{name}={value}')}" for name, value in ctx.params)
-        known = unforeseen(error, where=stage.name, next_command=f"sid run {stage.name} --date D{params}")
+        known = unforeseen(error, where=stage.name, next_command=f"sid run {stage.name} --date D")
         _failed(stage, ctx, started, ledger, snapshots, known)
         raise known from error
     outcome = _outcome(stage, result.status, started, result, ledger, snapshots) | {"branch": ctx.branch}
@@ -112,13 +112,17 @@ def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshot
 
 
 def completed(command: str, ctx: Context) -> str:
-    """The command with the run's date for `--date D`, and with the run's id for a stage of the run: another id would find no manifest and no outcomes."""
+    """The command with the run's date for `--date D`, and with the run's id and parameters for a stage of the run.
+
+    Another id would find no manifest and no outcomes; without its parameters the run would go on with another release than the one it was given.
+    """
     command = command.replace("--date D", f"--date {ctx.logical_date}")
-    if ctx.run_id == f"cli__{ctx.config.name}__{ctx.logical_date}":  # what the command line takes by itself
-        return command
+    named = [] if ctx.run_id == f"cli__{ctx.config.name}__{ctx.logical_date}" else [("--run-id", ctx.run_id)]  # that one the command line takes by itself
+    options = [*named, *(("--param", f"{name}={value}") for name, value in ctx.params)]
+    same_run = scrub("".join(f" {option} {shlex.quote(value)}" for option, value in options))
     names = "|".join(stage.name for stage in group(BY_NAME[ctx.stage].group))
-    ours = re.compile(rf"\bsid run ({names}) --date {ctx.logical_date}\b(?! --run-id)")
-    return ours.sub(lambda found: f"{found[0]} --run-id {shlex.quote(ctx.run_id)}", command)
+    ours = re.compile(rf"\bsid run ({names}) --date {ctx.logical_date}\b(?!{re.escape(same_run)})")
+    return ours.sub(lambda found: found[0] + same_run, command)
 
 
 def step(ctx: Context, name: str) -> None:

@@ -329,3 +329,19 @@ def test_the_next_command_is_completed_with_the_date_and_the_run(tmp_path: Path,
     ctx = Context(config=TINY, home=Home(tmp_path), stage="publish_release", logical_date=date(2026, 3, 2), run_id=run_id)
     assert runner.completed(given, ctx) == shown
     assert runner.completed(shown, ctx) == shown
+
+
+@pytest.mark.parametrize(
+    ("run_id", "given", "shown"),
+    [
+        ("night", "sid run rank_example --date D", "sid run rank_example --date 2026-03-02 --run-id night --param release=d20260301"),
+        ("cli__tiny__2026-03-02", "sid run train_ranker --date 2026-03-02", "sid run train_ranker --date 2026-03-02 --param release=d20260301"),
+        ("night", "sid run item_popularity --date 2026-03-02", "sid run item_popularity --date 2026-03-02"),
+    ],
+)
+def test_the_next_command_of_a_reader_names_the_release_it_was_given(tmp_path: Path, run_id: str, given: str, shown: str) -> None:
+    """Without it a typed retry of a pinned run would draw for the newest release."""
+    day, params = date(2026, 3, 2), (("release", "d20260301"),)
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="train_ranker", logical_date=day, run_id=run_id, params=params)
+    assert runner.completed(given, ctx) == shown
+    assert runner.completed(shown, ctx) == shown
