@@ -65,7 +65,7 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     try:
         planned = ctx.fingerprint()
         if not _lake_ready(stage, ctx):  # costs a session only then
-            lakehouse.create_tables(_session(ctx))
+            _make_ready(stage, ctx)
         snapshots = _pinned(stage, ctx)
         result = _settled(stage, ctx, snapshots) or _with_retries(stage, ctx, snapshots, ledger)
     except SidError as error:
@@ -293,6 +293,14 @@ def _reused(stage: Stage, ctx: Context) -> StageResult | None:
 def _lake_ready(stage: Stage, ctx: Context) -> bool:
     """Whether the stage's tables are there and none is behind its migrations."""
     return all(lakehouse.is_ready(ctx.home, ctx.config.lake, table) for table in {*stage.inputs, *stage.outputs})
+
+
+def _make_ready(stage: Stage, ctx: Context) -> None:
+    """Create and migrate the tables, unless a stage that started beside this one did it meanwhile."""
+    spark = _session(ctx)
+    with lakehouse.table_locks(ctx.home, ctx.config.lake, lakehouse.table_names()):
+        if not _lake_ready(stage, ctx):
+            lakehouse.create_tables(spark)
 
 
 def _pinned(stage: Stage, ctx: Context) -> dict[str, int | None]:

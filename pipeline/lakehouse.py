@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -114,6 +114,9 @@ def migrate(spark: SparkSession, table: str) -> int:
 
 def _add_columns(spark: SparkSession, table: str, path: Path) -> None:
     """Run one migration unless its columns are there already."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
     text = re.sub(r"(?m)^\s*--.*$", "", path.read_text(encoding="utf-8")).strip().rstrip(";")
     parts = ADDITIVE.fullmatch(text)
     if parts is None or parts.group(1) != table or ";" in text or re.search(r"(?i)\bnot\s+null\b", text):
@@ -124,11 +127,22 @@ def _add_columns(spark: SparkSession, table: str, path: Path) -> None:
             where=str(path),
         )
     wanted = {field.name: field.dataType.simpleString() for field in spark.createDataFrame([], parts.group(2)).schema.fields}
-    found = {field.name: field.dataType.simpleString() for field in spark.table(_full(table)).schema.fields if field.name in wanted}
+    found = _columns(spark, table, wanted)
     if not found:
-        spark.sql(text)
-    elif found != wanted:
+        try:
+            spark.sql(text)
+            return
+        except (PySparkException, Py4JJavaError):
+            found = _columns(spark, table, wanted)
+            if not found:  # else another process ran the statement at the same moment: the catalog of a server has no locks
+                raise
+    if found != wanted:
         raise ContractError(f"{table} has columns of a migration with another type", expected=str(wanted), found=str(found), where=str(path))
+
+
+def _columns(spark: SparkSession, table: str, wanted: Container[str]) -> dict[str, str]:
+    """Column -> type of the wanted columns that the table has now."""
+    return {field.name: field.dataType.simpleString() for field in spark.table(_full(table)).schema.fields if field.name in wanted}
 
 
 def snapshot(spark: SparkSession, table: str, reference: str = "main") -> int | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +71,31 @@ def counts(home: Home) -> dict[str, int]:
 def references(home: Home) -> dict[str, set[str]]:
     """Table -> names of its branches and tags, without a JVM."""
     return {table: set(lakehouse.open_table(home, TINY.lake, table).metadata.refs) for table in TABLES}
+
+
+# ---------------------------------------------------------------- tables that are not there yet, or behind
+
+
+def test_stages_that_start_together_migrate_the_lake_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first night after an upgrade: whoever comes second finds under the lock that nothing is left to do."""
+    made, both_looked = [], threading.Barrier(2)
+
+    def slowly(session: Any) -> None:
+        time.sleep(0.2)
+        made.append(session)
+
+    def a_session(ctx: Context) -> str:
+        both_looked.wait(timeout=30)  # both have found the lake behind
+        return "session"
+
+    monkeypatch.setattr(runner, "_session", a_session)
+    monkeypatch.setattr(runner, "_lake_ready", lambda stage, ctx: bool(made))
+    monkeypatch.setattr(lakehouse, "create_tables", slowly)
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="user_sequence", logical_date=date(2026, 3, 2), run_id="night")
+    with ThreadPoolExecutor(2) as pool:
+        for started in [pool.submit(runner._make_ready, BY_NAME[name], ctx) for name in ("item_popularity", "user_sequence")]:
+            started.result()
+    assert made == ["session"]
 
 
 # ---------------------------------------------------------------- a night, twice, and with another writer
