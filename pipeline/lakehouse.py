@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table as IcebergTable
+    from pyiceberg.table.snapshots import Snapshot
     from pyspark.sql import DataFrame, SparkSession
 
 logger = logging.getLogger(__name__)
@@ -422,9 +423,22 @@ def main_commits(home: Home, lake: Lake, table: str) -> list[Commit]:
     iceberg = open_table(home, lake, table)
     commits, found = [], iceberg.current_snapshot()
     while found is not None:
-        commits.append(Commit(at=found.timestamp_ms, origin=found.summary.additional_properties if found.summary else {}))
+        commits.append(Commit(at=found.timestamp_ms, origin=_origin(found)))
         found = iceberg.snapshot_by_id(found.parent_snapshot_id) if found.parent_snapshot_id else None
     return commits
+
+
+def origin(home: Home, lake: Lake, table: str, snapshot_id: int) -> Mapping[str, str]:
+    """What a snapshot says of the stage that wrote it (`sid.*`), among other things, without a JVM; nothing when it was swept away.
+
+    Raises: UpstreamMissing when the table does not exist yet.
+    """
+    found = open_table(home, lake, table).snapshot_by_id(snapshot_id)
+    return {} if found is None else _origin(found)
+
+
+def _origin(found: Snapshot) -> Mapping[str, str]:
+    return found.summary.additional_properties if found.summary else {}
 
 
 def files_at(home: Home, lake: Lake, table: str, snapshot_ids: Iterable[int]) -> dict[str, StoredFile]:
