@@ -70,7 +70,7 @@ def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
     return StageResult(
         writes=(released(inputs, rows),),
         metrics={"items": float(assigned["items"]), "revision": float(decision.revision)},
-        outputs=outputs(decision, plan, assigned, rows),
+        outputs={**outputs(decision, plan, assigned, rows), "limits": params.model_dump()},  # a page made later shows what was judged by
     )
 
 

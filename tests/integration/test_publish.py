@@ -145,6 +145,7 @@ def test_two_nights(spark, lake_home, config, model):
     done = run(lake_home, config, "publish_release", night(D1), model, "run1")
     assert done["outputs"]["tag"] == "d20260105"
     assert done["outputs"]["is_current_newest"]
+    assert done["outputs"]["limits"] == LOOSE | {"max_refit_churn": 0.6}
     assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}
     row = release_rows(spark)["d20260105"]
     assert (row["status"], row["items"], row["parent_tag"], row["rows_digest"]) == ("current", ITEMS, None, assigned["outputs"]["rows_digest"])
