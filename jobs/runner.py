@@ -57,7 +57,8 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     """
     stage = BY_NAME[ctx.stage]
     path = ctx.staging / f"{stage.name}.json"
-    path.unlink(missing_ok=True)  # a killed try must not look like an old success
+    if _speaks():
+        path.unlink(missing_ok=True)  # a killed try must not look like an old success
     started = time.monotonic()
     logger.info("stage start name=%s date=%s run=%s attempt=%d", stage.name, ctx.logical_date, ctx.run_id, ctx.attempt)
     snapshots: dict[str, int | None] = {}
@@ -79,8 +80,8 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     outcome = _outcome(stage, result.status, started, result, ledger, snapshots) | {"branch": ctx.branch}
     if stage.group == "refresh" and stage.name != "plan_night":
         outcome["plan"] = planned  # an outcome serves only the plan it was made under
-    if os.environ.get("RANK", "0") != "0":
-        return outcome  # under torchrun the first process speaks for all
+    if not _speaks():
+        return outcome
     write_json(path, outcome)
     if stage.name in ("publish_release", "rollback"):
         _align(ctx)
@@ -88,6 +89,11 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     _track(stage, ctx, result, result.status, outcome, None)
     logger.info("stage end name=%s status=%s seconds=%.1f", stage.name, result.status, outcome["seconds"])
     return outcome
+
+
+def _speaks() -> bool:
+    """Whether this process writes documents: under torchrun the first one speaks for all, and the others can often say only that it left them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _align(ctx: Context) -> None:
@@ -102,6 +108,8 @@ def _align(ctx: Context) -> None:
 def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshots: Mapping[str, int | None], error: SidError) -> None:
     """Write down how far the stage came and what stopped it, with the next command completed."""
     error.next_command = completed(error.next_command, ctx)
+    if not _speaks():
+        return
     found = StageResult(metrics=ledger.found.metrics, curves=ledger.found.curves, figures=ledger.found.figures)
     outcome = _outcome(stage, "failed", started, found, ledger, snapshots) | {"branch": ctx.branch, "error": error.fields(), "retry": error.retry}
     try:

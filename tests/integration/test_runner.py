@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jobs import launchers, runner, views
+from jobs import launchers, plan_night, runner, views
 from pipeline import config, lakehouse, tracking
 from pipeline.context import Context, Home, read_json, write_json
 from pipeline.datasets import dataset
@@ -340,6 +340,19 @@ def test_only_a_conflict_is_called_one(spark: Any, home: Home, monkeypatch: pyte
     with pytest.raises(PublishConflict):
         lakehouse.publish(spark, table, "late")
     lakehouse.drop_branch(spark, table, "late")
+
+
+def test_under_torchrun_the_first_process_speaks_for_all(home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its peers end by a closed connection, after it has said why it left, or begin when it has ended."""
+    day = first_day(data) - timedelta(days=1)
+    with pytest.raises(ContractError, match="before the data"):
+        run(home, "plan_night", day)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(plan_night, "run", lambda *args: 1 / 0)
+    with pytest.raises(StageFailed) as caught:
+        run(home, "plan_night", day)
+    assert caught.value.next_command == f"sid run plan_night --date {day} --run-id night"
+    assert read_json(home.folder("staging") / "night" / "plan_night.json")["error"]["class"] == "ContractError"
 
 
 @pytest.mark.parametrize(
