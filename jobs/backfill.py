@@ -42,7 +42,12 @@ class Step:
 
     def partitions(self) -> tuple[str, ...]:
         """Partitions the step may replace, as "table date"; tables without a date are named alone."""
-        return tuple(f"{table} {self.night}" for stage in self.stages for table in stage.outputs)
+        tables = dict.fromkeys(table for stage in self.stages for table in stage.outputs)  # two stages may write one table
+        return tuple(f"{table} {self.night}" if _by_date(table) else table for table in tables)
+
+
+def _by_date(table: str) -> bool:
+    return lakehouse.partition_columns(table)[:1] in (("logical_date",), ("file_date",))
 
 
 def steps(home: Home, config: Config, nights: Sequence[date], stages: str, *, cascade: bool) -> list[Step]:

@@ -108,7 +108,10 @@ def half_ingests(home: Home, config: Config) -> set[date]:
 
 
 def unfinished(commits: Mapping[str, Sequence[lakehouse.Commit]]) -> set[date]:
-    """Dates whose newest ingest published rows but not its marker, the ledger: killed there, or still at it.
+    """Dates whose ingest published rows but not its marker, the ledger: killed there, or still at it.
+
+    A whole ingest of the date or of a later one ends that: a later night was let through because its files replaced those rows (`check_finished`).
+    One of an earlier date, a backfill, replaced nothing of them.
 
     Args:
         commits: of main of the ledger and the raw tables, newest first; one try of ingest says the same `sid.record_key` everywhere.
@@ -116,9 +119,18 @@ def unfinished(commits: Mapping[str, Sequence[lakehouse.Commit]]) -> set[date]:
     ledger = commits[LEDGER]
     oldest = ledger[-1].at if ledger else 0  # what the ledger knew before is forgotten, so older rows count as finished
     marked = {commit.origin.get("sid.record_key"): commit.at for commit in reversed(ledger)}
-    newest = [next((commit for commit in commits[table] if commit.origin.get("sid.stage") == "ingest"), None) for table in RAW]
-    halves = [one.origin for one in newest if one is not None and marked.get(one.origin.get("sid.record_key"), oldest) < one.at]
-    return {date.fromisoformat(origin["sid.logical_date"]) for origin in halves if "sid.logical_date" in origin}
+    halves: set[date] = set()
+    for table in RAW:
+        whole = date.min
+        for commit in commits[table]:
+            if commit.origin.get("sid.stage") != "ingest" or "sid.logical_date" not in commit.origin:
+                continue
+            day = date.fromisoformat(commit.origin["sid.logical_date"])
+            if marked.get(commit.origin.get("sid.record_key"), oldest) >= commit.at:
+                whole = max(whole, day)
+            elif day > whole:
+                halves.add(day)
+    return halves
 
 
 def check_finished(halves: Collection[date], files: Iterable[PlannedFile], logical_date: date) -> None:

@@ -6,11 +6,13 @@ delete or edit the file to hand the lake to another profile. Overrides (`--set`)
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 from pathlib import Path
 
 from pipeline.context import Home, read_json, write_json
-from pipeline.errors import DEFAULT_PROFILE, ConfigError
+from pipeline.errors import DEFAULT_PROFILE, ConfigError, ContractError
 
 logger = logging.getLogger(__name__)
 NAME = "profile.json"
@@ -29,9 +31,31 @@ def remember(home: Home, profile: str) -> None:
 
 
 def remembered(home: Home) -> str:
-    """The profile that made the lake; empty when there is none yet."""
+    """The profile that made the lake; empty when there is none yet.
+
+    Raises: ConfigError for a file that names none: without the file, the lake would be swept by the default profile's rules.
+    """
     path = home.root / NAME
-    return str(read_json(path).get("profile", "")) if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    try:
+        content = read_json(path)
+    except ContractError as damaged:
+        raise _nameless(path, damaged.found) from damaged
+    profile = content.get("profile")
+    if not profile or not isinstance(profile, str):
+        raise _nameless(path, json.dumps(content))
+    return profile
+
+
+def _nameless(path: Path, found: str) -> ConfigError:
+    return ConfigError(
+        "the home does not say which profile made its lake",
+        expected='{"profile": "NAME"}',
+        found=found,
+        where=str(path),
+        next_command=f"""echo '{{"profile": "NAME"}}' > {shlex.quote(str(path))}  (with the profile that made the lake)""",
+    )
 
 
 def default(home: Home) -> str:

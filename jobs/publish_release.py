@@ -65,12 +65,12 @@ def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
     if decision.action == "reused":
         same = reaffirmed(releases, decision, plan)
         writes = (released(inputs, same),) if same != releases else ()
-        return StageResult(status="reused", writes=writes, outputs=outputs(decision, plan, assigned, same))
+        return StageResult(status="reused", writes=writes, outputs=outputs(decision, plan, assigned, same, again=same != releases))
     rows = with_release(releases, release_row(decision, plan, assigned, snapshot_id))
     return StageResult(
         writes=(released(inputs, rows),),
         metrics={"items": float(assigned["items"]), "revision": float(decision.revision)},
-        outputs=outputs(decision, plan, assigned, rows),
+        outputs={**outputs(decision, plan, assigned, rows), "limits": params.model_dump()},  # a page made later shows what was judged by
     )
 
 
@@ -173,8 +173,12 @@ def reaffirmed(releases: Sequence[Row], decision: Decision, plan: Plan) -> list[
     return [{**row, **again} if row["tag"] == decision.tag else row for row in releases]
 
 
-def outputs(decision: Decision, plan: Plan, assigned: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """tag, date and digest of the release, and whether consumers shall read it: only the newest current date makes the asset event."""
+def outputs(decision: Decision, plan: Plan, assigned: Mapping[str, Any], rows: Sequence[Row], *, again: bool = False) -> dict[str, Any]:
+    """tag, date and digest of the release, and whether consumers shall read it: only the newest current date makes the asset event.
+
+    Args:
+        again: an earlier night published these rows, so consumers know of them; a try that was killed after its row says what it had no time to say.
+    """
     newest = newest_current(rows)
     return {
         "tag": decision.tag,
@@ -185,7 +189,7 @@ def outputs(decision: Decision, plan: Plan, assigned: Mapping[str, Any], rows: S
         "rows_digest": assigned["rows_digest"],
         "action": decision.action,
         "current": any(row["tag"] == decision.tag and row["status"] == "current" for row in rows),
-        "is_current_newest": newest is not None and newest["tag"] == decision.tag,
+        "is_current_newest": not again and newest is not None and newest["tag"] == decision.tag,
     }
 
 

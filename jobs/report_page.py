@@ -26,14 +26,14 @@ Lake = tuple[Home, Config]
 Row = dict[str, Any]
 EXAMPLES = 6
 MAX_PICTURE_BYTES = 60_000
-GATES = {
-    "collision_rate": ("max", "publish_release.max_collision_rate", "share of items that share their codes with another"),
-    "min_perplexity_share": ("min", "publish_release.min_perplexity_share", "evenness of code use at the worst position"),
-    "max_dead_share": ("max", "publish_release.max_dead_share", "unused codes at the worst position"),
-    "shared_mass": ("max", "publish_release.max_shared_mass", "popularity on items that share their codes"),
-    "budget_churn": ("max", "publish_release.max_churn", "items of the parent whose codes changed, first behaviour codes apart"),
-    "budget_churn_head": ("max", "publish_release.max_head_churn", "the same among the most popular items"),
-    "budget_churn_refit": ("max", "publish_release.max_refit_churn", "items whose codes an anchored refit changed"),
+GATES = {  # metric -> side, setting of [publish_release], meaning
+    "collision_rate": ("max", "max_collision_rate", "share of items that share their codes with another"),
+    "min_perplexity_share": ("min", "min_perplexity_share", "evenness of code use at the worst position"),
+    "max_dead_share": ("max", "max_dead_share", "unused codes at the worst position"),
+    "shared_mass": ("max", "max_shared_mass", "popularity on items that share their codes"),
+    "budget_churn": ("max", "max_churn", "items of the parent whose codes changed, first behaviour codes apart"),
+    "budget_churn_head": ("max", "max_head_churn", "the same among the most popular items"),
+    "budget_churn_refit": ("max", "max_refit_churn", "items whose codes an anchored refit changed"),
 }
 
 
@@ -55,7 +55,7 @@ def content(lake: Lake, release: Row) -> ReportContent:
     vocabulary = views.generation(lake, release["generation"])
     rows = lakehouse.read_release(home, config.lake, release["tag"])
     return ReportContent(
-        release=facts(release, rows, vocabulary, config, outcomes),
+        release=facts(lake, release, rows, vocabulary, outcomes),
         gates=gates(outcomes, config),
         figures=[*figures(outcomes), *lake_figures(lake, release, rows, vocabulary)],
         slots=vocabulary["slots"],
@@ -75,12 +75,11 @@ def read_outcomes(home: Home, tag: str) -> dict[str, Row]:
     return {name: read_json(folder / f"{name}.json") for name in BY_NAME if (folder / f"{name}.json").is_file()}
 
 
-def facts(release: Row, rows: pa.Table, vocabulary: Row, config: Config, outcomes: Mapping[str, Row]) -> Row:
-    """Facts of the release for the page's header."""
+def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row, outcomes: Mapping[str, Row]) -> Row:
+    """Facts of the release for the page's header; the commit is that of the code which made its rows, not of the one which writes the page."""
     import pyarrow.compute as pc
 
-    from pipeline.tracking import git_sha
-
+    home, config = lake
     plan = outcomes.get("plan_night", {}).get("outputs", {})
     kept = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason")
     counted = {
@@ -92,22 +91,31 @@ def facts(release: Row, rows: pa.Table, vocabulary: Row, config: Config, outcome
         "policy": plan.get("reason", config.plan_night.policy),
         "dataset": config.source.dataset,
         "tokenizer": vocabulary["tokenizer"],
-        "git_sha": git_sha(),
+        "git_sha": lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"]).get("sid.git_sha", "unknown"),
         "rows_digest": release["rows_digest"],
     }
     return {**{name: release[name] for name in kept}, **counted, **origin}
 
 
 def gates(outcomes: Mapping[str, Row], config: Config) -> list[Row]:
-    """The release's gates with the value that was judged."""
-    metrics = outcomes.get("assign_sid", {}).get("metrics", {})
-    found = []
-    for name, (side, setting, meaning) in GATES.items():
-        value = metrics.get(f"sid.item_sid/{name}")
-        if value is not None:
-            section, key = setting.split(".")
-            found.append({"name": name, "value": value, side: getattr(getattr(config, section), key), "severity": "fail", "meaning": meaning})
-    return found
+    """The release's gates with the value and the limit it was judged by; none when nobody kept what was judged.
+
+    A limit that the run did not note is that of the profile now, and said to be.
+    """
+    if "assign_sid" not in outcomes:
+        return []
+    metrics = outcomes["assign_sid"].get("metrics", {})
+    noted = outcomes.get("publish_release", {}).get("outputs", {}).get("limits", {})
+    return [
+        {
+            "name": name,
+            "value": metrics.get(f"sid.item_sid/{name}"),
+            side: noted.get(setting, getattr(config.publish_release, setting)),
+            "severity": "fail",
+            "meaning": meaning if setting in noted else f"{meaning} (the limit is that of the profile now)",
+        }
+        for name, (side, setting, meaning) in GATES.items()
+    ]
 
 
 def figures(outcomes: Mapping[str, Row]) -> list[Row]:

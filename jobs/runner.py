@@ -29,6 +29,7 @@ from pipeline import lakehouse, quality, tracking
 from pipeline import spark as spark_gate
 from pipeline.context import Context, write_json
 from pipeline.errors import ContractError, GateFailed, PublishConflict, ResourceLost, SidError, UpstreamMissing, unforeseen
+from pipeline.redact import scrub
 from pipeline.stages import BY_NAME, Stage, StageResult, Write, group
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     """
     stage = BY_NAME[ctx.stage]
     path = ctx.staging / f"{stage.name}.json"
-    path.unlink(missing_ok=True)  # a killed try must not look like an old success
+    if _speaks():
+        path.unlink(missing_ok=True)  # a killed try must not look like an old success
     started = time.monotonic()
     logger.info("stage start name=%s date=%s run=%s attempt=%d", stage.name, ctx.logical_date, ctx.run_id, ctx.attempt)
     snapshots: dict[str, int | None] = {}
@@ -64,7 +66,7 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     try:
         planned = ctx.fingerprint()
         if not _lake_ready(stage, ctx):  # costs a session only then
-            lakehouse.create_tables(_session(ctx))
+            _make_ready(stage, ctx)
         snapshots = _pinned(stage, ctx)
         result = _settled(stage, ctx, snapshots) or _with_retries(stage, ctx, snapshots, ledger)
     except SidError as error:
@@ -72,15 +74,14 @@ def run_stage(ctx: Context) -> dict[str, Any]:
         raise
     except Exception as error:  # the one place where a foreign exception becomes one of ours: it must be written down whatever it is
         logger.error("stage ended by an exception name=%s\n%s", stage.name, "".join(traceback.format_exception(error)))  # as text: a log line is scrubbed
-        params = "".join(f" --param {shlex.quote(f'{name}={value}')}" for name, value in ctx.params)
-        known = unforeseen(error, where=stage.name, next_command=f"sid run {stage.name} --date D{params}")
+        known = unforeseen(error, where=stage.name, next_command=f"sid run {stage.name} --date D")
         _failed(stage, ctx, started, ledger, snapshots, known)
         raise known from error
     outcome = _outcome(stage, result.status, started, result, ledger, snapshots) | {"branch": ctx.branch}
     if stage.group == "refresh" and stage.name != "plan_night":
         outcome["plan"] = planned  # an outcome serves only the plan it was made under
-    if os.environ.get("RANK", "0") != "0":
-        return outcome  # under torchrun the first process speaks for all
+    if not _speaks():
+        return outcome
     write_json(path, outcome)
     if stage.name in ("publish_release", "rollback"):
         _align(ctx)
@@ -88,6 +89,11 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     _track(stage, ctx, result, result.status, outcome, None)
     logger.info("stage end name=%s status=%s seconds=%.1f", stage.name, result.status, outcome["seconds"])
     return outcome
+
+
+def _speaks() -> bool:
+    """Whether this process writes documents: under torchrun the first one speaks for all, and the others can often say only that it left them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _align(ctx: Context) -> None:
@@ -102,6 +108,8 @@ def _align(ctx: Context) -> None:
 def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshots: Mapping[str, int | None], error: SidError) -> None:
     """Write down how far the stage came and what stopped it, with the next command completed."""
     error.next_command = completed(error.next_command, ctx)
+    if not _speaks():
+        return
     found = StageResult(metrics=ledger.found.metrics, curves=ledger.found.curves, figures=ledger.found.figures)
     outcome = _outcome(stage, "failed", started, found, ledger, snapshots) | {"branch": ctx.branch, "error": error.fields(), "retry": error.retry}
     try:
@@ -112,13 +120,17 @@ def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshot
 
 
 def completed(command: str, ctx: Context) -> str:
-    """The command with the run's date for `--date D`, and with the run's id for a stage of the run: another id would find no manifest and no outcomes."""
+    """The command with the run's date for `--date D`, and with the run's id and parameters for a stage of the run.
+
+    Another id would find no manifest and no outcomes; without its parameters the run would go on with another release than the one it was given.
+    """
     command = command.replace("--date D", f"--date {ctx.logical_date}")
-    if ctx.run_id == f"cli__{ctx.config.name}__{ctx.logical_date}":  # what the command line takes by itself
-        return command
+    named = [] if ctx.run_id == f"cli__{ctx.config.name}__{ctx.logical_date}" else [("--run-id", ctx.run_id)]  # that one the command line takes by itself
+    options = [*named, *(("--param", f"{name}={value}") for name, value in ctx.params)]
+    same_run = scrub("".join(f" {option} {shlex.quote(value)}" for option, value in options))
     names = "|".join(stage.name for stage in group(BY_NAME[ctx.stage].group))
-    ours = re.compile(rf"\bsid run ({names}) --date {ctx.logical_date}\b(?! --run-id)")
-    return ours.sub(lambda found: f"{found[0]} --run-id {shlex.quote(ctx.run_id)}", command)
+    ours = re.compile(rf"\bsid run ({names}) --date {ctx.logical_date}\b(?!{re.escape(same_run)})")
+    return ours.sub(lambda found: found[0] + same_run, command)
 
 
 def step(ctx: Context, name: str) -> None:
@@ -289,6 +301,14 @@ def _reused(stage: Stage, ctx: Context) -> StageResult | None:
 def _lake_ready(stage: Stage, ctx: Context) -> bool:
     """Whether the stage's tables are there and none is behind its migrations."""
     return all(lakehouse.is_ready(ctx.home, ctx.config.lake, table) for table in {*stage.inputs, *stage.outputs})
+
+
+def _make_ready(stage: Stage, ctx: Context) -> None:
+    """Create and migrate the tables, unless a stage that started beside this one did it meanwhile."""
+    spark = _session(ctx)
+    with lakehouse.table_locks(ctx.home, ctx.config.lake, lakehouse.table_names()):
+        if not _lake_ready(stage, ctx):
+            lakehouse.create_tables(spark)
 
 
 def _pinned(stage: Stage, ctx: Context) -> dict[str, int | None]:

@@ -57,7 +57,7 @@ NEIGHBOURS = 20
 MEASURED_ITEMS = 5000  # items whose split-half overlap is measured at most
 ENOUGH_ITEMS = 200  # fewer measured items decide nothing
 EXAMPLE_ROWS = 2
-SLOWER = "sid run train_behavior_encoder --date D --set train_behavior_encoder.<encoder>.learning_rate=0.001"
+ANEW = "sid run refresh --date D --set plan_night.policy=cold"
 
 
 def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> StageResult:
@@ -111,7 +111,7 @@ def new_generation(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Con
     base = (begun or encoder).train(sequences, len(vocabulary), seed=seed, device=best_device(), what=params.encoder, content=vectors_NC)
     rotation_DD, drift = _bring_back(old, vocabulary.take(warm_W), base.item_vectors[warm_W])
     vectors_ND = (base.item_vectors @ rotation_DD).numpy()
-    vectors_MD = checked(vectors_ND[rows_M], vocabulary.take(rows_M), "train_behavior_encoder")
+    vectors_MD = checked(vectors_ND[rows_M], vocabulary.take(rows_M), "train_behavior_encoder", slower(params))
     overlap_W = split_half_overlap(sequences, len(vocabulary), warm_W, params, seed, vectors_NC) if params.measure_reliability else None
     reference, found, figure = fit_richness(params, counts_N[warm_W], np.linalg.norm(vectors_ND[warm_W], axis=1), overlap_W, strata_N[warm_W])
     found |= encoder.probe(sequences, len(vocabulary), seed=seed, device=best_device(), content=vectors_NC)
@@ -328,7 +328,7 @@ def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Conte
             expected="one row",
             found="none",
             where="sid.generation",
-            next_command="sid run refresh --date D --set plan_night.policy=cold",
+            next_command=ANEW,
         )
     encoder = chosen(params, base.config["encoder"], base.config["params"])
     content = read_content(inputs, ctx) if encoder.reads_text else None
@@ -348,7 +348,7 @@ def frozen_night(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Conte
     metrics |= {"rows": float(len(ids)), **made.metrics}
     if not len(ids):
         return StageResult(status="skipped", metrics=metrics, outputs=skipped)
-    vectors_MD = checked((made.vectors @ base.tensors["rotation"]).numpy(), ids, "train_behavior_encoder")
+    vectors_MD = checked((made.vectors @ base.tensors["rotation"]).numpy(), ids, "train_behavior_encoder", ANEW)  # the base's settings, which nobody can change
     about = {"kind": "behavior_rows", "generation": plan.generation}
     return StageResult(
         metrics=metrics,
@@ -401,7 +401,13 @@ def _make_rows(encoder: BehaviorEncoder, base: Base, night: Night, moved: NDArra
 # ---------------------------------------------------------------- shared pieces
 
 
-def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str, next_command: str = SLOWER) -> NDArray[np.float32]:
+def slower(params: config.TrainBehaviorEncoder) -> str:
+    """The command that makes the night again with half the encoder's step size."""
+    rate = getattr(params, params.encoder).learning_rate / 2
+    return f"sid run refresh --date D --set train_behavior_encoder.{params.encoder}.learning_rate={rate:g}"
+
+
+def checked(vectors_MD: NDArray[np.float32], item_ids: pa.Array, where: str, next_command: str) -> NDArray[np.float32]:
     """The vectors themselves.
 
     Raises: ContractError naming the first items whose vector is not finite.

@@ -91,7 +91,7 @@ def check_finite(encoder: Sail) -> None:
             expected="finite weights",
             found=", ".join(bad[:3]),
             where="train_content_encoder",
-            next_command="sid run train_content_encoder --date D --set content_cre.learning_rate=0.0003",
+            next_command="sid run refresh --date D --set content_cre.learning_rate=0.0003",
         )
 
 

@@ -160,7 +160,9 @@ def lineage(lake: Lake, tag: str) -> list[Row]:
     """The release's snapshot, the run that wrote it, and the tables and snapshots that run and its siblings read and wrote."""
     home, config = lake
     release = resolve(lakehouse.read_releases(home, config.lake), tag)
-    run = tracking.run_of_snapshot(home, "sid.item_sid", release["snapshot_id"])
+    # Not by the snapshot's id, which a publish that met another writer changes: the key goes with the rows.
+    key = lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"]).get("sid.record_key", "")
+    run = tracking.run_of_record(home, key) if key else None
     rows: list[Row] = []
     for sibling in tracking.runs_of(home, run.run_id) if run else []:
         sides = tracking.tables_of_run(home, sibling.mlflow_run_id)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -220,12 +221,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises: ContractError if the file is no JSON object.
     """
+    remove = shlex.join(["rm", str(path)])
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise ContractError("a document of the run is damaged", expected="JSON", found=str(error), where=str(path), next_command=f"rm {path}") from error
+        raise ContractError("a document of the run is damaged", expected="JSON", found=str(error), where=str(path), next_command=remove) from error
     if not isinstance(content, dict):
-        raise ContractError("a document of the run is damaged", expected="a JSON object", found=type(content).__name__, where=str(path))
+        raise ContractError("a document of the run is damaged", expected="a JSON object", found=type(content).__name__, where=str(path), next_command=remove)
     return content
 
 

@@ -31,7 +31,7 @@ DEFAULT_PROFILE = "demo"
 LONGEST = 500  # of a foreign exception's text; all of it is in the log
 GAVE_OUT = re.compile(
     r"No space left on device|Disk quota exceeded|ExecutorLostFailure|ExecutorDeadException|OutOfMemoryError|FetchFailed|SparkContext was shut down"
-    r"|Connection (?:refused|reset|aborted)|timed out|Broken pipe|CommitStateUnknown|database is locked|database or disk is full|Py4JNetworkError"
+    r"|Connection (?:refused|reset|aborted|closed)|timed out|Broken pipe|CommitStateUnknown|database is locked|database or disk is full|Py4JNetworkError"
 )
 SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 # A command of ours up to where the next one or a remark begins; those without a profile (stages, demo, up, study) stay as they are.

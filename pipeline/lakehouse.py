@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table as IcebergTable
+    from pyiceberg.table.snapshots import Snapshot
     from pyspark.sql import DataFrame, SparkSession
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,9 @@ def migrate(spark: SparkSession, table: str) -> int:
 
 def _add_columns(spark: SparkSession, table: str, path: Path) -> None:
     """Run one migration unless its columns are there already."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
     text = re.sub(r"(?m)^\s*--.*$", "", path.read_text(encoding="utf-8")).strip().rstrip(";")
     parts = ADDITIVE.fullmatch(text)
     if parts is None or parts.group(1) != table or ";" in text or re.search(r"(?i)\bnot\s+null\b", text):
@@ -124,11 +128,22 @@ def _add_columns(spark: SparkSession, table: str, path: Path) -> None:
             where=str(path),
         )
     wanted = {field.name: field.dataType.simpleString() for field in spark.createDataFrame([], parts.group(2)).schema.fields}
-    found = {field.name: field.dataType.simpleString() for field in spark.table(_full(table)).schema.fields if field.name in wanted}
+    found = _columns(spark, table, wanted)
     if not found:
-        spark.sql(text)
-    elif found != wanted:
+        try:
+            spark.sql(text)
+            return
+        except (PySparkException, Py4JJavaError):
+            found = _columns(spark, table, wanted)
+            if not found:  # else another process ran the statement at the same moment: the catalog of a server has no locks
+                raise
+    if found != wanted:
         raise ContractError(f"{table} has columns of a migration with another type", expected=str(wanted), found=str(found), where=str(path))
+
+
+def _columns(spark: SparkSession, table: str, wanted: Container[str]) -> dict[str, str]:
+    """Column -> type of the wanted columns that the table has now."""
+    return {field.name: field.dataType.simpleString() for field in spark.table(_full(table)).schema.fields if field.name in wanted}
 
 
 def snapshot(spark: SparkSession, table: str, reference: str = "main") -> int | None:
@@ -408,9 +423,22 @@ def main_commits(home: Home, lake: Lake, table: str) -> list[Commit]:
     iceberg = open_table(home, lake, table)
     commits, found = [], iceberg.current_snapshot()
     while found is not None:
-        commits.append(Commit(at=found.timestamp_ms, origin=found.summary.additional_properties if found.summary else {}))
+        commits.append(Commit(at=found.timestamp_ms, origin=_origin(found)))
         found = iceberg.snapshot_by_id(found.parent_snapshot_id) if found.parent_snapshot_id else None
     return commits
+
+
+def origin(home: Home, lake: Lake, table: str, snapshot_id: int) -> Mapping[str, str]:
+    """What a snapshot says of the stage that wrote it (`sid.*`), among other things, without a JVM; nothing when it was swept away.
+
+    Raises: UpstreamMissing when the table does not exist yet.
+    """
+    found = open_table(home, lake, table).snapshot_by_id(snapshot_id)
+    return {} if found is None else _origin(found)
+
+
+def _origin(found: Snapshot) -> Mapping[str, str]:
+    return found.summary.additional_properties if found.summary else {}
 
 
 def files_at(home: Home, lake: Lake, table: str, snapshot_ids: Iterable[int]) -> dict[str, StoredFile]:

@@ -511,9 +511,13 @@ def download(home: Home, uri: str) -> Path:
 
 
 def set_alias(home: Home, name: str, version: str, alias: str) -> None:
-    """Point the alias of a registered model at a version (`3` or `models:/<name>/3`)."""
-    with _session(home) as client:
-        client.set_registered_model_alias(name, alias, version.rsplit("/", 1)[-1])
+    """Point the alias of a registered model at a version (`3` or `models:/<name>/3`).
+
+    Raises: UpstreamMissing if MLflow cannot be reached or the version is not there (any more).
+    """
+    number = version.rsplit("/", 1)[-1]
+    with _session(home) as client, _found(f"models:/{name}/{number}"):
+        client.set_registered_model_alias(name, alias, number)
 
 
 def alias_target(home: Home, name: str, alias: str) -> str:
@@ -560,9 +564,7 @@ def _register(client: MlflowClient, bundle: ModelBundle, header: dict[str, Any],
 
 def _artifact_uri(client: MlflowClient, uri: str) -> str:
     """Where the files of a `models:/` or `runs:/` address lie."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with _found(uri):
         if uri.startswith("models:/"):
             name, _, alias = uri.removeprefix("models:/").partition("@")
             name, _, version = name.partition("/")
@@ -571,11 +573,20 @@ def _artifact_uri(client: MlflowClient, uri: str) -> str:
         if uri.startswith("runs:/"):
             run_id, _, path = uri.removeprefix("runs:/").partition("/")
             return f"{client.get_run(run_id).info.artifact_uri}/{path}"
+    return uri
+
+
+@contextmanager
+def _found(uri: str) -> Iterator[None]:
+    """Say UpstreamMissing where MLflow says that the address names nothing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise UpstreamMissing(f"no model at {uri}", expected="a registered version", found=error.message, where=uri, next_command="sid releases") from error
-    return uri
 
 
 def _fetch(home: Home, location: str) -> Path:
@@ -602,15 +613,6 @@ def _model_folder(root: Path, uri: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------------- lineage
-
-
-def run_of_snapshot(home: Home, table: str, snapshot_id: int) -> RunRef | None:
-    """The run that wrote a snapshot of a table, None if MLflow holds none."""
-    with _session(home, locked=False) as client:
-        clauses = f"tags.`output:{_quotable(table)}` LIKE '{int(snapshot_id)}%'"
-        runs = client.search_runs(_sid_experiments(client), clauses, order_by=["attributes.start_time DESC"])
-    exact = [run for run in runs if run.data.tags[f"output:{table}"].split(" ")[0] == str(snapshot_id)]
-    return _run_ref(exact[0]) if exact else None
 
 
 def run_of_record(home: Home, key: str) -> RunRef | None:

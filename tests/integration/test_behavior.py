@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,10 +244,16 @@ def test_vectors_that_are_not_finite_name_their_items(tmp_path: Path, config: pr
     vectors = np.array(result.model.tensors["behavior_vectors"])
     vectors[3, 2] = np.nan
     with pytest.raises(ContractError, match=result.model.config["item_ids"][3]):
-        job.checked(vectors, pa.array(result.model.config["item_ids"]), "test")
+        job.checked(vectors, pa.array(result.model.config["item_ids"]), "test", "sid releases")
     broken = SimpleNamespace(tensors={"behavior_vectors": vectors}, config=result.model.config)
     with pytest.raises(ContractError, match="not finite"):
         behavior_embedding.bundle_rows(tracking.save_bundle(tmp_path / "broken", broken))
+
+
+def test_a_smaller_step_is_offered_as_a_setting_that_can_be_typed(config: profile.Config) -> None:
+    *command, setting = shlex.split(job.slower(config.train_behavior_encoder))
+    assert command == ["sid", "run", "refresh", "--date", "D", "--set"], "a single stage would not be planned with the setting"
+    assert profile.load("tiny", (setting,)).train_behavior_encoder.sasrec.learning_rate == config.train_behavior_encoder.sasrec.learning_rate / 2
 
 
 # ---------------------------------------------------------------- encoders on the graph

@@ -292,6 +292,7 @@ def test_a_restored_release_is_announced_even_when_a_killed_try_had_written_it(b
     ("stage", "outcome"),
     [
         ("publish_release", {"outputs": {**PUBLISHED, "is_current_newest": False}}),
+        ("publish_release", {"outputs": {**PUBLISHED, "is_current_newest": False}, "status": "reused"}),
         ("publish_release", {"outputs": {"tag": "d20260301"}, "status": "reused"}),
         ("assign_sid", {"outputs": PUBLISHED}),
     ],

@@ -74,6 +74,26 @@ def test_a_kill_between_the_statement_and_its_note_is_met(spark: Any, folder: Pa
         lakehouse.migrate(spark, TABLE)
 
 
+def test_a_column_that_another_process_adds_at_the_same_moment_is_met(spark: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catalog on a server has no locks: both processes found no column, the statement of one of them fails."""
+    lakehouse.create_tables(spark)
+    (folder / "migrations" / "001_weight.sql").write_text(FIRST)
+    look, looks = lakehouse._columns, []
+
+    def late(session: Any, table: str, wanted: Any) -> dict[str, str]:
+        """What is there; after the first look the other process is through."""
+        found = look(session, table, wanted)
+        if not looks:
+            spark.sql(f"ALTER TABLE lake.{TABLE} ADD COLUMNS (weight DOUBLE)")
+        looks.append(found)
+        return found
+
+    monkeypatch.setattr(lakehouse, "_columns", late)
+    assert lakehouse.migrate(spark, TABLE) == 1
+    assert looks == [{}, {"weight": "double"}]
+    assert columns(spark)["weight"] == "double"
+
+
 def test_what_does_not_only_add_is_refused(spark: Any, folder: Path) -> None:
     lakehouse.create_tables(spark)
     before = columns(spark)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jobs import publish_release, runner
+from jobs import publish_release, runner, views
 from pipeline import config as profile
 from pipeline import lakehouse, tracking
 from pipeline.context import Context, Plan, Release, read_json, write_json
@@ -145,6 +145,7 @@ def test_two_nights(spark, lake_home, config, model):
     done = run(lake_home, config, "publish_release", night(D1), model, "run1")
     assert done["outputs"]["tag"] == "d20260105"
     assert done["outputs"]["is_current_newest"]
+    assert done["outputs"]["limits"] == LOOSE | {"max_refit_churn": 0.6}
     assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}
     row = release_rows(spark)["d20260105"]
     assert (row["status"], row["items"], row["parent_tag"], row["rows_digest"]) == ("current", ITEMS, None, assigned["outputs"]["rows_digest"])
@@ -197,6 +198,7 @@ def test_the_same_rows_again_are_reused_and_other_rows_are_a_revision(spark, lak
     again = run(lake_home, config, "publish_release", other, model, "again")
     assert again["status"] == "reused"
     assert again["outputs"]["tag"] == "d20260105"
+    assert not again["outputs"]["is_current_newest"], "its readers have read it: they are not started again"
     assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}, "the branch is gone, there is no second tag"
     assert release_rows(spark)["d20260105"]["input_fingerprint"] == other.input_fingerprint, "so that the next rerun is reused before it begins"
     assert lakehouse.references(spark, "feature.item_feature")["d20260105"] == assigned["read"]["feature.item_feature"]
@@ -217,6 +219,9 @@ def test_a_kill_between_tag_and_row_rolls_forward(spark, lake_home, config, mode
     done = run(lake_home, config, "publish_release", night(D1), model, "run1")
     assert done["outputs"]["action"] == "roll_forward"
     assert release_rows(spark)["d20260105"]["snapshot_id"] == tagged
+
+    retried = run(lake_home, config, "publish_release", night(D1), model, "run1")  # killed after the row, before anybody heard of it
+    assert (retried["status"], retried["outputs"]["is_current_newest"]) == ("reused", True)
 
 
 def test_main_that_moved_is_met_by_writing_the_audited_rows_again(spark, lake_home, config, model, monkeypatch):
@@ -245,6 +250,11 @@ def test_main_that_moved_is_met_by_writing_the_audited_rows_again(spark, lake_ho
     assert spark.table("lake.sid.item_sid").where(f"logical_date = '{other}'").count() == 3
     assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}
     assert publish_release.snapshot_properties(spark, row["snapshot_id"])["sid.stage"] == "assign_sid"
+
+    asked = []
+    monkeypatch.setattr(tracking, "run_of_record", lambda home, key: asked.append(key))
+    assert views.lineage((lake_home, config), done["outputs"]["tag"]) == []
+    assert asked == ["run1/assign_sid-1"], "the run whose rows these are, though their snapshot is another one than it wrote"
 
 
 def test_churn_above_the_budget_and_overflow_leave_main_untouched(spark, lake_home, config, model):

@@ -161,6 +161,22 @@ def test_a_kill_before_the_alias_is_repaired(spark: Any, lake_home: Home, shelf:
     assert tracking.alias_target(lake_home, "sid_tokenizer", "current") == "models:/sid_tokenizer/1"
 
 
+def test_a_rollback_to_a_vocabulary_that_mlflow_lost_stands(spark: Any, lake_home: Home, shelf: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Its row is committed, so every retry would end alike; what is left to do is said."""
+    first = shelf.release(D1)
+    shelf.release(D2, generation=2)
+    shelf.save()
+    uris = ["models:/lost_tokenizer/1", "models:/lost_tokenizer/2"]
+    shelf.put(
+        "sid.generation",
+        [(number, D1, "opq", [4], ["a"], f"c{number}", "none", uri, "{}", None, None, "h", f"f{number}") for number, uri in enumerate(uris, 1)],
+    )
+    done = back(lake_home, first, D1)
+    assert done["status"] == "done"
+    assert shelf.status() == {first: "current", "d20260106": "withdrawn"}
+    assert "type `sid repair`: no model at models:/lost_tokenizer/1" in caplog.text
+
+
 def test_pins_are_counted_shown_and_let_go(spark: Any, lake_home: Home, shelf: Any) -> None:
     lake = (lake_home, TINY)
     with pytest.raises(ContractError, match="none"):

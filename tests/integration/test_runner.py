@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jobs import launchers, runner, views
+from jobs import launchers, plan_night, runner, views
 from pipeline import config, lakehouse, tracking
 from pipeline.context import Context, Home, read_json, write_json
 from pipeline.datasets import dataset
@@ -68,6 +71,31 @@ def counts(home: Home) -> dict[str, int]:
 def references(home: Home) -> dict[str, set[str]]:
     """Table -> names of its branches and tags, without a JVM."""
     return {table: set(lakehouse.open_table(home, TINY.lake, table).metadata.refs) for table in TABLES}
+
+
+# ---------------------------------------------------------------- tables that are not there yet, or behind
+
+
+def test_stages_that_start_together_migrate_the_lake_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first night after an upgrade: whoever comes second finds under the lock that nothing is left to do."""
+    made, both_looked = [], threading.Barrier(2)
+
+    def slowly(session: Any) -> None:
+        time.sleep(0.2)
+        made.append(session)
+
+    def a_session(ctx: Context) -> str:
+        both_looked.wait(timeout=30)  # both have found the lake behind
+        return "session"
+
+    monkeypatch.setattr(runner, "_session", a_session)
+    monkeypatch.setattr(runner, "_lake_ready", lambda stage, ctx: bool(made))
+    monkeypatch.setattr(lakehouse, "create_tables", slowly)
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="user_sequence", logical_date=date(2026, 3, 2), run_id="night")
+    with ThreadPoolExecutor(2) as pool:
+        for started in [pool.submit(runner._make_ready, BY_NAME[name], ctx) for name in ("item_popularity", "user_sequence")]:
+            started.result()
+    assert made == ["session"]
 
 
 # ---------------------------------------------------------------- a night, twice, and with another writer
@@ -314,6 +342,19 @@ def test_only_a_conflict_is_called_one(spark: Any, home: Home, monkeypatch: pyte
     lakehouse.drop_branch(spark, table, "late")
 
 
+def test_under_torchrun_the_first_process_speaks_for_all(home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its peers end by a closed connection, after it has said why it left, or begin when it has ended."""
+    day = first_day(data) - timedelta(days=1)
+    with pytest.raises(ContractError, match="before the data"):
+        run(home, "plan_night", day)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(plan_night, "run", lambda *args: 1 / 0)
+    with pytest.raises(StageFailed) as caught:
+        run(home, "plan_night", day)
+    assert caught.value.next_command == f"sid run plan_night --date {day} --run-id night"
+    assert read_json(home.folder("staging") / "night" / "plan_night.json")["error"]["class"] == "ContractError"
+
+
 @pytest.mark.parametrize(
     ("run_id", "given", "shown"),
     [
@@ -327,5 +368,21 @@ def test_only_a_conflict_is_called_one(spark: Any, home: Home, monkeypatch: pyte
 )
 def test_the_next_command_is_completed_with_the_date_and_the_run(tmp_path: Path, run_id: str, given: str, shown: str) -> None:
     ctx = Context(config=TINY, home=Home(tmp_path), stage="publish_release", logical_date=date(2026, 3, 2), run_id=run_id)
+    assert runner.completed(given, ctx) == shown
+    assert runner.completed(shown, ctx) == shown
+
+
+@pytest.mark.parametrize(
+    ("run_id", "given", "shown"),
+    [
+        ("night", "sid run rank_example --date D", "sid run rank_example --date 2026-03-02 --run-id night --param release=d20260301"),
+        ("cli__tiny__2026-03-02", "sid run train_ranker --date 2026-03-02", "sid run train_ranker --date 2026-03-02 --param release=d20260301"),
+        ("night", "sid run item_popularity --date 2026-03-02", "sid run item_popularity --date 2026-03-02"),
+    ],
+)
+def test_the_next_command_of_a_reader_names_the_release_it_was_given(tmp_path: Path, run_id: str, given: str, shown: str) -> None:
+    """Without it a typed retry of a pinned run would draw for the newest release."""
+    day, params = date(2026, 3, 2), (("release", "d20260301"),)
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="train_ranker", logical_date=day, run_id=run_id, params=params)
     assert runner.completed(given, ctx) == shown
     assert runner.completed(shown, ctx) == shown

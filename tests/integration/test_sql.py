@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import config, quality
 from pipeline.context import SQL
 
 CASES = [
@@ -70,6 +71,23 @@ def test_a_basket_is_not_ordered_by_item_id(spark):
     assert ascending <= 3
     assert all(row.baskets == [0] * 5 for row in found)
     assert [row.item_ids for row in spark.sql(text, args=args).orderBy("user_id").collect()] == [row.item_ids for row in sorted(found, key=lambda r: r.user_id)]
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(("events", "refused"), [([2**31 - 1], set()), ([2**31 - 1, 1], {"out_of_range"}), ([5 * 10**9], {"more_than_a_sum_holds"})])
+def test_a_popularity_whose_sum_wrapped_is_refused(spark, events, refused):
+    """BIGINT wraps in silence: once around it is negative, twice around it looks like a popularity."""
+    rows = [{"logical_date": "2011-01-04", "event_date": "2011-01-04", "item_id": "a", "events": count} for count in events]
+    frame_of(spark, {"schema": "logical_date date, event_date date, item_id string, events bigint", "rows": rows}).createOrReplaceTempView("item_day_stat")
+    frame_of(spark, {"schema": "item_id string", "rows": []}).createOrReplaceTempView("listed")
+    frame_of(spark, {"schema": "item_id string, evidence_count bigint, first_event_date date", "rows": []}).createOrReplaceTempView("before")
+    numbers = {"window_days": 4, "half_life_days": 1.0, "head_share": 0.25, "tail_share": 0.5, "inputs_sha256": "s"}
+    given = {"logical_date": date(2011, 1, 4), "added_up": date(1900, 1, 1), **numbers}
+    for name in ("scored", "query"):
+        found = spark.sql((SQL / "feature" / "item_popularity" / f"{name}.sql").read_text(encoding="utf-8"), args=given)
+        found.createOrReplaceTempView(name)
+    judged = quality.observe(found, "feature.item_popularity", dates=[date(2011, 1, 4)], config=config.load("tiny"), known={})
+    assert {judgement.metric for judgement in judged if not judgement.passed} == refused
 
 
 @pytest.mark.parametrize("path", sorted(SQL.glob("*/*/*.sql")), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -296,6 +296,8 @@ def test_aliases_move_and_are_read_back(home: Home) -> None:
     assert tracking.download(home, "models:/aliased@current") == tracking.download(home, second)
     tracking.set_alias(home, "aliased", "1", "current")
     assert tracking.alias_target(home, "aliased", "current") == first
+    with pytest.raises(UpstreamMissing, match="no model at models:/aliased/7"):
+        tracking.set_alias(home, "aliased", "models:/aliased/7", "current")
 
 
 def test_from_table_to_run_and_from_run_to_table(home: Home) -> None:
@@ -303,14 +305,12 @@ def test_from_table_to_run_and_from_run_to_table(home: Home) -> None:
     record = recorded(ctx, outputs={"sid.item_sid": {"snapshot_id": 1234, "tag": "d19980402"}})
     recorded(context(home, "lineage", "ingest"), outputs={"raw.item": 12345})
     tracking.flush(home, ctx.staging)
-    found = tracking.run_of_snapshot(home, "sid.item_sid", 1234)
+    found = tracking.run_of_record(home, record.key)
     assert found is not None
     assert (found.stage, found.run_id, found.record_key) == ("assign_sid", "lineage", record.key)
-    assert tracking.run_of_record(home, record.key) == found
     assert tracking.run_of_record(home, "lineage/assign_sid") == found
     assert tracking.tables_of_run(home, found.mlflow_run_id)["outputs"] == {"sid.item_sid": "1234 d19980402"}
     assert tracking.tables_of_run(home, found.mlflow_run_id)["inputs"] == {"feature.item_feature": "11", "sid.item_sid": "none"}
-    assert tracking.run_of_snapshot(home, "raw.item", 1234) is None, "12345 only begins with these digits"
     assert tracking.run_of_record(home, "lineage/nothing") is None
     assert {run.stage for run in tracking.runs_of(home, "lineage")} == {"assign_sid", "ingest"}
 

@@ -65,6 +65,19 @@ def test_without_a_lake_every_file_is_new(tmp_path):
     assert step.partitions() == tuple(f"{table} {D}" for table in ("raw.interaction", "raw.item", "raw.rejected_row", "raw.source_file"))
 
 
+def test_tables_without_a_date_are_named_alone_and_every_table_once():
+    named = backfill.Step(night=D, why="requested", stages=group("refresh")).partitions()
+    assert len(set(named)) == len(named)
+    assert {name for name in named if " " not in name} == {
+        "feature.content_encoder",
+        "feature.item_content_vector",
+        "sid.codebook",
+        "sid.generation",
+        "sid.release",
+    }
+    assert f"sid.item_sid {D}" in named
+
+
 def test_the_identity_of_a_night_follows_the_reason_not_the_clock():
     tiny = config.load("tiny")
     assert backfill.run_id(tiny, D, "late file") == backfill.run_id(tiny, D, "late file")

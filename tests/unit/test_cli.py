@@ -287,6 +287,18 @@ def test_a_command_without_a_profile_takes_the_one_that_made_the_lake_and_says_s
     assert config_of(monkeypatch) == "shop"
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"profile": ""}', '{"profile": 3}'])
+def test_a_home_that_does_not_name_its_profile_is_not_swept_by_the_default_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path, content: str
+) -> None:
+    made_with(home, "tiny")
+    (home / "profile.json").write_text(content)
+    assert ended(["maintain"], monkeypatch) == 64
+    said = " ".join(capsys.readouterr().err.split())
+    assert "rm " not in said
+    assert """next echo '{"profile": "NAME"}' > """ in said
+
+
 def test_the_first_ingest_is_remembered_and_a_later_one_changes_nothing(monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path) -> None:
     from jobs import runner
 

@@ -128,11 +128,13 @@ def test_a_plan_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"[1, 2]", b"null", b"\xff\xfe{}"])
 def test_a_damaged_document_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "ingest.json"
+    path = tmp_path / "a night" / "ingest.json"
+    path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(ContractError) as caught:
         read_json(path)
     assert caught.value.where == str(path)
+    assert caught.value.next_command == f"rm '{path}'"
 
 
 def test_writing_leaves_one_complete_document(tmp_path: Path) -> None:

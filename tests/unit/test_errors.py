@@ -100,6 +100,7 @@ def caused(error: Exception, by: Exception) -> Exception:
         (FileNotFoundError(errno.ENOENT, "No such file"), StageFailed, "FileNotFoundError: [Errno 2] No such file"),
         (MemoryError(), ResourceLost, "MemoryError"),
         (TimeoutError("read"), ResourceLost, "TimeoutError: read"),
+        (RuntimeError("Connection closed by peer [::1]:29500"), ResourceLost, "RuntimeError: Connection closed by peer [::1]:29500"),
         (
             RuntimeError("Job aborted\nExecutorLostFailure (executor 2 exited)"),
             ResourceLost,

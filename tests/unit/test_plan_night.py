@@ -333,6 +333,15 @@ def test_an_ingest_without_its_marker_is_unfinished() -> None:
     assert unfinished(histories([again, first])) == set(), "run again to its end"
 
 
+def test_half_an_ingest_is_not_forgotten_over_a_whole_one_of_an_earlier_date() -> None:
+    """A backfill of an earlier night is let through and replaces nothing of it; a later night only where its own files do."""
+    first, half = a_commit(10, "n1/ingest-1"), a_commit(20, "n2/ingest-1")
+    earlier, later = a_commit(30, "b1/ingest-1", YESTERDAY - timedelta(days=10)), a_commit(40, "n3/ingest-1", DAY)
+    assert unfinished(histories([earlier, first], interaction=[earlier, half, first])) == {YESTERDAY}
+    assert unfinished(histories([later, earlier, first], interaction=[later, earlier, half, first])) == set()
+    assert unfinished(histories([earlier, first], interaction=[later, earlier, half, first])) == {YESTERDAY, DAY}
+
+
 def test_what_other_stages_write_and_what_the_ledger_forgot_is_finished() -> None:
     first, later = a_commit(10, "n1/ingest-1"), a_commit(20, "n2/ingest-1", DAY)
     refused = a_commit(30, "n2/content_embedding-1", DAY, stage="content_embedding")

@@ -530,8 +530,9 @@ def test_job_serves_the_served_release_and_skips_an_empty_period(tmp_path):
 def test_job_refuses_rows_of_another_run_a_leak_and_an_unknown_vocabulary(tmp_path):
     examples, release = world(rows=90)
     tables = Tables(examples, release)
-    with pytest.raises(UpstreamMissing, match="not those this run drew"):
+    with pytest.raises(UpstreamMissing, match="not those this run drew") as caught:
         train_ranker.read_examples(tables, drawn(examples, example_release="d20251231"))
+    assert caught.value.next_command == "sid run rank_example --date D", "the run's date: that of the release the examples stand for is another run's"
     with pytest.raises(UpstreamMissing, match="not those this run drew"):
         train_ranker.read_examples(tables, drawn(examples, train_rows=1))
     with pytest.raises(ContractError, match="after the training period"):

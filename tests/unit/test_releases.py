@@ -170,6 +170,7 @@ def test_only_the_newest_date_becomes_current_for_consumers():
     said = publish_release.outputs(decision, plan(), assigned, rows)
     assert said["current"]
     assert said["is_current_newest"]
+    assert not publish_release.outputs(decision, plan(), assigned, rows, again=True)["is_current_newest"]
     later = [*rows, release_row("d20260106", D + timedelta(days=1))]
     assert not publish_release.outputs(decision, plan(), assigned, later)["is_current_newest"]
 

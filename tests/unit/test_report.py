@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from matplotlib.figure import Figure
 
 from jobs import report_page
-from pipeline import report
+from pipeline import config, lakehouse, report
 from pipeline.context import Home
 from pipeline.report import FIGURES, ReportContent, draw, gate_light, perplexity, to_svg, write_report
 
@@ -113,6 +114,32 @@ def test_the_commands_of_a_page_hold_no_password(tmp_path: Path, monkeypatch: py
     shown = str(report_page.commands(Home(tmp_path), "d20260301"))
     assert "hunter22" not in shown
     assert "postgresql://mlflow:***@db/mlflow" in shown
+
+
+def test_the_facts_of_a_page_name_the_commit_that_made_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever upgraded meanwhile writes the page with another one."""
+    monkeypatch.setenv("SID_GIT_SHA", "of-the-page")
+    written = {4: {"sid.git_sha": "of-the-rows"}}
+    monkeypatch.setattr(lakehouse, "origin", lambda home, lake, table, snapshot_id: written.get(snapshot_id, {}))
+    columns = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason", "rows_digest")
+    release = dict.fromkeys(columns, "x") | {"snapshot_id": 4}
+    rows = pa.table({"is_new": [True], "changed_from_parent": [False], "status": ["live"]})
+    lake = (Home(tmp_path), config.load("tiny"))
+    assert report_page.facts(lake, release, rows, {"tokenizer": "opq"}, {})["git_sha"] == "of-the-rows"
+    assert report_page.facts(lake, release | {"snapshot_id": 5}, rows, {"tokenizer": "opq"}, {})["git_sha"] == "unknown", "swept away"
+
+
+def test_gates_are_shown_with_the_limits_they_were_judged_by() -> None:
+    now = config.load("tiny")
+    judged = {"assign_sid": {"metrics": {"sid.item_sid/collision_rate": 0.2}}}
+    noted = {"publish_release": {"outputs": {"limits": now.publish_release.model_dump() | {"max_collision_rate": 0.25}}}}
+    first, *rest = report_page.gates(judged | noted, now)
+    assert (first["value"], first["max"], first["meaning"]) == (0.2, 0.25, report_page.GATES["collision_rate"][2])
+    assert len(rest) == len(report_page.GATES) - 1
+    assert {gate_light(gate) for gate in rest} == {"unknown"}, "what was not measured is shown as that"
+    first = report_page.gates(judged, now)[0]
+    assert (first["max"], "profile now" in first["meaning"]) == (now.publish_release.max_collision_rate, True)
+    assert report_page.gates({}, now) == []
 
 
 def poster(rng: np.random.Generator) -> str:
