@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from jobs.content_inputs import MODALITIES
 from jobs.plan_night import MANIFEST, last_revision
 from pipeline import config, lakehouse
 from pipeline.context import Context, Plan
-from pipeline.errors import UpstreamMissing
+from pipeline.errors import ContractError, UpstreamMissing
 from pipeline.richness import alignment_strength, richness
 from pipeline.stages import StageResult, Write
 
@@ -33,12 +34,13 @@ TRAINED_DDL = "item_id string, evidence_count bigint, evidence_bucket int, richn
 def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult:
     """The night's partition of feature.item_feature.
 
-    Raises: UpstreamMissing when the generation's richness reference is not there.
+    Raises: UpstreamMissing when the generation's richness reference is not there; ContractError when its content encoders are not the night's.
     """
     from pyspark.sql import functions as F
 
     plan = ctx.plan()
     encoders = content_encoders(ctx)
+    check_encoders(inputs, plan, encoders)
     reference, base_date = generation_reference(inputs, ctx, plan)
     popularity = inputs.frame("feature.item_popularity").where(F.col("logical_date") == F.lit(plan.logical_date))
     first_event = popularity.where("first_event_date IS NOT NULL").select("item_id", "first_event_date")
@@ -84,6 +86,27 @@ def content_encoders(ctx: Context) -> Mapping[str, Any]:
     return outputs
 
 
+def check_encoders(inputs: Inputs, plan: Plan, encoders: Mapping[str, Any]) -> None:
+    """Nothing, when content comes from the encoders of the generation that the night goes on with or is refitted from; a cold night chooses its own.
+
+    Vectors of another encoder may have the same width, so that nothing later would notice. Where one side has no encoder there is nothing to compare.
+    Raises: ContractError naming the setting.
+    """
+    if plan.start == "cold" or plan.parent is None:
+        return
+    row = recorded_generation(inputs, plan.parent.generation)
+    for name in MODALITIES:
+        wanted, found = row[f"{name}_encoder_id"], encoders.get(f"{name}_encoder_id")
+        if wanted and found and found != wanted:
+            raise ContractError(
+                f"generation {plan.parent.generation} was fitted to another {name} encoder",
+                expected=wanted,
+                found=found,
+                where=f"[content_embedding] {name}_encoder and its settings",
+                next_command="sid run refresh --date D --set plan_night.policy=cold  (or the encoder and settings of before)",
+            )
+
+
 def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapping[str, Any], date]:
     """The generation's frozen richness reference and the night that fitted it.
 
@@ -91,16 +114,25 @@ def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapp
     """
     if plan.new_generation:
         return ctx.outcome("train_behavior_encoder")["outputs"]["richness_reference"], plan.logical_date
-    rows = inputs.frame("sid.generation").where(f"generation = {plan.generation:d}").select("richness_reference", "logical_date").collect()
+    row = recorded_generation(inputs, plan.generation)
+    return json.loads(row["richness_reference"]), row["logical_date"]
+
+
+def recorded_generation(inputs: Inputs, generation: int) -> Mapping[str, Any]:
+    """The generation's row of sid.generation.
+
+    Raises: UpstreamMissing when there is none.
+    """
+    rows = inputs.frame("sid.generation").where(f"generation = {generation:d}").collect()
     if not rows:
         raise UpstreamMissing(
-            f"generation {plan.generation} is not recorded",
+            f"generation {generation} is not recorded",
             expected="one row",
             found="none",
             where="sid.generation",
             next_command="sid run refresh --date D --set plan_night.policy=cold",
         )
-    return json.loads(rows[0].richness_reference), rows[0].logical_date
+    return rows[0].asDict()
 
 
 def keep_replaced(inputs: Inputs, ctx: Context) -> None:
