@@ -62,21 +62,22 @@ def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult
         text_encoder_id=encoders.get("text_encoder_id"),
         image_encoder_id=encoders.get("image_encoder_id"),
     ).persist()
-    metrics, returned = measured(frame, parent, plan.logical_date, base_date), returned_as_others(frame, parent)
-    write = Write(table="feature.item_feature", frame=frame, dates=(plan.logical_date,), metrics={"returned_as_others": float(len(returned))})
-    return StageResult(writes=(write,), metrics=metrics, outputs={"returned_as_others": returned[:SHOWN]})
+    metrics, returned = measured(frame, parent, plan.logical_date, base_date), returned_as_others(frame, parent).persist()
+    write = Write(table="feature.item_feature", frame=frame, dates=(plan.logical_date,), metrics={"returned_as_others": float(returned.count())})
+    shown = [row.item_id for row in returned.orderBy("item_id").limit(SHOWN).collect()]
+    return StageResult(writes=(write,), metrics=metrics, outputs={"returned_as_others": shown})
 
 
-def returned_as_others(frame: DataFrame, parent: DataFrame) -> list[str]:
-    """Ids that were retired in the parent and are back tonight with other content, sorted: perhaps reused for another item.
+def returned_as_others(frame: DataFrame, parent: DataFrame) -> DataFrame:
+    """item_id of those that were retired in the parent and are back tonight with other content: perhaps reused for another item.
 
     Their codes stay the old item's until the next behaviour row or generation, like any changed content; people should look at them.
     """
     from pyspark.sql import functions as F
 
     gone = parent.where(F.col("status") == "retired").select("item_id", F.col("content_hash").alias("content_before"))
-    back = frame.where(F.col("status") == "live").join(gone, "item_id").where(~F.col("content_hash").eqNullSafe(F.col("content_before")))
-    return [row.item_id for row in back.select("item_id").orderBy("item_id").collect()]
+    back = frame.where(F.col("status") == "live").join(gone, "item_id")
+    return back.where(~F.col("content_hash").eqNullSafe(F.col("content_before"))).select("item_id")
 
 
 def content_encoders(ctx: Context) -> Mapping[str, Any]:
