@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date, timedelta
 
 import numpy as np
@@ -238,7 +239,7 @@ def measured(value=0.3, pairs=1000, post_base=0.0, doubled=0.0):
     ],
 )
 def test_verdict(now, reasons):
-    drift = gate_drift.verdict(now, measured(), GateDrift(), "d20260101")
+    drift = gate_drift.verdict(now, {"tag": "d20260101", "agreement": measured()["agreement"]}, GateDrift())
     assert len(drift["reasons"]) == reasons
     assert gate_drift.metrics(drift)["refit_due"] == float(reasons > 0)
 
@@ -252,3 +253,24 @@ def test_birth_is_the_first_release_of_the_generation_that_stands():
     ]
     assert gate_drift.birth(rows, rows[3])["tag"] == "d20260103"
     assert gate_drift.birth(rows, rows[1])["tag"] == "d20260102"
+
+
+def test_the_agreement_at_birth_is_that_of_the_first_release_that_was_measured():
+    """gate_drift failed on the birth night: later nights were compared with themselves and never showed a loss."""
+    rows = [
+        release_row("d20260101", date(2026, 1, 1), drift=None),
+        release_row("d20260102", date(2026, 1, 2), drift=None),
+        release_row("d20260103", date(2026, 1, 3), drift=json.dumps(measured(value=0.4)), status="withdrawn"),
+        release_row("d20260104", date(2026, 1, 4), drift=json.dumps(measured(value=0.3))),
+        release_row("d20260105", date(2026, 1, 5), drift=json.dumps(measured(value=0.1))),
+    ]
+    now = measured(value=0.1)
+    agreed = now["agreement"]
+    assert gate_drift.at_birth(rows, rows[0], agreed) == {"tag": "d20260101", "agreement": agreed}, "the first is compared with itself"
+    for row in (rows[1], rows[3]):
+        drift = gate_drift.verdict(now, gate_drift.at_birth(rows, row, agreed), GateDrift())
+        assert (drift["agreement_loss"], drift["reasons"], drift["birth"]["tag"]) == (None, [], "d20260101"), "unknown, not nought"
+    drift = gate_drift.verdict(now, gate_drift.at_birth(rows, rows[4], agreed), GateDrift())
+    assert drift["birth"] == {"tag": "d20260104", "agreement": measured(value=0.3)["agreement"]}
+    assert drift["agreement_loss"] == pytest.approx(2 / 3, abs=1e-6)
+    assert len(drift["reasons"]) == 1
