@@ -67,7 +67,7 @@ class Audit:
 
 
 def audit(
-    frame: DataFrame, table: str, *, dates: Sequence[date], equal: Mapping[str, str], known: Mapping[str, float], config: Config, branch: str, reason: str
+    frame: DataFrame, table: str, *, dates: Sequence[date], equal: Mapping[str, str | int], known: Mapping[str, float], config: Config, branch: str, reason: str
 ) -> Audit:
     """The audit of a branch's rows of `dates`; warnings are logged.
 
@@ -147,7 +147,7 @@ def read_expectations(table: str) -> dict[str, Any]:
     return content
 
 
-def _slice(frame: DataFrame, table: str, dates: Sequence[date], equal: Mapping[str, str]) -> DataFrame:
+def _slice(frame: DataFrame, table: str, dates: Sequence[date], equal: Mapping[str, str | int]) -> DataFrame:
     from pyspark.sql import functions as F
 
     columns = lakehouse.partition_columns(table)

@@ -18,7 +18,7 @@ from jobs import publish_release, runner
 from pipeline import config as profile
 from pipeline import lakehouse, tracking
 from pipeline.context import Context, Plan, Release, read_json, write_json
-from pipeline.errors import GateFailed
+from pipeline.errors import ContractError, GateFailed
 from pipeline.tokenizers.base import FitOptions, History, codebook_digest, items_from_arrow
 from pipeline.tokenizers.das import Das
 from pipeline.tokenizers.rq_kmeans import RqKmeans
@@ -170,6 +170,24 @@ def test_two_nights(spark, lake_home, config, model):
     assert assigned["outputs"]["metrics"]["reencoded"] == 1
     assert spark.table("lake.sid.codebook").count() == 8, "a generation's codebook is written once"
     assert sids(lake_home, config, "d20260105") == first, "the older release reads as before"
+
+
+def test_a_codebook_that_a_kill_left_without_its_generation_is_replaced(spark, lake_home, config, model):
+    """Another fingerprint takes the same number: its codes must not stand beside the code rows of the fit that was killed."""
+    orphans = [(number, 0, "level_0", code, [9.0]) for number in (1, 7) for code in range(3)]
+    put(spark, "sid.codebook", spark.createDataFrame(orphans, spark.table("lake.sid.codebook").schema))
+    first_night(spark, lake_home, config, model)
+    book = {(row.position, row.code): row.vector for row in spark.table("lake.sid.codebook").where("generation = 1").collect()}
+    assert book == {(place, code): row for place, codes_KD in enumerate(model[0].codebooks()) for code, row in enumerate(codes_KD.tolist())}
+    assert spark.table("lake.sid.codebook").where("generation = 7").count() == 3, "another generation's rows stay"
+
+
+def test_a_number_that_is_taken_by_another_codebook_asks_for_another_seed(spark, lake_home, config, model):
+    first_night(spark, lake_home, config, model)
+    other = {**model[1], "codebook_digest": "other"}
+    with pytest.raises(ContractError, match="generation 1 exists with another codebook") as caught:
+        run(lake_home, config, "assign_sid", night(D1), (model[0], other), "run2")
+    assert caught.value.next_command.startswith(f"sid run refresh --date {D1} --set seed=2")
 
 
 def vectors_of(spark, day):
