@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import gate_drift, publish_release, releases
-from pipeline.config import GateDrift
-from pipeline.context import Plan, Release
+from jobs import gate_drift, publish_release, releases, views
+from pipeline.config import Config, GateDrift
+from pipeline.context import Home, Plan, Release
 from pipeline.errors import ContractError, UpstreamMissing
 
 D = date(2026, 1, 5)
@@ -179,6 +179,19 @@ def test_a_run_without_a_held_branch_is_told_what_to_do():
     with pytest.raises(ContractError, match="no audited branch") as caught:
         publish_release.held_branch({"tag": "x"})
     assert caught.value.next_command.startswith("sid run assign_sid")
+
+
+# ---------------------------------------------------------------- titles
+
+
+def test_a_title_or_picture_that_the_newest_file_no_longer_names_is_gone(tmp_path, monkeypatch):
+    seen = {
+        "item_id": ["b", "a", "b", "a"], "title": ["B old", "A", None, "A new"], "image_uri": ["b.png", None, None, "a.png"],
+        "file_date": [D - timedelta(days=1), D - timedelta(days=2), D, D - timedelta(days=1)],
+    }  # fmt: skip
+    monkeypatch.setattr(views.lakehouse, "read_arrow", lambda *_, **__: pa.table(seen))
+    found = views.titles((Home(tmp_path), Config()), D)
+    assert found.to_pylist() == [{"item_id": "a", "title": "A new", "image_uri": "a.png"}, {"item_id": "b", "title": None, "image_uri": None}]
 
 
 # ---------------------------------------------------------------- gate_drift
