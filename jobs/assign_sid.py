@@ -134,13 +134,10 @@ def _vocabulary(row: Mapping[str, Any], generation: int, *, recorded: bool) -> V
 
 def parent_rows(inputs: Inputs, plan: Plan) -> DataFrame:
     """Rows of the parent release at its own snapshot and date; no rows on the first night."""
-    from pyspark.sql import functions as F
-
     if plan.parent is None:
         return inputs.frame("sid.item_sid").limit(0)
     assert inputs.spark is not None, "a Spark stage"
-    at_snapshot = lakehouse.read_frame(inputs.spark, "sid.item_sid", plan.parent.snapshot_id)
-    return at_snapshot.where(F.col("logical_date") == F.lit(plan.parent.logical_date))
+    return lakehouse.read_release_frame(inputs.spark, plan.parent.snapshot_id, plan.parent.logical_date)
 
 
 # ---------------------------------------------------------------- encoding

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jobs.plan_night import release_order
+from jobs.publish_release import released
 from pipeline import lakehouse
 from pipeline.config import GateDrift
 from pipeline.context import Context
 from pipeline.errors import UpstreamMissing
-from pipeline.stages import StageResult, Write
+from pipeline.stages import StageResult
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -55,16 +57,8 @@ def run(inputs: Inputs, params: GateDrift, ctx: Context) -> StageResult:
     outputs = {"tag": tag, "refit_due": due, "drift": drift}
     if (row["drift"], row["refit_due"]) == (text, due):
         return StageResult(status="reused", metrics=metrics(drift), outputs=outputs)
-    return StageResult(writes=(rewritten(inputs, releases, tag, text, due),), metrics=metrics(drift), outputs=outputs)
-
-
-def rewritten(inputs: Inputs, releases: Sequence[Row], tag: str, drift: str, due: bool) -> Write:
-    """All of sid.release with drift and refit_due of one tag, as one commit."""
-    assert inputs.spark is not None, "a Spark stage"
-    rows = [{**row, "drift": drift, "refit_due": due} if row["tag"] == tag else row for row in releases]
-    schema = inputs.frame("sid.release").schema
-    frame = inputs.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in rows], schema).coalesce(1)
-    return Write(table="sid.release", frame=frame, whole=True)
+    rows = [{**other, "drift": text, "refit_due": due} if other["tag"] == tag else other for other in releases]
+    return StageResult(writes=(released(inputs, rows),), metrics=metrics(drift), outputs=outputs)
 
 
 def birth(releases: Sequence[Row], row: Row) -> Row:
@@ -74,8 +68,8 @@ def birth(releases: Sequence[Row], row: Row) -> Row:
 
 def earlier(releases: Sequence[Row], row: Row) -> list[Row]:
     """Releases of the row's generation before it that were not withdrawn, the first one first."""
-    before = [other for other in releases if other["generation"] == row["generation"] and other["status"] != "withdrawn" and _order(other) < _order(row)]
-    return sorted(before, key=_order)
+    standing = [other for other in releases if other["generation"] == row["generation"] and other["status"] != "withdrawn"]
+    return sorted((other for other in standing if release_order(other) < release_order(row)), key=release_order)
 
 
 def at_birth(releases: Sequence[Row], row: Row, agreed: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,10 +82,6 @@ def at_birth(releases: Sequence[Row], row: Row, agreed: Mapping[str, Any]) -> di
         return {"tag": row["tag"], "agreement": agreed}
     known = next((other for other in before if other["drift"]), None)
     return {"tag": known["tag"], "agreement": json.loads(known["drift"])["agreement"]} if known else {"tag": before[0]["tag"], "agreement": UNKNOWN}
-
-
-def _order(row: Row) -> tuple[Any, int]:
-    return row["logical_date"], row["revision"]
 
 
 # ---------------------------------------------------------------- (a) agreement of shared codes with co-occurrence
@@ -121,10 +111,8 @@ def measure_agreement(inputs: Inputs, params: GateDrift, ctx: Context, row: Row)
 
 def release_frame(inputs: Inputs, row: Row) -> DataFrame:
     """Rows of a release at its snapshot and date."""
-    from pyspark.sql import functions as F
-
     assert inputs.spark is not None, "a Spark stage"
-    return lakehouse.read_frame(inputs.spark, "sid.item_sid", row["snapshot_id"]).where(F.col("logical_date") == F.lit(row["logical_date"]))
+    return lakehouse.read_release_frame(inputs.spark, row["snapshot_id"], row["logical_date"])
 
 
 def cooccurring_pairs(events: DataFrame, *, max_pairs: int = MAX_PAIRS, items_per_user: int = ITEMS_PER_USER) -> DataFrame:

@@ -150,6 +150,13 @@ def read_frame(spark: SparkSession, table: str, snapshot_id: int | None) -> Data
     return spark.read.option("snapshot-id", snapshot_id).format("iceberg").load(_full(table))
 
 
+def read_release_frame(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:
+    """Rows of sid.item_sid at a snapshot and of its date, never one without the other; `read_release` of Spark stages."""
+    from pyspark.sql import functions as F
+
+    return read_frame(spark, "sid.item_sid", snapshot_id).where(F.col("logical_date") == F.lit(day))
+
+
 def read_branch(spark: SparkSession, table: str, branch: str) -> DataFrame:
     """The table's rows on a branch or at a tag."""
     found = snapshot(spark, table, branch)

@@ -259,7 +259,7 @@ def test_main_that_moved_is_met_by_writing_the_audited_rows_again(spark, lake_ho
     done = run(lake_home, config, "publish_release", night(D1), model, "run1")
     row = release_rows(spark)[done["outputs"]["tag"]]
     assert row["snapshot_id"] != held["snapshot_id"]
-    assert lakehouse.rows_digest(publish_release.rows_at(spark, row["snapshot_id"], D1)) == assigned["outputs"]["rows_digest"]
+    assert lakehouse.rows_digest(lakehouse.read_release_frame(spark, row["snapshot_id"], D1)) == assigned["outputs"]["rows_digest"]
     assert spark.table("lake.sid.item_sid").where(f"logical_date = '{other}'").count() == 3
     assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}
     assert publish_release.snapshot_properties(spark, row["snapshot_id"])["sid.stage"] == "assign_sid"
