@@ -94,7 +94,8 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
 def read_vocabulary(inputs: Inputs, ctx: Context, plan: Plan) -> Vocabulary:
     """The generation of the night: its row in sid.generation, or what train_tokenizer has just fitted.
 
-    Raises: UpstreamMissing when a frozen night's generation has no row, ContractError when the number is taken by another codebook.
+    Raises: UpstreamMissing when a frozen night's generation has no row, ContractError when the number is taken by another codebook: the same inputs were
+        fitted before and came out otherwise (another machine or number of threads), which another try would meet again; another seed takes another number.
     """
     from pyspark.sql import functions as F
 
@@ -114,7 +115,7 @@ def read_vocabulary(inputs: Inputs, ctx: Context, plan: Plan) -> Vocabulary:
             expected=f"codebook_digest {known.codebook_digest}",
             found=fitted.codebook_digest,
             where="sid.generation",
-            next_command=f"sid run refresh --date {plan.logical_date}",
+            next_command=f"sid run refresh --date {plan.logical_date} --set seed={plan.seed + 1}  (or where it was fitted first: same machine and threads)",
         )
     return known or fitted
 
@@ -133,13 +134,10 @@ def _vocabulary(row: Mapping[str, Any], generation: int, *, recorded: bool) -> V
 
 def parent_rows(inputs: Inputs, plan: Plan) -> DataFrame:
     """Rows of the parent release at its own snapshot and date; no rows on the first night."""
-    from pyspark.sql import functions as F
-
     if plan.parent is None:
         return inputs.frame("sid.item_sid").limit(0)
     assert inputs.spark is not None, "a Spark stage"
-    at_snapshot = lakehouse.read_frame(inputs.spark, "sid.item_sid", plan.parent.snapshot_id)
-    return at_snapshot.where(F.col("logical_date") == F.lit(plan.parent.logical_date))
+    return lakehouse.read_release_frame(inputs.spark, plan.parent.snapshot_id, plan.parent.logical_date)
 
 
 # ---------------------------------------------------------------- encoding
@@ -659,21 +657,20 @@ def against_sources(metrics: Mapping[str, float], sources: Sources, plan: Plan) 
 def generation_writes(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary, sources: Sources, model: Any) -> tuple[Write, ...]:
     """Codebook and generation row of a new generation, codebook first; nothing when the generation is on record.
 
-    A codebook without its generation row is what a kill left between the two commits: it is not appended a second time.
+    A codebook without its generation row is what a kill left between the two commits, perhaps of other inputs under the same number: it is replaced.
     """
     from pyspark.sql import functions as F
 
     if not plan.new_generation or vocabulary.recorded:
         return ()
-    generation = Write(table="sid.generation", frame=generation_row(inputs, ctx, plan, vocabulary, sources))
-    book = inputs.frame("sid.codebook")
-    if book.where(F.col("generation") == plan.generation).limit(1).count():
-        return (generation,)
     assert inputs.spark is not None, "a Spark stage"
     seed_row = inputs.spark.range(1, numPartitions=1)
     rows = seed_row.mapInArrow(partial(codebook_batches, model=model, slots=vocabulary.slots), CODEBOOK_SCHEMA)
-    codebook = rows.withColumn("generation", F.lit(plan.generation).cast("int")).select(*book.columns)
-    return (Write(table="sid.codebook", frame=codebook), generation)
+    codebook = rows.withColumn("generation", F.lit(plan.generation).cast("int"))
+    return (
+        Write(table="sid.codebook", frame=codebook, slice={"generation": plan.generation}),
+        Write(table="sid.generation", frame=generation_row(inputs, ctx, plan, vocabulary, sources)),
+    )
 
 
 def generation_row(inputs: Inputs, ctx: Context, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> DataFrame:

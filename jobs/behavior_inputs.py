@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from jobs.inputs import newest_observations
 from pipeline.context import Context
 from pipeline.errors import ConfigError, UpstreamMissing
 from pipeline.tracking import read_bundle
@@ -120,10 +121,9 @@ def read_content(inputs: Inputs, ctx: Context) -> Content:
     encoder = ctx.outcome("content_embedding")["outputs"].get("text_encoder_id")
     if not encoder:
         raise ConfigError("the behaviour encoder reads texts", expected="a text encoder", found="none", where="[content_embedding] text_encoder")
-    listed = inputs.arrow("raw.item", columns=("file_date", "item_id", "text_hash"), where=f"file_date <= '{ctx.logical_date}'").sort_by("file_date")
-    newest = listed.group_by("item_id", use_threads=False).aggregate([("text_hash", "last", pc.ScalarAggregateOptions(skip_nulls=False))]).sort_by("item_id")
+    newest = newest_observations(inputs.arrow("raw.item", columns=("file_date", "item_id", "text_hash"), where=f"file_date <= '{ctx.logical_date}'"))
     stored = inputs.arrow("feature.item_content_vector", columns=("content_hash", "vector"), where=f"encoder_id == '{encoder}' and modality == 'text'")
-    place = pc.index_in(strings(newest["text_hash_last"]), value_set=strings(stored["content_hash"]), skip_nulls=True)
+    place = pc.index_in(strings(newest["text_hash"]), value_set=strings(stored["content_hash"]), skip_nulls=True)
     known = pc.is_valid(place)
     if not pc.any(known).as_py():
         raise UpstreamMissing(

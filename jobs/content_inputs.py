@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.behavior_inputs import flat, sorted_unique, strings
+from jobs.inputs import newest_observations
 from pipeline.context import Context
 from pipeline.errors import UpstreamMissing
 from pipeline.tracking import read_bundle
@@ -51,11 +52,9 @@ def read_shelf(inputs: Inputs, ctx: Context, encoders: Mapping[str, str]) -> She
 
     from pipeline.encoders.sail import Content
 
-    names = ("text_hash", "image_hash", "category")
-    listed = inputs.arrow("raw.item", columns=("file_date", "item_id", *names), where=f"file_date <= '{ctx.logical_date}'").sort_by("file_date")
-    last = [(name, "last", pc.ScalarAggregateOptions(skip_nulls=False)) for name in names]
-    newest = listed.group_by("item_id", use_threads=False).aggregate(last).sort_by("item_id")
-    found = {name: _vectors(inputs, encoder, name, strings(newest[f"{name}_hash_last"])) for name, encoder in encoders.items()}
+    columns = ("file_date", "item_id", "text_hash", "image_hash", "category")
+    newest = newest_observations(inputs.arrow("raw.item", columns=columns, where=f"file_date <= '{ctx.logical_date}'"))
+    found = {name: _vectors(inputs, encoder, name, strings(newest[f"{name}_hash"])) for name, encoder in encoders.items()}
     found = {name: parts for name, parts in found.items() if bool(parts[1].any())}
     if not found:
         raise UpstreamMissing(
@@ -65,7 +64,7 @@ def read_shelf(inputs: Inputs, ctx: Context, encoders: Mapping[str, str]) -> She
             where="feature.item_content_vector",
             next_command=f"sid run content_embedding --date {ctx.logical_date}",
         )
-    category = strings(newest["category_last"])
+    category = strings(newest["category"])
     labels = pc.fill_null(pc.index_in(category, value_set=sorted_unique(category.drop_null())), -1).to_numpy(zero_copy_only=False).astype(np.int64)
     content = Content(vectors={name: parts[0] for name, parts in found.items()}, shown={name: parts[1] for name, parts in found.items()})
     return Shelf(strings(newest["item_id"]), content, torch.from_numpy(labels))

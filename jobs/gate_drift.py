@@ -1,7 +1,8 @@
 """Has the world moved away from the vocabulary? Measured without the frozen encoder, written to the release as `drift` and `refit_due`.
 
 Two signs: (a) items that people met together in the last days share codes more often than popularity-matched strangers do; how much of that is left
-against the generation's first release? (b) how much popularity sits on rows trained after the base, and on items whose evidence has at least doubled?
+against the generation's first release that was measured? (b) how much popularity sits on rows trained after the base, and on items whose evidence has
+at least doubled?
 The plan of the next night obeys `refit_due`. Cost is bounded: at most MAX_PAIRS pairs are compared, chosen by hash, so that a rerun compares the same.
 Suffixes: P pairs, L positions.
 """
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jobs.plan_night import release_order
+from jobs.publish_release import released
 from pipeline import lakehouse
 from pipeline.config import GateDrift
 from pipeline.context import Context
 from pipeline.errors import UpstreamMissing
-from pipeline.stages import StageResult, Write
+from pipeline.stages import StageResult
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -31,6 +34,7 @@ MAX_PAIRS = 2000
 ITEMS_PER_USER = 20  # a user's pairs grow with the square of this
 MEETINGS = 32  # users that may meet a pair on average before all pairs are compared
 MIN_PAIRS = 200  # below this the agreement is printed, never judged
+UNKNOWN: Mapping[str, Any] = {"overall": {"value": None, "se": None, "pairs": 0}}
 Row = Mapping[str, Any]
 
 
@@ -46,29 +50,38 @@ def run(inputs: Inputs, params: GateDrift, ctx: Context) -> StageResult:
         raise UpstreamMissing(
             f"release {tag} has no row", expected=tag, found="none", where="sid.release", next_command=f"sid run publish_release --date {ctx.logical_date}"
         )
-    first = birth(releases, row)
-    measured = {"agreement": measure_agreement(inputs, params, ctx, row), **measure_mass(inputs, row, first["logical_date"])}
-    drift = verdict(measured, json.loads(first["drift"]) if first["tag"] != tag and first["drift"] else measured, params, first["tag"])
+    agreed = measure_agreement(inputs, params, ctx, row)
+    measured = {"agreement": agreed, **measure_mass(inputs, row, birth(releases, row)["logical_date"])}
+    drift = verdict(measured, at_birth(releases, row, agreed), params)
     text, due = json.dumps(drift, sort_keys=True), bool(drift["reasons"])
     outputs = {"tag": tag, "refit_due": due, "drift": drift}
     if (row["drift"], row["refit_due"]) == (text, due):
         return StageResult(status="reused", metrics=metrics(drift), outputs=outputs)
-    return StageResult(writes=(rewritten(inputs, releases, tag, text, due),), metrics=metrics(drift), outputs=outputs)
-
-
-def rewritten(inputs: Inputs, releases: Sequence[Row], tag: str, drift: str, due: bool) -> Write:
-    """All of sid.release with drift and refit_due of one tag, as one commit."""
-    assert inputs.spark is not None, "a Spark stage"
-    rows = [{**row, "drift": drift, "refit_due": due} if row["tag"] == tag else row for row in releases]
-    schema = inputs.frame("sid.release").schema
-    frame = inputs.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in rows], schema).coalesce(1)
-    return Write(table="sid.release", frame=frame, whole=True)
+    rows = [{**other, "drift": text, "refit_due": due} if other["tag"] == tag else other for other in releases]
+    return StageResult(writes=(released(inputs, rows),), metrics=metrics(drift), outputs=outputs)
 
 
 def birth(releases: Sequence[Row], row: Row) -> Row:
-    """The first release of the row's generation that was not withdrawn: what drift is measured against."""
-    same = [other for other in releases if other["generation"] == row["generation"] and (other["status"] != "withdrawn" or other["tag"] == row["tag"])]
-    return min(same, key=lambda other: (other["logical_date"], other["revision"]))
+    """The first release of the row's generation that was not withdrawn, on whose night its base was trained."""
+    return [*earlier(releases, row), row][0]
+
+
+def earlier(releases: Sequence[Row], row: Row) -> list[Row]:
+    """Releases of the row's generation before it that were not withdrawn, the first one first."""
+    standing = [other for other in releases if other["generation"] == row["generation"] and other["status"] != "withdrawn"]
+    return sorted((other for other in standing if release_order(other) < release_order(row)), key=release_order)
+
+
+def at_birth(releases: Sequence[Row], row: Row, agreed: Mapping[str, Any]) -> dict[str, Any]:
+    """Tag and agreement of the earliest release of the generation that was measured; of the row, by itself, when it is the first.
+
+    Where no earlier one was measured (gate_drift failed on every night so far) the agreement is unknown: the row's own would show no loss, ever.
+    """
+    before = earlier(releases, row)
+    if not before:
+        return {"tag": row["tag"], "agreement": agreed}
+    known = next((other for other in before if other["drift"]), None)
+    return {"tag": known["tag"], "agreement": json.loads(known["drift"])["agreement"]} if known else {"tag": before[0]["tag"], "agreement": UNKNOWN}
 
 
 # ---------------------------------------------------------------- (a) agreement of shared codes with co-occurrence
@@ -98,10 +111,8 @@ def measure_agreement(inputs: Inputs, params: GateDrift, ctx: Context, row: Row)
 
 def release_frame(inputs: Inputs, row: Row) -> DataFrame:
     """Rows of a release at its snapshot and date."""
-    from pyspark.sql import functions as F
-
     assert inputs.spark is not None, "a Spark stage"
-    return lakehouse.read_frame(inputs.spark, "sid.item_sid", row["snapshot_id"]).where(F.col("logical_date") == F.lit(row["logical_date"]))
+    return lakehouse.read_release_frame(inputs.spark, row["snapshot_id"], row["logical_date"])
 
 
 def cooccurring_pairs(events: DataFrame, *, max_pairs: int = MAX_PAIRS, items_per_user: int = ITEMS_PER_USER) -> DataFrame:
@@ -237,17 +248,17 @@ def masses(release: DataFrame, features: DataFrame, evidence_now: DataFrame, evi
 # ---------------------------------------------------------------- judging
 
 
-def verdict(measured: Mapping[str, Any], at_birth: Mapping[str, Any], params: GateDrift, birth_tag: str) -> dict[str, Any]:
+def verdict(measured: Mapping[str, Any], born: Mapping[str, Any], params: GateDrift) -> dict[str, Any]:
     """The drift document: what was measured, the birth it is compared with, agreement_loss (None = cannot tell), and `reasons` for a refit."""
-    now, then = measured["agreement"]["overall"], at_birth["agreement"]["overall"]
+    now, then = measured["agreement"]["overall"], born["agreement"]["overall"]
     loss, certain = agreement_loss(now, then, params.max_agreement_loss)
     reasons = []
     if certain:
-        reasons.append(f"agreement with co-occurrence fell by {loss:.0%} since {birth_tag}, limit {params.max_agreement_loss:.0%}")
+        reasons.append(f"agreement with co-occurrence fell by {loss:.0%} since {born['tag']}, limit {params.max_agreement_loss:.0%}")
     for name, limit in (("post_base_mass", params.max_post_base_mass), ("doubled_mass", params.max_doubled_mass)):
         if measured[name] > limit:
             reasons.append(f"{name} {measured[name]:.3f} above {limit:.3f}")
-    return {**measured, "birth": {"tag": birth_tag, "agreement": at_birth["agreement"]}, "agreement_loss": loss, "reasons": reasons}
+    return {**measured, "birth": dict(born), "agreement_loss": loss, "reasons": reasons}
 
 
 def agreement_loss(now: Mapping[str, Any], then: Mapping[str, Any], limit: float) -> tuple[float | None, bool]:

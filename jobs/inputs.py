@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 
+def newest_observations(rows: pa.Table) -> pa.Table:
+    """Per item of raw.item's rows the one of its latest file, without the date, by item_id: what that file no longer names is null, never an older file's.
+
+    Args:
+        rows: item_id, file_date and the columns wanted.
+    """
+    import pyarrow.compute as pc
+
+    whole = pc.ScalarAggregateOptions(skip_nulls=False)
+    wanted = [(name, "last", whole) for name in rows.column_names if name not in ("item_id", "file_date")]
+    found = rows.sort_by("file_date").group_by("item_id", use_threads=False).aggregate(wanted).sort_by("item_id")
+    return found.rename_columns([name.removesuffix("_last") for name in found.column_names])
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The stage's view of the lake.

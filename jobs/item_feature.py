@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from jobs.content_inputs import MODALITIES
 from jobs.plan_night import MANIFEST, last_revision
 from pipeline import config, lakehouse
 from pipeline.context import Context, Plan
-from pipeline.errors import UpstreamMissing
+from pipeline.errors import ContractError, UpstreamMissing
 from pipeline.richness import alignment_strength, richness
 from pipeline.stages import StageResult, Write
 
@@ -33,12 +34,13 @@ TRAINED_DDL = "item_id string, evidence_count bigint, evidence_bucket int, richn
 def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult:
     """The night's partition of feature.item_feature.
 
-    Raises: UpstreamMissing when the generation's richness reference is not there.
+    Raises: UpstreamMissing when the generation's richness reference is not there; ContractError when its content encoders are not the night's.
     """
     from pyspark.sql import functions as F
 
     plan = ctx.plan()
     encoders = content_encoders(ctx)
+    check_encoders(inputs, plan, encoders)
     reference, base_date = generation_reference(inputs, ctx, plan)
     popularity = inputs.frame("feature.item_popularity").where(F.col("logical_date") == F.lit(plan.logical_date))
     first_event = popularity.where("first_event_date IS NOT NULL").select("item_id", "first_event_date")
@@ -60,21 +62,22 @@ def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult
         text_encoder_id=encoders.get("text_encoder_id"),
         image_encoder_id=encoders.get("image_encoder_id"),
     ).persist()
-    metrics, returned = measured(frame, parent, plan.logical_date, base_date), returned_as_others(frame, parent)
-    write = Write(table="feature.item_feature", frame=frame, dates=(plan.logical_date,), metrics={"returned_as_others": float(len(returned))})
-    return StageResult(writes=(write,), metrics=metrics, outputs={"returned_as_others": returned[:SHOWN]})
+    metrics, returned = measured(frame, parent, plan.logical_date, base_date), returned_as_others(frame, parent).persist()
+    write = Write(table="feature.item_feature", frame=frame, dates=(plan.logical_date,), metrics={"returned_as_others": float(returned.count())})
+    shown = [row.item_id for row in returned.orderBy("item_id").limit(SHOWN).collect()]
+    return StageResult(writes=(write,), metrics=metrics, outputs={"returned_as_others": shown})
 
 
-def returned_as_others(frame: DataFrame, parent: DataFrame) -> list[str]:
-    """Ids that were retired in the parent and are back tonight with other content, sorted: perhaps reused for another item.
+def returned_as_others(frame: DataFrame, parent: DataFrame) -> DataFrame:
+    """item_id of those that were retired in the parent and are back tonight with other content: perhaps reused for another item.
 
     Their codes stay the old item's until the next behaviour row or generation, like any changed content; people should look at them.
     """
     from pyspark.sql import functions as F
 
     gone = parent.where(F.col("status") == "retired").select("item_id", F.col("content_hash").alias("content_before"))
-    back = frame.where(F.col("status") == "live").join(gone, "item_id").where(~F.col("content_hash").eqNullSafe(F.col("content_before")))
-    return [row.item_id for row in back.select("item_id").orderBy("item_id").collect()]
+    back = frame.where(F.col("status") == "live").join(gone, "item_id")
+    return back.where(~F.col("content_hash").eqNullSafe(F.col("content_before"))).select("item_id")
 
 
 def content_encoders(ctx: Context) -> Mapping[str, Any]:
@@ -84,6 +87,27 @@ def content_encoders(ctx: Context) -> Mapping[str, Any]:
     return outputs
 
 
+def check_encoders(inputs: Inputs, plan: Plan, encoders: Mapping[str, Any]) -> None:
+    """Nothing, when content comes from the encoders of the generation that the night goes on with or is refitted from; a cold night chooses its own.
+
+    Vectors of another encoder may have the same width, so that nothing later would notice. Where one side has no encoder there is nothing to compare.
+    Raises: ContractError naming the setting.
+    """
+    if plan.start == "cold" or plan.parent is None:
+        return
+    row = recorded_generation(inputs, plan.parent.generation)
+    for name in MODALITIES:
+        wanted, found = row[f"{name}_encoder_id"], encoders.get(f"{name}_encoder_id")
+        if wanted and found and found != wanted:
+            raise ContractError(
+                f"generation {plan.parent.generation} was fitted to another {name} encoder",
+                expected=wanted,
+                found=found,
+                where=f"[content_embedding] {name}_encoder and its settings",
+                next_command="sid run refresh --date D --set plan_night.policy=cold  (or the encoder and settings of before)",
+            )
+
+
 def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapping[str, Any], date]:
     """The generation's frozen richness reference and the night that fitted it.
 
@@ -91,16 +115,25 @@ def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapp
     """
     if plan.new_generation:
         return ctx.outcome("train_behavior_encoder")["outputs"]["richness_reference"], plan.logical_date
-    rows = inputs.frame("sid.generation").where(f"generation = {plan.generation:d}").select("richness_reference", "logical_date").collect()
+    row = recorded_generation(inputs, plan.generation)
+    return json.loads(row["richness_reference"]), row["logical_date"]
+
+
+def recorded_generation(inputs: Inputs, generation: int) -> Mapping[str, Any]:
+    """The generation's row of sid.generation.
+
+    Raises: UpstreamMissing when there is none.
+    """
+    rows = inputs.frame("sid.generation").where(f"generation = {generation:d}").collect()
     if not rows:
         raise UpstreamMissing(
-            f"generation {plan.generation} is not recorded",
+            f"generation {generation} is not recorded",
             expected="one row",
             found="none",
             where="sid.generation",
             next_command="sid run refresh --date D --set plan_night.policy=cold",
         )
-    return json.loads(rows[0].richness_reference), rows[0].logical_date
+    return rows[0].asDict()
 
 
 def keep_replaced(inputs: Inputs, ctx: Context) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import pins
-from jobs.plan_night import MANIFEST
+from jobs.plan_night import MANIFEST, release_order
 from jobs.releases import newest_current
 from pipeline import lakehouse, tracking
 from pipeline.config import Maintain
@@ -111,7 +111,7 @@ def run(inputs: Inputs, params: Maintain, ctx: Context) -> StageResult:
 def first_of_generations(releases: Sequence[Row]) -> set[str]:
     """Tags of the first release of each generation that was not withdrawn: drift is measured against them as long as the generation serves."""
     standing = [row for row in releases if row["status"] != "withdrawn"]
-    ordered = sorted(standing, key=lambda row: (row["logical_date"], row["revision"]), reverse=True)
+    ordered = sorted(standing, key=release_order, reverse=True)
     return set({row["generation"]: row["tag"] for row in ordered}.values())
 
 

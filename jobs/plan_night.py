@@ -256,7 +256,12 @@ def begins(params: PlanNight, parent: Row | None) -> tuple[Literal["", "cold", "
 def parent_release(releases: Iterable[Row], day: date) -> Row | None:
     """The current revision of the latest earlier date that is not withdrawn; None for the first night."""
     earlier = [row for row in releases if row["logical_date"] < day and row["status"] == "current"]
-    return max(earlier, key=lambda row: (row["logical_date"], row["revision"]), default=None)
+    return max(earlier, key=release_order, default=None)
+
+
+def release_order(row: Row) -> tuple[date, int]:
+    """What releases are sorted by: date, then revision."""
+    return row["logical_date"], row["revision"]
 
 
 def tag_name(day: date, revision: int) -> str:

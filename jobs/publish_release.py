@@ -14,7 +14,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.plan_night import MANIFEST, tag_name
+from jobs.plan_night import MANIFEST, release_order, tag_name
 from jobs.releases import newest_current
 from pipeline import lakehouse
 from pipeline.config import PublishRelease
@@ -23,9 +23,7 @@ from pipeline.errors import ContractError, PublishConflict
 from pipeline.stages import StageResult, Write
 
 if TYPE_CHECKING:
-    from datetime import date
-
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import SparkSession
 
     from jobs.inputs import Inputs
 
@@ -164,7 +162,7 @@ def with_release(releases: Sequence[Row], new: Row) -> list[dict[str, Any]]:
         for row in releases
         if row["tag"] != new["tag"]
     ]
-    return sorted([*older, dict(new)], key=lambda row: (row["logical_date"], row["revision"]))
+    return sorted([*older, dict(new)], key=release_order)
 
 
 def reaffirmed(releases: Sequence[Row], decision: Decision, plan: Plan) -> list[Row]:
@@ -200,14 +198,7 @@ def bare_tags(spark: SparkSession, plan: Plan, releases: Sequence[Row], held: Ma
     """Tags of the date on sid.item_sid that no release names, as a kill leaves them -> (snapshot id, digest of their rows of that date)."""
     first, named = tag_name(plan.logical_date, 1), {row["tag"] for row in releases}
     of_date = {name: at for name, at in held.items() if name == first or name.startswith(f"{first}_r")}
-    return {name: (at, lakehouse.rows_digest(rows_at(spark, at, plan.logical_date))) for name, at in of_date.items() if name not in named}
-
-
-def rows_at(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:
-    """Rows of sid.item_sid of one date at a snapshot."""
-    from pyspark.sql import functions as F
-
-    return lakehouse.read_frame(spark, TABLE, snapshot_id).where(F.col("logical_date") == F.lit(day))
+    return {name: (at, lakehouse.rows_digest(lakehouse.read_release_frame(spark, at, plan.logical_date))) for name, at in of_date.items() if name not in named}
 
 
 def apply(spark: SparkSession, decision: Decision, branch: Mapping[str, Any], plan: Plan) -> int:
@@ -235,7 +226,7 @@ def recut(spark: SparkSession, audited: int, again: str, plan: Plan) -> int:
 
     The rows are those that passed the audit, so they are not judged a second time; the partition of another date that moved main is untouched.
     """
-    rows = rows_at(spark, audited, plan.logical_date).localCheckpoint()
+    rows = lakehouse.read_release_frame(spark, audited, plan.logical_date).localCheckpoint()
     properties = snapshot_properties(spark, audited)
     lakehouse.cut_branch(spark, TABLE, again)
     lakehouse.replace(spark, rows, TABLE, again, dates=(plan.logical_date,), equal={}, properties=properties)

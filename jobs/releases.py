@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.plan_night import parent_release
+from jobs.plan_night import parent_release, release_order
 from pipeline.errors import UpstreamMissing
 from pipeline.release_file import matrix
 
@@ -24,7 +24,7 @@ Titles = Callable[[list[str]], pa.Table]
 
 def release_rows(releases: pa.Table) -> list[Row]:
     """Rows of sid.release by date and revision, each with `newest` (what consumers read) and `parent_superseded` (`stale_tags`)."""
-    rows = sorted(releases.to_pylist(), key=lambda row: (row["logical_date"], row["revision"]))
+    rows = sorted(releases.to_pylist(), key=release_order)
     newest, stale = newest_current(rows), stale_tags(rows)
     for row in rows:
         row["newest"] = newest is not None and row["tag"] == newest["tag"]
@@ -48,7 +48,7 @@ def stale_tags(rows: Sequence[Mapping[str, Any]]) -> set[str]:
 def newest_current(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The current row with the latest date: the release consumers read; None when nothing is current."""
     current = [row for row in rows if row["status"] == "current"]
-    return max(current, key=lambda row: (row["logical_date"], row["revision"]), default=None)
+    return max(current, key=release_order, default=None)
 
 
 def resolve(releases: pa.Table, tag: str = "") -> Row:

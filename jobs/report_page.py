@@ -205,7 +205,7 @@ def lineage(lake: Lake, tag: str) -> list[Row]:
             "stage": row["stage"],
             "direction": row["side"].removesuffix("s"),
             "table": row["table"],
-            "snapshot_id": row["snapshot"].split(" ")[0],
+            "snapshot_id": row["snapshot"],
             "tag": "",
             "run": row["mlflow_run"],
         }

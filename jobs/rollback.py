@@ -11,11 +11,13 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jobs.plan_night import release_order
+from jobs.publish_release import released
 from pipeline import lakehouse
 from pipeline.config import PublishRelease
 from pipeline.context import Context
 from pipeline.errors import ContractError
-from pipeline.stages import StageResult, Write
+from pipeline.stages import StageResult
 
 if TYPE_CHECKING:
     from jobs.inputs import Inputs
@@ -31,17 +33,14 @@ def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
     Raises: ContractError when the release cannot be restored.
     """
     assert inputs.spark is not None, "a Spark stage"
-    frame = inputs.frame("sid.release")
-    releases = [row.asDict() for row in frame.collect()]
+    releases = [row.asDict() for row in inputs.frame("sid.release").collect()]
     target = restorable(releases, ctx.param("release"), lakehouse.references(inputs.spark, "sid.item_sid"))
     moves = changes(releases, target)
     logger.info("rollback to=%s withdrawn=%s", target["tag"], ",".join(move["tag"] for move in moves if move["becomes"] == "withdrawn") or "-")
     if not moves:
         return StageResult(status="reused", outputs=outputs(target, moves))
-    rows = [tuple(row[name] for name in frame.schema.names) for row in restored(releases, moves)]
-    write = Write(table="sid.release", frame=inputs.spark.createDataFrame(rows, frame.schema).coalesce(1), whole=True)
     withdrawn = sum(move["becomes"] == "withdrawn" for move in moves)
-    return StageResult(writes=(write,), metrics={"withdrawn": float(withdrawn)}, outputs=outputs(target, moves))
+    return StageResult(writes=(released(inputs, restored(releases, moves)),), metrics={"withdrawn": float(withdrawn)}, outputs=outputs(target, moves))
 
 
 def restorable(releases: Sequence[Row], tag: str, held: Collection[str]) -> Row:
@@ -55,7 +54,7 @@ def restorable(releases: Sequence[Row], tag: str, held: Collection[str]) -> Row:
     if row is not None and row["status"] != "withdrawn" and tag in held:
         return row
     good = [other for other in releases if other["status"] != "withdrawn" and other["tag"] in held]
-    newest = sorted(good, key=_order, reverse=True)[:SHOWN]
+    newest = sorted(good, key=release_order, reverse=True)[:SHOWN]
     raise ContractError(
         f"release {tag!r} cannot be restored",
         expected=f"one of: {', '.join(other['tag'] for other in newest) or 'none'}",
@@ -70,8 +69,8 @@ def changes(releases: Sequence[Row], target: Row) -> list[dict[str, str]]:
 
     Newer is a later date, or a later revision of the target's own date.
     """
-    becomes = {row["tag"]: "withdrawn" for row in releases if _order(row) > _order(target)} | {target["tag"]: "current"}
-    ordered = sorted(releases, key=_order)
+    becomes = {row["tag"]: "withdrawn" for row in releases if release_order(row) > release_order(target)} | {target["tag"]: "current"}
+    ordered = sorted(releases, key=release_order)
     return [
         {"tag": row["tag"], "was": row["status"], "becomes": becomes[row["tag"]]}
         for row in ordered
@@ -82,14 +81,10 @@ def changes(releases: Sequence[Row], target: Row) -> list[dict[str, str]]:
 def restored(releases: Sequence[Row], moves: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     """All rows with the new statuses, by date and revision."""
     becomes = {move["tag"]: move["becomes"] for move in moves}
-    return [{**row, "status": becomes.get(row["tag"], row["status"])} for row in sorted(releases, key=_order)]
+    return [{**row, "status": becomes.get(row["tag"], row["status"])} for row in sorted(releases, key=release_order)]
 
 
 def outputs(target: Row, moves: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """What the asset event says, as publish_release says it, and the statuses that changed; a retry announces what a killed try did not."""
     facts = {name: target[name] for name in ("tag", "revision", "generation", "codebook_digest", "rows_digest")}
     return {**facts, "logical_date": str(target["logical_date"]), "current": True, "is_current_newest": True, "changes": list(moves)}
-
-
-def _order(row: Row) -> tuple[Any, int]:
-    return row["logical_date"], row["revision"]

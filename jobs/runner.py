@@ -226,20 +226,20 @@ def _write_and_audit(spark: SparkSession, ctx: Context, write: Write, snapshots:
     frame = lakehouse.check_columns(write.frame, spark, write.table)
     base = lakehouse.cut_branch(spark, write.table, ctx.branch)
     if not write.dates and write.table in snapshots and base != snapshots[write.table]:
-        # Appends and whole tables were computed from the pinned rows; from newer rows they would come out differently.
+        # What replaces no day was computed from the pinned rows; from newer rows it would come out differently.
         raise PublishConflict(f"main of {write.table} moved since the stage began", expected=str(snapshots[write.table]), found=str(base), where=write.table)
     properties = _properties(ctx)
     if write.whole:
         lakehouse.replace_all(spark, frame, write.table, ctx.branch, properties)
-    elif write.dates:
-        lakehouse.replace(spark, frame, write.table, ctx.branch, dates=write.dates, equal=write.slice, properties=properties)
-    else:
+    elif write.appends:
         lakehouse.append(spark, frame, write.table, ctx.branch, properties)
+    else:
+        lakehouse.replace(spark, frame, write.table, ctx.branch, dates=write.dates, equal=write.slice, properties=properties)
     step(ctx, "after_write")
     head = lakehouse.snapshot(spark, write.table, ctx.branch)
     if head is None or base is None or head == base:  # a write always makes a snapshot
         raise PublishConflict(f"another try took {ctx.branch} of {write.table} away", expected="a snapshot of this try", found=str(head), where=write.table)
-    added = lakehouse.read_frame(spark, write.table, head) if write.dates or write.whole else lakehouse.read_added(spark, write.table, base, head)
+    added = lakehouse.read_added(spark, write.table, base, head) if write.appends else lakehouse.read_frame(spark, write.table, head)
     try:
         metrics: Mapping[str, float] = quality.audit(
             added, write.table, dates=write.dates, equal=write.slice, known=write.metrics, config=ctx.config, branch=ctx.branch, reason=ctx.reason

@@ -14,7 +14,6 @@ the row is said by its evidence count, 0 = text alone, and such rows take no par
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +65,6 @@ def run(inputs: Inputs, params: config.TrainBehaviorEncoder, ctx: Context) -> St
     Raises: ConfigError for an unknown encoder or a reliability that is not measured, UpstreamMissing without sequences or base,
         ContractError for events of unknown items, no item with n_min events, or vectors that are not finite.
     """
-    if int(os.environ.get("RANK", "0")):
-        raise SystemExit(0)  # a helper process of torchrun: this stage runs in one process
     chosen(params)
     if params.richness == "reliability" and not params.measure_reliability:
         raise ConfigError("richness = reliability must be measured", expected="true", found="false", where="[train_behavior_encoder] measure_reliability")

@@ -7,7 +7,6 @@ Not here: the recipe (pipeline/encoders/sail), writing vectors (content_cre).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +42,6 @@ def run(inputs: Inputs, params: config.ContentCre, ctx: Context) -> StageResult:
 
     Raises: UpstreamMissing without vectors or pairs; ContractError when too few items have pairs, or for weights that are not finite.
     """
-    if int(os.environ.get("RANK", "0")):
-        raise SystemExit(0)  # a helper process of torchrun: this stage runs in one process
     plan = ctx.plan()
     from pipeline.encoders import sail
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import derived, pins
+from jobs.inputs import newest_observations
 from jobs.releases import diff_rows, release_rows, resolve, show_item
 from pipeline import lakehouse, tracking
 from pipeline.config import Config
@@ -151,9 +152,7 @@ def titles(lake: Lake, day: date, item_ids: Sequence[str] | None = None) -> pa.T
     """item_id, title, image_uri: the newest catalogue observation up to a day of each item, or of the named ones."""
     home, config = lake
     columns, among = ("item_id", "title", "image_uri", "file_date"), None if item_ids is None else {"item_id": item_ids}
-    rows = lakehouse.read_arrow(home, config.lake, "raw.item", columns=columns, where=f"file_date <= '{day}'", among=among)
-    newest = rows.sort_by("file_date").group_by("item_id", use_threads=False).aggregate([("title", "last"), ("image_uri", "last")])
-    return newest.rename_columns({"title_last": "title", "image_uri_last": "image_uri"})
+    return newest_observations(lakehouse.read_arrow(home, config.lake, "raw.item", columns=columns, where=f"file_date <= '{day}'", among=among))
 
 
 def lineage(lake: Lake, tag: str) -> list[Row]:

@@ -89,11 +89,6 @@ def warehouse(home: Home, lake: Lake) -> str:
     return found
 
 
-def in_object_store(home: Home) -> bool:
-    """Whether the tables' files lie in an object store instead of a folder."""
-    return "://" in home.warehouse and not home.warehouse.startswith("file://")
-
-
 def _sqlalchemy(uri: str) -> str:
     """A JDBC address as SQLAlchemy writes it, with user and password inside."""
     if uri.startswith("jdbc:sqlite:"):

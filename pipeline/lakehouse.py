@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,13 @@ def read_frame(spark: SparkSession, table: str, snapshot_id: int | None) -> Data
     return spark.read.option("snapshot-id", snapshot_id).format("iceberg").load(_full(table))
 
 
+def read_release_frame(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:
+    """Rows of sid.item_sid at a snapshot and of its date, never one without the other; `read_release` of Spark stages."""
+    from pyspark.sql import functions as F
+
+    return read_frame(spark, "sid.item_sid", snapshot_id).where(F.col("logical_date") == F.lit(day))
+
+
 def read_branch(spark: SparkSession, table: str, branch: str) -> DataFrame:
     """The table's rows on a branch or at a tag."""
     found = snapshot(spark, table, branch)
@@ -260,27 +268,27 @@ def check_columns(frame: DataFrame, spark: SparkSession, table: str) -> DataFram
 
 
 def replace(
-    spark: SparkSession, frame: DataFrame, table: str, branch: str, *, dates: Sequence[date], equal: Mapping[str, str], properties: Mapping[str, str]
+    spark: SparkSession, frame: DataFrame, table: str, branch: str, *, dates: Sequence[date], equal: Mapping[str, str | int], properties: Mapping[str, str]
 ) -> None:
-    """Replace the partitions `dates` (and `equal`) of a branch by the frame's rows; an empty frame empties them.
+    """Replace the partitions `dates` (and `equal`, or `equal` alone) of a branch by the frame's rows; an empty frame empties them.
 
     Raises: ContractError when a row carries another date: it would be written beside the partitions that were replaced.
     """
     from pyspark.sql import functions as F
 
     column = partition_columns(table)[0]
-    wanted = [F.lit(day).cast("date") for day in dates]
-    stray = F.raise_error(F.concat(F.lit(f"stray row: {column}="), F.coalesce(F.col(column).cast("string"), F.lit("null")))).cast("date")
-    frame = frame.withColumn(column, F.when(F.col(column).isin(wanted), F.col(column)).otherwise(stray))
-    condition = F.col(column).isin(wanted)
-    for name, value in equal.items():
-        condition = condition & (F.col(name) == F.lit(value))
+    conditions = [F.col(name) == F.lit(value) for name, value in equal.items()]
+    if dates:
+        wanted = [F.lit(day).cast("date") for day in dates]
+        stray = F.raise_error(F.concat(F.lit(f"stray row: {column}="), F.coalesce(F.col(column).cast("string"), F.lit("null")))).cast("date")
+        frame = frame.withColumn(column, F.when(F.col(column).isin(wanted), F.col(column)).otherwise(stray))
+        conditions.append(F.col(column).isin(wanted))
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
 
     writer = _writer(frame, table, branch, properties)
     try:
-        writer.overwrite(condition)
+        writer.overwrite(reduce(and_, conditions))
     except (PySparkException, Py4JJavaError) as error:
         if "stray row:" not in str(error):
             raise

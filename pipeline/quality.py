@@ -67,7 +67,7 @@ class Audit:
 
 
 def audit(
-    frame: DataFrame, table: str, *, dates: Sequence[date], equal: Mapping[str, str], known: Mapping[str, float], config: Config, branch: str, reason: str
+    frame: DataFrame, table: str, *, dates: Sequence[date], equal: Mapping[str, str | int], known: Mapping[str, float], config: Config, branch: str, reason: str
 ) -> Audit:
     """The audit of a branch's rows of `dates`; warnings are logged.
 
@@ -147,12 +147,13 @@ def read_expectations(table: str) -> dict[str, Any]:
     return content
 
 
-def _slice(frame: DataFrame, table: str, dates: Sequence[date], equal: Mapping[str, str]) -> DataFrame:
+def _slice(frame: DataFrame, table: str, dates: Sequence[date], equal: Mapping[str, str | int]) -> DataFrame:
+    """The rows of the dates, where the table is partitioned by them, and of the slice."""
     from pyspark.sql import functions as F
 
-    columns = lakehouse.partition_columns(table)
-    if dates and columns:
-        frame = frame.where(F.col(columns[0]).isin([F.lit(day).cast("date") for day in dates]))
+    column = next(iter(lakehouse.partition_columns(table)), "")
+    if dates and dict(frame.dtypes).get(column) == "date":
+        frame = frame.where(F.col(column).isin([F.lit(day).cast("date") for day in dates]))
     for name, value in equal.items():
         frame = frame.where(F.col(name) == F.lit(value))
     return frame

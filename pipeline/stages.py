@@ -38,11 +38,13 @@ class Stage:
 class Write:
     """One table write that a Spark job asks the runner for; the runner owns branch, audit and publish.
 
+    Without dates, slice and whole the rows are appended (rows with absent keys only).
+
     Args:
         table: `namespace.name`, a folder under sql/.
         frame: Spark DataFrame with exactly the table's columns.
-        dates: partitions to replace, every row must carry one of them; empty means append (rows with absent keys only).
-        slice: further equality on the replaced rows, e.g. {"stage": "ingest"} where two stages share a partition.
+        dates: partitions to replace, every row must carry one of them.
+        slice: equality on the replaced rows: beside `dates`, e.g. {"stage": "ingest"} where two stages share a partition, or alone, in a table without dates.
         metrics: numbers the job already knows about these rows; they join the audit's metrics frame.
         whole: replace every row of the table in one commit (small tables only).
         hold: leave the audited branch unpublished (a later stage publishes it).
@@ -51,10 +53,15 @@ class Write:
     table: str
     frame: Any
     dates: tuple[date, ...] = ()
-    slice: Mapping[str, str] = field(default_factory=dict)
+    slice: Mapping[str, str | int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     hold: bool = False
     whole: bool = False
+
+    @property
+    def appends(self) -> bool:
+        """Whether no row that is there is replaced."""
+        return not (self.dates or self.slice or self.whole)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def record(
     status: str,
     seconds: float,
     inputs: Mapping[str, int | None],
-    outputs: Mapping[str, Any],
+    outputs: Mapping[str, int],
     error: SidError | None = None,
     files: Sequence[Path] = (),
 ) -> Record:
@@ -109,7 +109,7 @@ def record(
         status: done | reused | skipped | failed.
         seconds: wall time of the stage.
         inputs: table -> pinned snapshot id, None for a table without rows.
-        outputs: table -> snapshot id, or {"snapshot_id": ..., "tag": ...} where the stage tagged a release.
+        outputs: table -> snapshot id.
         files: further files to keep with the run.
     """
     folder = _slot(ctx)
@@ -198,11 +198,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda each: each.tolist() if hasattr(each, "tolist") else str(each)))
 
 
-def _reference(value: Any) -> str:
-    """A snapshot as a tag's text: `<snapshot id>[ <release tag>]`, `none` for a table without rows."""
-    if isinstance(value, Mapping):
-        return f"{value.get('snapshot_id')} {value.get('tag') or ''}".strip()
-    return "none" if value is None else str(value)
+def _reference(snapshot_id: int | None) -> str:
+    """A snapshot as a tag's text, `none` for a table without rows."""
+    return "none" if snapshot_id is None else str(snapshot_id)
 
 
 def _filename(name: str) -> str:
@@ -321,9 +319,7 @@ def _result_tags(document: dict[str, Any]) -> dict[str, str]:
 
 
 def _release_tag(document: dict[str, Any]) -> dict[str, str]:
-    tagged = [text.split(" ")[1] for text in document["outputs"].values() if " " in text]
-    name = document["release"] or (tagged[-1] if tagged else "")
-    return {"release": name} if name else {}
+    return {"release": document["release"]} if document["release"] else {}
 
 
 def _supersede(client: MlflowClient, experiment: str, attempt_key: str) -> None:
@@ -624,7 +620,7 @@ def run_of_record(home: Home, key: str) -> RunRef | None:
 
 
 def tables_of_run(home: Home, mlflow_run_id: str) -> dict[str, dict[str, str]]:
-    """{"inputs": table -> snapshot, "outputs": table -> `snapshot[ tag]`} of a child run, from its tags."""
+    """{"inputs": table -> snapshot, "outputs": table -> snapshot} of a child run, from its tags."""
     with _session(home, locked=False) as client:
         tags = client.get_run(mlflow_run_id).data.tags
     return {f"{side}s": {key.split(":", 1)[1]: text for key, text in tags.items() if key.startswith(f"{side}:")} for side in ("input", "output")}

@@ -11,7 +11,7 @@ from jobs import item_feature
 from jobs.inputs import Inputs
 from pipeline import config, richness
 from pipeline.context import Context, Home, Plan, Release, write_json
-from pipeline.errors import UpstreamMissing
+from pipeline.errors import ContractError, UpstreamMissing
 
 BASE, D = date(2026, 3, 1), date(2026, 3, 2)
 COUNTS, NORMS = np.array([5, 8, 13, 40]), np.array([0.5, 0.7, 1.0, 2.0])
@@ -25,7 +25,7 @@ TABLES = {
     "feature.item_feature": "logical_date date, item_id string, generation int, behavior_date date, evidence_count bigint, evidence_bucket int,"
     " richness float, strength float, status string, content_hash string",
     "sid.release": "tag string, logical_date date, revision int",
-    "sid.generation": "generation int, logical_date date, richness_reference string",
+    "sid.generation": "generation int, logical_date date, richness_reference string, text_encoder_id string, image_encoder_id string",
 }
 
 
@@ -44,11 +44,14 @@ def reference():
     return richness.fit_reference("norm", COUNTS, NORMS)
 
 
-def night(spark, tmp_path, *, new_generation, extra=()):
-    """Inputs and context of a night with four items: trained tonight, copied, masked, and known by events only; `extra` arrive on top."""
+def night(spark, tmp_path, *, new_generation, extra=(), start=""):
+    """Inputs and context of a night with four items: trained tonight, copied, masked, and known by events only; `extra` arrive on top.
+
+    A new generation is the lake's first, unless `start` says how it begins at the parent's.
+    """
     parent = None if new_generation else Release(tag="d20260301", logical_date=BASE, revision=1, generation=7, snapshot_id=1)
     plan = Plan(
-        logical_date=D, tag="d20260302", revision=1, generation=7, start="cold" if new_generation else "", reason="test", parent=parent,
+        logical_date=D, tag="d20260302", revision=1, generation=8 if start else 7, start="cold" if new_generation else start, reason="test", parent=parent,
         files=(), input_fingerprint="f", config_hash="c", seed=0,
     )  # fmt: skip
     ctx = Context(config.Config(), Home(tmp_path), "item_feature", D, "test")
@@ -67,7 +70,7 @@ def night(spark, tmp_path, *, new_generation, extra=()):
             (BASE, "copied", 7, BASE, 5, 2, 0.123456789, 0.987654321, "retired", "c-copied"),
             (BASE, "masked", 7, None, 0, -1, 0.0, 0.0, "retired", "c-old"),
         ],
-        "sid.generation": [(7, BASE, json.dumps(reference()))],
+        "sid.generation": [(7, BASE, json.dumps(reference()), "T", None)],
     }
     return Frames(ctx.home, tables, {}, spark), ctx
 
@@ -120,6 +123,33 @@ def test_a_generation_that_is_not_recorded_is_named(spark, tmp_path):
     inputs.lake["sid.generation"] = []
     with pytest.raises(UpstreamMissing, match="generation 7"):
         item_feature.run(inputs, config.ItemFeature(), ctx)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(
+    ("start", "generation", "tonight", "refused"),
+    [
+        ("", ("T", None), ("other", None), True),
+        ("anchored", ("T", None), ("other", None), True),
+        ("warm", ("T", "P"), ("T", "other"), True),
+        ("cold", ("T", None), ("other", None), False),
+        ("", (None, None), ("T", "P"), False),
+        ("", ("T", "P"), ("T", None), False),  # nothing to compare
+        ("anchored", ("T", None), ("T", "P"), False),
+    ],
+)
+def test_a_night_whose_content_encoder_is_not_the_generations_is_refused_unless_it_begins_anew(spark, tmp_path, start, generation, tonight, refused):
+    inputs, ctx = night(spark, tmp_path, new_generation=False, start=start)
+    inputs.lake["sid.generation"] = [(7, BASE, json.dumps(reference()), *generation)]
+    write_json(ctx.staging / "content_embedding.json", {"outputs": dict(zip(("text_encoder_id", "image_encoder_id"), tonight, strict=True))})
+    encoders = item_feature.content_encoders(ctx)
+    if not refused:
+        item_feature.check_encoders(inputs, ctx.plan(), encoders)
+        return
+    with pytest.raises(ContractError, match="generation 7 was fitted to another") as caught:
+        item_feature.run(inputs, config.ItemFeature(), ctx)
+    assert caught.value.found == "other"
+    assert "plan_night.policy=cold" in caught.value.next_command
 
 
 def test_the_mapper_is_the_richness_module_in_float32():

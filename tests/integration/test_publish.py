@@ -18,7 +18,7 @@ from jobs import publish_release, runner, views
 from pipeline import config as profile
 from pipeline import lakehouse, tracking
 from pipeline.context import Context, Plan, Release, read_json, write_json
-from pipeline.errors import GateFailed
+from pipeline.errors import ContractError, GateFailed
 from pipeline.tokenizers.base import FitOptions, History, codebook_digest, items_from_arrow
 from pipeline.tokenizers.das import Das
 from pipeline.tokenizers.rq_kmeans import RqKmeans
@@ -173,6 +173,24 @@ def test_two_nights(spark, lake_home, config, model):
     assert sids(lake_home, config, "d20260105") == first, "the older release reads as before"
 
 
+def test_a_codebook_that_a_kill_left_without_its_generation_is_replaced(spark, lake_home, config, model):
+    """Another fingerprint takes the same number: its codes must not stand beside the code rows of the fit that was killed."""
+    orphans = [(number, 0, "level_0", code, [9.0]) for number in (1, 7) for code in range(3)]
+    put(spark, "sid.codebook", spark.createDataFrame(orphans, spark.table("lake.sid.codebook").schema))
+    first_night(spark, lake_home, config, model)
+    book = {(row.position, row.code): row.vector for row in spark.table("lake.sid.codebook").where("generation = 1").collect()}
+    assert book == {(place, code): row for place, codes_KD in enumerate(model[0].codebooks()) for code, row in enumerate(codes_KD.tolist())}
+    assert spark.table("lake.sid.codebook").where("generation = 7").count() == 3, "another generation's rows stay"
+
+
+def test_a_number_that_is_taken_by_another_codebook_asks_for_another_seed(spark, lake_home, config, model):
+    first_night(spark, lake_home, config, model)
+    other = {**model[1], "codebook_digest": "other"}
+    with pytest.raises(ContractError, match="generation 1 exists with another codebook") as caught:
+        run(lake_home, config, "assign_sid", night(D1), (model[0], other), "run2")
+    assert caught.value.next_command.startswith(f"sid run refresh --date {D1} --set seed=2")
+
+
 def vectors_of(spark, day):
     """item_id, text, image, behavior, richness, strength of a night in the order of item_id."""
     features = sorted(spark.table("lake.feature.item_feature").where(f"logical_date = '{day}'").collect(), key=lambda row: row.item_id)
@@ -246,7 +264,7 @@ def test_main_that_moved_is_met_by_writing_the_audited_rows_again(spark, lake_ho
     done = run(lake_home, config, "publish_release", night(D1), model, "run1")
     row = release_rows(spark)[done["outputs"]["tag"]]
     assert row["snapshot_id"] != held["snapshot_id"]
-    assert lakehouse.rows_digest(publish_release.rows_at(spark, row["snapshot_id"], D1)) == assigned["outputs"]["rows_digest"]
+    assert lakehouse.rows_digest(lakehouse.read_release_frame(spark, row["snapshot_id"], D1)) == assigned["outputs"]["rows_digest"]
     assert spark.table("lake.sid.item_sid").where(f"logical_date = '{other}'").count() == 3
     assert set(lakehouse.references(spark, "sid.item_sid")) == {"main", "d20260105"}
     assert publish_release.snapshot_properties(spark, row["snapshot_id"])["sid.stage"] == "assign_sid"

@@ -224,6 +224,15 @@ def test_looking_at_a_branch_judges_what_the_rows_can_answer_and_raises_nothing(
     assert [(judgement.metric, judgement.observed, judgement.passed) for judgement in found] == [("rows", 9.0, True), ("known to the job", 3.0, False)]
 
 
+@pytest.mark.spark
+def test_looking_at_a_branch_of_a_table_without_dates_judges_all_its_rows(spark: Any) -> None:
+    book = spark.createDataFrame([(1, 0, "level_0", 0, [1.0]), (1, 0, "level_0", 0, [2.0])], spark.table("lake.sid.codebook").schema)
+    vectors = spark.createDataFrame([("e", "text", "h", [float("nan")])], spark.table("lake.feature.item_content_vector").schema)
+    for table, frame in (("sid.codebook", book), ("feature.item_content_vector", vectors)):
+        found = quality.observe(frame, table, dates=(DAY,), config=TINY, known={})
+        assert [judgement.metric for judgement in found if not judgement.passed], f"{table}: a fault in its rows is seen"
+
+
 def test_a_table_without_a_document_is_not_judged_and_a_strange_document_is_refused(own_table: Any) -> None:
     assert quality.read_expectations("own.nothing") == {"metrics": {}, "expect": []}
     with pytest.raises(ContractError, match="cannot read the expectations"):

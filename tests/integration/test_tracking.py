@@ -101,7 +101,7 @@ assert not {"mlflow", "torch", "matplotlib", "pandas", "sqlalchemy"} & set(sys.m
 
 def test_a_record_becomes_one_child_of_one_parent(home: Home) -> None:
     ctx = context(home, "night-1")
-    record = recorded(ctx, outputs={"sid.item_sid": {"snapshot_id": 7001, "tag": "d19980402"}})
+    record = recorded(ctx, result=result(outputs={"tag": "d19980402"}), outputs={"sid.item_sid": 7001})
     recorded(context(home, "night-1", "ingest"), outputs={"raw.item": 5})
     assert record.key == "night-1/assign_sid-1"
     assert tracking.flush(home, ctx.staging) == 2
@@ -110,7 +110,7 @@ def test_a_record_becomes_one_child_of_one_parent(home: Home) -> None:
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
     expected = {"logical_date": "1998-04-02", "config_hash": ctx.config.digest(), "input:feature.item_feature": "11", "input:sid.item_sid": "none"}
-    expected |= {"output:sid.item_sid": "7001 d19980402", "attempt_key": "night-1/assign_sid", "release": "d19980402", "status": "done"}
+    expected |= {"output:sid.item_sid": "7001", "attempt_key": "night-1/assign_sid", "release": "d19980402", "status": "done"}
     assert expected.items() <= child.data.tags.items()
     assert len(child.data.tags["git_sha"]) in (40, 7)
     assert parent.data.tags["release"] == "d19980402"
@@ -302,14 +302,14 @@ def test_aliases_move_and_are_read_back(home: Home) -> None:
 
 def test_from_table_to_run_and_from_run_to_table(home: Home) -> None:
     ctx = context(home, "lineage")
-    record = recorded(ctx, outputs={"sid.item_sid": {"snapshot_id": 1234, "tag": "d19980402"}})
+    record = recorded(ctx, outputs={"sid.item_sid": 1234})
     recorded(context(home, "lineage", "ingest"), outputs={"raw.item": 12345})
     tracking.flush(home, ctx.staging)
     found = tracking.run_of_record(home, record.key)
     assert found is not None
     assert (found.stage, found.run_id, found.record_key) == ("assign_sid", "lineage", record.key)
     assert tracking.run_of_record(home, "lineage/assign_sid") == found
-    assert tracking.tables_of_run(home, found.mlflow_run_id)["outputs"] == {"sid.item_sid": "1234 d19980402"}
+    assert tracking.tables_of_run(home, found.mlflow_run_id)["outputs"] == {"sid.item_sid": "1234"}
     assert tracking.tables_of_run(home, found.mlflow_run_id)["inputs"] == {"feature.item_feature": "11", "sid.item_sid": "none"}
     assert tracking.run_of_record(home, "lineage/nothing") is None
     assert {run.stage for run in tracking.runs_of(home, "lineage")} == {"assign_sid", "ingest"}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date, timedelta
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import gate_drift, publish_release, releases
-from pipeline.config import GateDrift
-from pipeline.context import Plan, Release
+from jobs import gate_drift, publish_release, releases, views
+from pipeline.config import Config, GateDrift
+from pipeline.context import Home, Plan, Release
 from pipeline.errors import ContractError, UpstreamMissing
 
 D = date(2026, 1, 5)
@@ -181,6 +182,19 @@ def test_a_run_without_a_held_branch_is_told_what_to_do():
     assert caught.value.next_command.startswith("sid run assign_sid")
 
 
+# ---------------------------------------------------------------- titles
+
+
+def test_a_title_or_picture_that_the_newest_file_no_longer_names_is_gone(tmp_path, monkeypatch):
+    seen = {
+        "item_id": ["b", "a", "b", "a"], "title": ["B old", "A", None, "A new"], "image_uri": ["b.png", None, None, "a.png"],
+        "file_date": [D - timedelta(days=1), D - timedelta(days=2), D, D - timedelta(days=1)],
+    }  # fmt: skip
+    monkeypatch.setattr(views.lakehouse, "read_arrow", lambda *_, **__: pa.table(seen))
+    found = views.titles((Home(tmp_path), Config()), D)
+    assert found.to_pylist() == [{"item_id": "a", "title": "A new", "image_uri": "a.png"}, {"item_id": "b", "title": None, "image_uri": None}]
+
+
 # ---------------------------------------------------------------- gate_drift
 
 
@@ -239,7 +253,7 @@ def measured(value=0.3, pairs=1000, post_base=0.0, doubled=0.0):
     ],
 )
 def test_verdict(now, reasons):
-    drift = gate_drift.verdict(now, measured(), GateDrift(), "d20260101")
+    drift = gate_drift.verdict(now, {"tag": "d20260101", "agreement": measured()["agreement"]}, GateDrift())
     assert len(drift["reasons"]) == reasons
     assert gate_drift.metrics(drift)["refit_due"] == float(reasons > 0)
 
@@ -253,3 +267,24 @@ def test_birth_is_the_first_release_of_the_generation_that_stands():
     ]
     assert gate_drift.birth(rows, rows[3])["tag"] == "d20260103"
     assert gate_drift.birth(rows, rows[1])["tag"] == "d20260102"
+
+
+def test_the_agreement_at_birth_is_that_of_the_first_release_that_was_measured():
+    """gate_drift failed on the birth night: later nights were compared with themselves and never showed a loss."""
+    rows = [
+        release_row("d20260101", date(2026, 1, 1), drift=None),
+        release_row("d20260102", date(2026, 1, 2), drift=None),
+        release_row("d20260103", date(2026, 1, 3), drift=json.dumps(measured(value=0.4)), status="withdrawn"),
+        release_row("d20260104", date(2026, 1, 4), drift=json.dumps(measured(value=0.3))),
+        release_row("d20260105", date(2026, 1, 5), drift=json.dumps(measured(value=0.1))),
+    ]
+    now = measured(value=0.1)
+    agreed = now["agreement"]
+    assert gate_drift.at_birth(rows, rows[0], agreed) == {"tag": "d20260101", "agreement": agreed}, "the first is compared with itself"
+    for row in (rows[1], rows[3]):
+        drift = gate_drift.verdict(now, gate_drift.at_birth(rows, row, agreed), GateDrift())
+        assert (drift["agreement_loss"], drift["reasons"], drift["birth"]["tag"]) == (None, [], "d20260101"), "unknown, not nought"
+    drift = gate_drift.verdict(now, gate_drift.at_birth(rows, rows[4], agreed), GateDrift())
+    assert drift["birth"] == {"tag": "d20260104", "agreement": measured(value=0.3)["agreement"]}
+    assert drift["agreement_loss"] == pytest.approx(2 / 3, abs=1e-6)
+    assert len(drift["reasons"]) == 1
