@@ -531,12 +531,13 @@ def train_rows(
     """
     if not moved_M.numel():
         return start.inputs, []
+    events = OwnEvents.of(sequences, moved_M)
     size = max(1, CELLS // (ROW_WINDOWS * ROW_LENGTH * min(model.num_items, ROW_NEGATIVES)))
     chunks = torch.arange(moved_M.numel()).split(size)
     rows, losses = [], []
     with deterministic(0):
         for chunk in progress(chunks, "behaviour rows", len(chunks)):
-            task = _RowTask(model, sequences, moved_M[chunk], seeds_M[chunk], params, contexts)
+            task = _RowTask(model, sequences, moved_M[chunk], events.part(chunk), seeds_M[chunk], params, contexts)
             trained_MD, loss = task.fit(Rows(start.inputs[chunk], start.outputs[chunk]))
             rows.append(trained_MD)
             losses.append(torch.tensor(loss) * chunk.numel())
@@ -544,17 +545,51 @@ def train_rows(
     return torch.cat(rows), curve
 
 
+@dataclass(frozen=True)
+class OwnEvents:
+    """Event numbers of each moved item in order, end to end: those of item m are at_O[offsets_M[m] : offsets_M[m + 1]]."""
+
+    at_O: Tensor
+    offsets_M: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequences, moved_M: Tensor) -> OwnEvents:
+        """Found in one look at all events, however many chunks the items are trained in."""
+        slot_T = _slots(sequences.items, moved_M)
+        at_O = torch.nonzero(slot_T >= 0).flatten()
+        order = slot_T[at_O].sort(stable=True).indices
+        return cls(at_O[order], F.pad(torch.bincount(slot_T[at_O], minlength=moved_M.numel()).cumsum(0), (1, 0)))
+
+    def part(self, chunk: Tensor) -> OwnEvents:
+        """Those of some moved items that stand beside each other."""
+        offsets_M = self.offsets_M[int(chunk[0]) : int(chunk[-1]) + 2]
+        return OwnEvents(self.at_O[int(offsets_M[0]) : int(offsets_M[-1])], offsets_M - offsets_M[0])
+
+    def drawn(self, seeds_M: Tensor, count: int) -> Tensor:
+        """Event numbers [M, count], drawn with replacement from each item's own events by its own seed.
+
+        Raises: ValueError when a moved item has no event.
+        """
+        events_M = self.offsets_M.diff()
+        if not bool((events_M > 0).all()):
+            raise ValueError(f"{int((events_M == 0).sum())} moved items have no event")
+        pick_MC = (torch.from_numpy(uniform(seeds_M.numpy(), count)) * events_M[:, None]).long()
+        return self.at_O[self.offsets_M[:-1, None] + pick_MC]
+
+
 class _RowTask:
     """Moved items that are trained side by side; `M` counts this chunk only."""
 
-    def __init__(self, model: SasRec, sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, params: Params, contexts: Contexts | None = None) -> None:
+    def __init__(
+        self, model: SasRec, sequences: Sequences, moved_M: Tensor, events: OwnEvents, seeds_M: Tensor, params: Params, contexts: Contexts | None = None
+    ) -> None:
         self.model, self.sequences, self.moved_M, self.params = model, sequences, moved_M, params
         self.device = model.positions.weight.device
         self.contexts = None if contexts is None else contexts.to(self.device)
         self.pad, self.own = model.num_items, model.num_items + 1
-        self.picks = _window_choices(sequences, moved_M, seeds_M, params.row_steps * ROW_WINDOWS)
+        self.picks = events.drawn(seeds_M, params.row_steps * ROW_WINDOWS)
         if self.contexts is not None:
-            self.others_SM, self.rarity_M = self.rivals(self.contexts)
+            self.others_SM, self.rarity_M = self.rivals(self.contexts, events.offsets_M.diff())
 
     def fit(self, start: Rows) -> tuple[Tensor, list[float]]:
         """(trained input rows [M, D], mean loss per step); the step size falls linearly to nothing."""
@@ -604,9 +639,8 @@ class _RowTask:
         push_M = self.rarity_M * F.softplus(contexts.hidden_SD @ rows_MD.T - self.others_SM).mean(0)
         return torch.bincount(slot_O, minlength=len(rows_MD)) * push_M - pull_M
 
-    def rivals(self, contexts: Contexts) -> tuple[Tensor, Tensor]:
+    def rivals(self, contexts: Contexts, count_M: Tensor) -> tuple[Tensor, Tensor]:
         """(log Z without the moved item at each context [S, M], events of the training per event of the item [M])."""
-        count_M = torch.bincount(_slots(self.sequences.items, self.moved_M) + 1, minlength=self.moved_M.numel() + 1)[1:]
         base_row_MD = self.model.output_table()[self.moved_M.clamp(max=self.pad - 1).to(self.device)]
         share_SM = (contexts.hidden_SD @ base_row_MD.T - contexts.log_total_S[:, None]).exp() * (self.moved_M < self.pad).to(self.device)
         others_SM = contexts.log_total_S[:, None] + torch.log1p(-share_SM.clamp(max=1 - 1e-6))
@@ -641,21 +675,6 @@ class _RowTask:
         if self.pad <= ROW_NEGATIVES:
             return torch.arange(self.pad, device=self.device)
         return torch.randint(self.pad, (ROW_NEGATIVES,), generator=_generator(step)).to(self.device)
-
-
-def _window_choices(sequences: Sequences, moved_M: Tensor, seeds_M: Tensor, count: int) -> Tensor:
-    """Event numbers [M, count], drawn with replacement from each item's own events by its own seed.
-
-    Raises: ValueError when a moved item has no event.
-    """
-    slot_T = _slots(sequences.items, moved_M)
-    at_O = torch.nonzero(slot_T >= 0).flatten()
-    order = slot_T[at_O].sort(stable=True).indices
-    events_M = torch.bincount(slot_T[at_O], minlength=moved_M.numel())
-    if not bool((events_M > 0).all()):
-        raise ValueError(f"{int((events_M == 0).sum())} moved items have no event")
-    pick_MC = (torch.from_numpy(uniform(seeds_M.numpy(), count)) * events_M[:, None]).long()
-    return at_O[order][(events_M.cumsum(0) - events_M)[:, None] + pick_MC]
 
 
 def uniform(seeds_M: NDArray[np.int64], count: int) -> NDArray[np.float64]:

@@ -253,13 +253,27 @@ def test_contexts_are_kept_with_one_table_and_missing_ones_are_none(state: dict[
     assert torch.equal(sasrec.restore(before, ROWS).input_table(), sasrec.restore(state, ROWS).input_table())
 
 
+def task_of(model: sasrec.SasRec, data: sasrec.Sequences, item: int, seed: int, params: Params, contexts: sasrec.Contexts | None = None) -> sasrec._RowTask:
+    moved = torch.tensor([item])
+    return sasrec._RowTask(model, data, moved, sasrec.OwnEvents.of(data, moved), torch.tensor([seed]), params, contexts)
+
+
+def test_the_events_of_a_chunk_are_those_of_its_items_alone() -> None:
+    data, moved = nightly(), torch.tensor([12, 5, 3])
+    whole = sasrec.OwnEvents.of(data, moved)
+    for chunk in torch.arange(3).split(2):
+        part = whole.part(chunk)
+        for slot, item in enumerate(moved[chunk].tolist()):
+            assert part.at_O[part.offsets_M[slot] : part.offsets_M[slot + 1]].tolist() == torch.nonzero(data.items == item).flatten().tolist()
+
+
 @pytest.mark.parametrize("item", [12, 5])
 def test_as_next_item_a_row_adds_what_it_adds_to_the_full_softmax(base: tuple[sasrec.SasRec, Params], item: int) -> None:
     """Slow form: the softmax over all places and the base's other items, once with one row, once with another; what does not hold the row cancels."""
     model, data = base[0], nightly()
     places, table = torch.randn(40, SMALL.dim), model.output_table()
     contexts = sasrec.Contexts(places, torch.logsumexp(places @ table.T, 1), events=40)
-    task = sasrec._RowTask(model, data, torch.tensor([item]), torch.tensor([1]), base[1], contexts)
+    task = task_of(model, data, item, 1, base[1], contexts)
     count = int((data.items == item).sum())
     own = places[:count]  # the places after which the item came
 
@@ -277,7 +291,7 @@ def test_as_next_item_a_row_adds_what_it_adds_to_the_full_softmax(base: tuple[sa
 
 
 def row_task(setting: tuple[sasrec.SasRec, Params], item: int) -> sasrec._RowTask:
-    return sasrec._RowTask(setting[0], nightly(), torch.tensor([item]), torch.tensor([1]), setting[1])
+    return task_of(setting[0], nightly(), item, 1, setting[1])
 
 
 @pytest.mark.parametrize("item", [12, 5])
@@ -328,7 +342,7 @@ def test_an_item_without_events_cannot_be_trained(base: tuple[sasrec.SasRec, Par
 def test_windows_hold_the_item_and_drop_what_the_base_lacks(base: tuple[sasrec.SasRec, Params]) -> None:
     model, params = base
     data = sequences([[0, 13, 12, 1, 14, 2, 3, 4, 5, 12]])
-    task = sasrec._RowTask(model, data, torch.tensor([12]), torch.tensor([0]), params)
+    task = task_of(model, data, 12, 0, params)
     pad, own = 12, 13
     assert task.tokens(torch.tensor([2]), torch.tensor([12])).tolist() == [[0, own, 1, 2, 3, pad, pad]]
     assert task.tokens(torch.tensor([9]), torch.tensor([12])).tolist() == [[1, 2, 3, 4, 5, own, pad]]
