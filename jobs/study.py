@@ -86,10 +86,12 @@ def plan(name: str, *, sets: Sequence[str] = (), only: str = "", part: Part = "v
 def run(todo: Plan, *, jobs: int, out: Path, results: Path | None = None) -> dict[str, Any]:
     """The study's document after every cell has run: out/study.json, out/index.html, out/study.md and, between its markers, a given results file.
 
-    Raises: ConfigError when the test part was opened too often, or the results file has no markers.
+    Raises: ConfigError when the part was opened too often or the code is not committed, or the results file is not there or has no markers.
     """
     from pipeline import study_page
 
+    if results is not None:
+        with_table(results, todo.page.name, "")  # before hours of work, and before a part is opened
     if todo.part != "valid":
         open_part(todo)
     for wave in WAVES:
@@ -102,26 +104,40 @@ def run(todo: Plan, *, jobs: int, out: Path, results: Path | None = None) -> dic
     (out / "study.md").write_text(table, encoding="utf-8")
     study_page.write_page(out / "index.html", document)
     if results is not None:
-        results.write_text(study_page.inserted(results.read_text(encoding="utf-8"), todo.page.name, table, where=str(results)), encoding="utf-8")
+        results.write_text(with_table(results, todo.page.name, table), encoding="utf-8")
     return document
 
 
-def open_part(todo: Plan) -> int:
-    """How often the part has been opened for this study, this time counted; each commit counts once.
+def with_table(results: Path, name: str, table: str) -> str:
+    """The text of a results file with the table in its place.
 
-    Raises: ConfigError when it was opened too often.
+    Raises: ConfigError when the file cannot be read or has no place for the study.
     """
-    from pipeline.tracking import git_sha
+    from pipeline import study_page
+
+    try:
+        text = results.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("the results file cannot be read", expected="a Markdown file", found=str(error), where=str(results)) from error
+    return study_page.inserted(text, name, table, where=str(results))
+
+
+def open_part(todo: Plan) -> int:
+    """How often the part has been opened for this study, this time counted; each commit counts once with each configuration.
+
+    Raises: ConfigError when it was opened too often, or nobody could say later what it was opened with.
+    """
+    from pipeline.tracking import committed_sha
 
     path = todo.home.folder("study") / "openings.json"
     known = read_json(path) if path.is_file() else {}
-    before = known.get(f"{todo.page.name}/{todo.part}", [])
-    opened = before if git_sha() in before else [*before, git_sha()]
+    before, this = known.get(f"{todo.page.name}/{todo.part}", []), f"{committed_sha()} {todo.page.digest()}"
+    opened = before if this in before else [*before, this]
     most = 1 if todo.part == "confirm" else todo.page.statistics.max_openings
     if len(opened) > most:
         raise ConfigError(f"the {todo.part} part was opened before", expected=f"at most {most} times", found=", ".join(opened), where=str(path))
     write_json(path, {**known, f"{todo.page.name}/{todo.part}": opened})
-    logger.warning("opened part=%s study=%s commit=%s count=%d of %d", todo.part, todo.page.name, git_sha(), len(opened), most)
+    logger.warning("opened part=%s study=%s commit and configuration=%s count=%d of %d", todo.part, todo.page.name, this, len(opened), most)
     return len(opened)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.context import ROOT, Context, Home, read_json, write_json
-from pipeline.errors import ContractError, SidError, UpstreamMissing
+from pipeline.errors import ConfigError, ContractError, SidError, UpstreamMissing
 from pipeline.stages import BY_NAME
 
 if TYPE_CHECKING:
@@ -133,14 +133,32 @@ def record(
 @functools.cache
 def git_sha() -> str:
     """`SID_GIT_SHA` (images), else the commit of the checkout, else `unknown`."""
-    if "SID_GIT_SHA" in os.environ:
-        return os.environ["SID_GIT_SHA"]
+    return os.environ["SID_GIT_SHA"] if "SID_GIT_SHA" in os.environ else _git("rev-parse", "HEAD") or "unknown"
+
+
+def committed_sha() -> str:
+    """`git_sha` where it tells all of the code: what is looked at once must be possible to name later.
+
+    Raises: ConfigError when the commit is unknown, or jobs/ and pipeline/ are not as committed.
+    """
+    expected = "a commit that holds all of jobs/ and pipeline/"
+    changed = "" if "SID_GIT_SHA" in os.environ else _git("status", "--porcelain", "--", "jobs", "pipeline")
+    if (sha := git_sha()) in ("", "unknown") or changed is None:
+        raise ConfigError(
+            "the commit is not known", expected=expected, found="no git, no SID_GIT_SHA", where=str(ROOT), next_command="export SID_GIT_SHA=COMMIT"
+        )
+    if changed:
+        raise ConfigError("the code is not as committed", expected=expected, found=changed, where=str(ROOT), next_command="git commit, then the same again")
+    return sha
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout, None where it cannot say."""
     git = shutil.which("git")
-    if git and (ROOT / ".git").exists():
-        done = subprocess.run([git, "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return done.stdout.strip()
-    return "unknown"
+    if not git or not (ROOT / ".git").exists():
+        return None
+    done = subprocess.run([git, "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _slot(ctx: Context) -> Path:

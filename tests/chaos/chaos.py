@@ -1,7 +1,7 @@
 """Breaks nights on purpose and looks at what readers see: `make chaos`, or `python tests/chaos/chaos.py --kills 50`.
 
-Every fault is followed by a plain rerun. Held at all times: each release that sid.release names can be read whole, with the digest it was published with.
-Held at the end: the tables equal those of an undisturbed run row by row, no audit branch is left, no MLflow run looks alive.
+Every fault is followed by a plain rerun. Held at all times: each release that sid.release names can be read whole, and its rows are those of the same tag in a
+home where nothing happened. Held at the end: all tables equal that home's row by row, no audit branch is left, no MLflow run looks alive.
 The clock decides where a random kill falls, so two runs kill at other places; the seed only fixes the waiting times.
 A busy machine makes a night slower and kills rarer: after --minutes of random kills the last rerun and the last look come, whatever the number is by then.
 """
@@ -23,14 +23,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 from pipeline import config, lakehouse, log
 from pipeline.context import Home
 
 logger = logging.getLogger("chaos")
-FIRST, SECOND = date(2026, 3, 2), date(2026, 3, 3)
+FIRST, SECOND, THIRD = (date(2026, 3, 2) + timedelta(days=number) for number in range(3))
 NIGHTS = ("--date", str(FIRST), "--through", str(SECOND))
 LAKE = config.load("tiny").lake
 NAMES_A_RUN = {"path", "encoder_uri", "tokenizer_uri"}  # addresses, which differ between homes and tries; all else must be equal
@@ -41,31 +42,77 @@ class Broken(AssertionError):
     """A promise that did not hold."""
 
 
+class NotRun(Exception):
+    """A fault that could not be made here: nothing was shown."""
+
+
 # ---------------------------------------------------------------- what must hold
 
 
-def readable(home: Path) -> int:
-    """Number of releases, each read whole through PyIceberg and found to be what was published.
+def digest(rows: list[dict[str, Any]]) -> str:
+    """sha256 of rows, whatever their order, without the columns that name a run."""
+    lines = sorted(json.dumps({name: value for name, value in row.items() if name not in NAMES_A_RUN}, default=str, sort_keys=True) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    Raises: Broken.
-    """
+
+def published(home: Path) -> dict[str, tuple[str, str]]:
+    """Tag -> (digest it was published with, digest of its rows as PyIceberg reads them now)."""
     found = lakehouse.read_releases(Home(home), LAKE).to_pylist()
-    for row in found:
-        rows = lakehouse.read_release(Home(home), LAKE, row["tag"])
-        if len(rows) != row["items"]:
-            raise Broken(f"{row['tag']} has {len(rows)} rows, {row['items']} were published")
-    return len(found)
+    return {row["tag"]: (row["rows_digest"], digest(lakehouse.read_release(Home(home), LAKE, row["tag"]).to_pylist())) for row in found}
 
 
 def contents(home: Path) -> dict[str, str]:
-    """Table -> digest of its rows, whatever their order, without the columns that name a run."""
-    found = {}
-    for table in sorted(set(lakehouse.table_names()) - {"sid.pin", "rank.rank_example", "sid.release"}):
-        rows = lakehouse.read_arrow(Home(home), LAKE, table).to_pylist()
-        lines = sorted(json.dumps({name: value for name, value in row.items() if name not in NAMES_A_RUN}, default=str, sort_keys=True) for row in rows)
-        found[table] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    published = [(row["tag"], row["rows_digest"], row["status"]) for row in lakehouse.read_releases(Home(home), LAKE).to_pylist()]
-    return found | {"releases": json.dumps(published)}
+    """Table -> digest of its rows; `releases` are the tags in order, with their digests and states."""
+    tables = sorted(set(lakehouse.table_names()) - {"sid.pin", "rank.rank_example", "sid.release"})
+    found = {table: digest(lakehouse.read_arrow(Home(home), LAKE, table).to_pylist()) for table in tables}
+    releases = [(row["tag"], row["rows_digest"], row["status"]) for row in lakehouse.read_releases(Home(home), LAKE).to_pylist()]
+    return found | {"releases": json.dumps(releases)}
+
+
+class Reference:
+    """A home where nothing happens; its nights are run when something is first compared with them."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.seconds = home, list[float]()
+        self._contents: list[dict[str, str]] = []
+        self._published: dict[str, tuple[str, str]] = {}
+
+    def nights(self, count: int) -> dict[str, str]:
+        """`contents` after so many nights."""
+        while len(self._contents) < count:
+            began = time.monotonic()
+            if code := start(self.home, "run", "refresh", "--date", str(FIRST + timedelta(days=len(self._contents)))).wait(timeout=900):
+                raise RuntimeError(f"a night without a fault failed with {code}: there is nothing to compare with")
+            self.seconds.append(round(time.monotonic() - began, 1))
+            self._contents.append(contents(self.home))
+            self._published = published(self.home)
+        return self._contents[count - 1]
+
+    def release(self, tag: str) -> tuple[str, str] | None:
+        """What `published` says of a tag, None when no night publishes it."""
+        while tag not in self._published and len(self._contents) < (THIRD - FIRST).days + 1:
+            self.nights(len(self._contents) + 1)
+        return self._published.get(tag)
+
+
+def readable(home: Path, reference: Reference) -> int:
+    """Number of releases, each read whole and found to hold the rows that it holds in an undisturbed home.
+
+    Raises: Broken.
+    """
+    found = published(home)
+    if unlike := [tag for tag, seen in found.items() if reference.release(tag) != seen]:
+        raise Broken(f"releases that are not those of an undisturbed run: {unlike}")
+    return len(found)
+
+
+def rerun_settles(home: Path, reference: Reference, nights: int) -> None:
+    """Nothing, when a plain rerun of so many nights ends well and the home is then as if nothing had happened.
+
+    Raises: Broken naming the tables, branches or runs.
+    """
+    ended_well(start(home, "run", "refresh", "--date", str(FIRST), "--through", str(FIRST + timedelta(days=nights - 1))))
+    settled(home, reference.nights(nights))
 
 
 def settled(home: Path, expected: dict[str, str]) -> None:
@@ -118,64 +165,65 @@ def last_stage(home: Path) -> str:
     return lines[-1].split(ANNOUNCED)[1].split()[0] if lines else "start"
 
 
-def random_kills(home: Path, kills: int, seconds: float, seed: int, until: float) -> Counter[str]:
+def random_kills(home: Path, reference: Reference, kills: int, seed: int, minutes: float) -> Counter[str]:
     """Stage -> SIGKILLs that fell into it, over as many processes as needed; each process runs the two nights from where the last one left off."""
-    rng, fallen = random.Random(seed), Counter[str]()
+    rng, fallen, expected = random.Random(seed), Counter[str](), reference.nights(2)
+    seconds, until = sum(reference.seconds[:2]), time.monotonic() + 60 * minutes
     while sum(fallen.values()) < kills and time.monotonic() < until:
         process = start(home, "run", "refresh", *NIGHTS)
         deadline = time.monotonic() + rng.triangular(4.0, seconds, 4.0)  # a third of a run on average, so that fifty kills fit into three quarters of an hour
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if not kill(process) and process.returncode == 0:  # both nights are out: look, and begin again on an empty lake
-            settled(home, REFERENCE)
+            settled(home, expected)
             shutil.rmtree(home)
             continue
         fallen[last_stage(home)] += 1
-        readable(home)
+        readable(home, reference)
         logger.info("kills %d of %d, the last one in %s", sum(fallen.values()), kills, last_stage(home))
     return fallen
 
 
-def mlflow_unreachable(home: Path) -> str:
-    """What a night says when its tracking server does not answer; nothing is published without its runs."""
+def mlflow_unreachable(home: Path, reference: Reference) -> str:
+    """What a night says when its tracking server does not answer: nothing is published without its runs, and with the server back the night is as any other."""
     process = start(home, "run", "refresh", "--date", str(FIRST), MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
-    code = process.wait(timeout=600)
-    if code != 75 or readable(home):
-        raise Broken(f"exit {code}, releases {readable(home)}; a retry was expected and no release")
-    return f"exit {code} (may be retried), no release"
+    code, seen = process.wait(timeout=600), readable(home, reference)
+    if code != 75 or seen:
+        raise Broken(f"exit {code}, releases {seen}; a retry was expected and no release")
+    rerun_settles(home, reference, 1)
+    return f"exit {code} (may be retried), no release; with MLflow back the same rows"
 
 
-def disk_full(home: Path) -> str:
+def disk_full(home: Path, reference: Reference) -> str:
     """What happens when the lake's file system has no room: the state folder lies on a small tmpfs."""
     home.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(home)], check=False, capture_output=True, text=True)
     if mounted.returncode:
-        return f"not run: {mounted.stderr.strip()}"
+        raise NotRun(mounted.stderr.strip())
     try:
         code = start(home, "run", "refresh", *NIGHTS).wait(timeout=600)
-        seen = readable_or_none(home)
+        seen = readable_or_none(home, reference)
         if code != 75:
             raise Broken(f"exit {code}; a full disk and a retry were expected")
         subprocess.run(["mount", "-o", "remount,size=600m", str(home)], check=True)
-        ended_well(start(home, "run", "refresh", *NIGHTS))
-        settled(home, REFERENCE)
+        rerun_settles(home, reference, 2)
     finally:
         subprocess.run(["umount", "--lazy", str(home)], check=True)
     return f"exit {code}, {seen} releases readable; with room again the same rows"
 
 
-def readable_or_none(home: Path) -> int:
+def readable_or_none(home: Path, reference: Reference) -> int:
     """`readable`, 0 for a lake that could not even be made."""
     from pipeline.errors import SidError
 
     try:
-        return readable(home)
+        return readable(home, reference)
     except SidError:
         return 0
 
 
-def executor_killed(home: Path) -> str:
-    """A Spark executor dies in a stage: with a second one left Spark runs its tasks again."""
+def executor_killed(home: Path, reference: Reference) -> str:
+    """A Spark executor dies in a stage: with a second one left Spark runs its tasks again, and the rows are the same."""
     process = start(home, "run", "refresh", "--date", str(FIRST), "--set", "launch.master=local-cluster[2,1,1024]")
     victim = 0
     while process.poll() is None:
@@ -187,11 +235,10 @@ def executor_killed(home: Path) -> str:
         time.sleep(0.05)
     code = process.wait(timeout=900)
     if not victim:
-        return f"not run: no two executors appeared (exit {code})"
-    if code:
-        readable(home)
-        ended_well(start(home, "run", "refresh", "--date", str(FIRST)))
-    return f"exit {code} after one of two executors was killed"
+        raise NotRun(f"no two executors appeared (exit {code})")
+    seen = readable_or_none(home, reference)
+    rerun_settles(home, reference, 1)
+    return f"exit {code} after one of two executors was killed, {seen} releases readable; after a plain rerun the same rows"
 
 
 def executors(session: int) -> list[int]:
@@ -200,30 +247,33 @@ def executors(session: int) -> list[int]:
     return [int(line) for line in listed.split()]
 
 
-def corrupted_file(home: Path) -> str:
-    """A data file of a table that the next night reads loses its middle: the night fails, older releases stay; with the file back it goes on."""
-    files = sorted((home / "lake" / "feature" / "item_content_vector" / "data").rglob("*.parquet"))
-    original = files[0].read_bytes()
+def corrupted_file(home: Path, reference: Reference) -> str:
+    """A data file of a table that the third night reads loses its middle: the night fails, older releases stay; with the file back it ends as any other."""
+    ended_well(start(home, "run", "refresh", *NIGHTS))
+    damaged = min((home / "lake" / "feature" / "item_content_vector" / "data").rglob("*.parquet"))
+    original = damaged.read_bytes()
     middle = len(original) // 2
-    files[0].write_bytes(original[: middle - 200] + bytes(400) + original[middle + 200 :])
-    (files[0].parent / f".{files[0].name}.crc").unlink(missing_ok=True)  # the sidecar would only say so earlier
-    before = readable(home)
-    code = start(home, "run", "refresh", "--date", "2026-03-04").wait(timeout=600)
-    if code == 0 and readable(home) != before + 1:
-        raise Broken("the night ended well but published nothing")
-    files[0].write_bytes(original)
-    ended_well(start(home, "run", "refresh", "--date", "2026-03-04"))
-    return f"exit {code}, {before} releases readable meanwhile; with the file back the night ended"
+    damaged.write_bytes(original[: middle - 200] + bytes(400) + original[middle + 200 :])
+    (damaged.parent / f".{damaged.name}.crc").unlink(missing_ok=True)  # the sidecar would only say so earlier
+    code = start(home, "run", "refresh", "--date", str(THIRD)).wait(timeout=600)
+    seen = readable(home, reference)  # a night that read the damage as if it were rows is told here
+    damaged.write_bytes(original)
+    rerun_settles(home, reference, 3)
+    if code == 0:
+        raise NotRun("the night never read the damaged part")
+    if seen != 2:
+        raise Broken(f"exit {code} with {seen} releases; the two older ones were expected")
+    return f"exit {code}, {seen} releases readable meanwhile; with the file back the same rows"
 
 
-def racing(home: Path) -> str:
+def racing(home: Path, reference: Reference) -> str:
     """Two processes refresh the same night at once: one release, the same rows."""
     both = [start(home, "run", "refresh", "--date", str(FIRST), "--run-id", name) for name in ("one", "two")]
     codes = [process.wait(timeout=900) for process in both]
     if set(codes) - {0, 75}:
         raise Broken(f"exit codes {codes}")
-    ended_well(start(home, "run", "refresh", *NIGHTS))
-    settled(home, REFERENCE)
+    readable(home, reference)
+    rerun_settles(home, reference, 2)
     return f"exit codes {codes}, one release per night"
 
 
@@ -236,22 +286,10 @@ def ended_well(process: subprocess.Popen[str]) -> None:
 # ---------------------------------------------------------------- the story
 
 
-REFERENCE: dict[str, str] = {}
-
-
-def undisturbed(home: Path) -> float:
-    """Seconds of two nights without faults, whose rows everything is compared with."""
-    began = time.monotonic()
-    ended_well(start(home, "run", "refresh", *NIGHTS))
-    REFERENCE.update(contents(home))
-    return time.monotonic() - began
-
-
-def killed_at_random(home: Path, kills: int, seconds: float, seed: int, minutes: float) -> str:
+def killed_at_random(home: Path, reference: Reference, kills: int, seed: int, minutes: float) -> str:
     """The stages that were killed, after a plain rerun ended in the undisturbed rows."""
-    fallen = random_kills(home, kills, seconds, seed, time.monotonic() + 60 * minutes)
-    ended_well(start(home, "run", "refresh", *NIGHTS))
-    settled(home, REFERENCE)
+    fallen = random_kills(home, reference, kills, seed, minutes)
+    rerun_settles(home, reference, 2)
     return f"{sum(fallen.values())} of {kills} kills: " + ", ".join(f"{stage} {count}" for stage, count in fallen.most_common())
 
 
@@ -261,6 +299,8 @@ def attempt(name: str, fault: Callable[[], str]) -> dict[str, str | float]:
     began = time.monotonic()
     try:
         found, held = fault(), "yes"
+    except NotRun as reason:
+        found, held = str(reason), "not run"
     except Broken as broken:
         found, held = str(broken), "NO"
     logger.info("%s: held=%s %s", name, held, found)
@@ -268,7 +308,7 @@ def attempt(name: str, fault: Callable[[], str]) -> dict[str, str | float]:
 
 
 def main() -> int:
-    """0 when every promise held."""
+    """0 when every promise held that could be tried."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60.0, help="at most so long for the random kills")
@@ -280,21 +320,21 @@ def main() -> int:
     logger.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="sid_chaos_") as folder:
         root = Path(folder)
-        seconds = undisturbed(root / "plain")
+        reference = Reference(root / "plain")
         faults: dict[str, Callable[[], str]] = {
-            "two publishers at once": lambda: racing(root / "race"),
-            "MLflow unreachable": lambda: mlflow_unreachable(root / "mlflow"),
-            "disk full": lambda: disk_full(root / "disk"),
-            "Spark executor killed": lambda: executor_killed(root / "executor"),
-            "data file corrupted": lambda: corrupted_file(root / "plain"),
-            "random kills": lambda: killed_at_random(root / "killed", given.kills, seconds, given.seed, given.minutes),
+            "two publishers at once": lambda: racing(root / "race", reference),
+            "MLflow unreachable": lambda: mlflow_unreachable(root / "mlflow", reference),
+            "disk full": lambda: disk_full(root / "disk", reference),
+            "Spark executor killed": lambda: executor_killed(root / "executor", reference),
+            "data file corrupted": lambda: corrupted_file(root / "corrupted", reference),
+            "random kills": lambda: killed_at_random(root / "killed", reference, given.kills, given.seed, given.minutes),
         }
         chosen = [name.strip() for name in given.only.split(",") if name.strip()] or list(faults)
         rows: list[dict[str, str | float]] = []
         given.out.parent.mkdir(parents=True, exist_ok=True)
         for name in chosen:
             rows.append(attempt(name, faults[name]))  # written as they come: a run that is stopped leaves what it saw
-            given.out.write_text(json.dumps({"undisturbed_seconds": round(seconds, 1), "faults": rows}, indent=1), encoding="utf-8")
+            given.out.write_text(json.dumps({"undisturbed_nights_seconds": reference.seconds, "faults": rows}, indent=1), encoding="utf-8")
     return int(any(row["held"] == "NO" for row in rows))
 
 

@@ -78,7 +78,13 @@ def test_tables_without_a_date_are_named_alone_and_every_table_once():
     assert f"sid.item_sid {D}" in named
 
 
-def test_the_identity_of_a_night_follows_the_reason_not_the_clock():
+def test_the_identity_of_a_night_follows_the_reason_and_nothing_that_another_process_has_otherwise():
+    """A rerun finds what a kill left by this name: it is the same at any time, in any process."""
     tiny = config.load("tiny")
-    assert backfill.run_id(tiny, D, "late file") == backfill.run_id(tiny, D, "late file")
-    assert backfill.run_id(tiny, D, "late file") != backfill.run_id(tiny, D, "another")
+    assert backfill.run_id(tiny, D, "late file") == "backfill__tiny__2026-03-02__19c1187f"
+    others = {
+        backfill.run_id(tiny, D, "another"),
+        backfill.run_id(tiny, D + timedelta(days=1), "late file"),
+        backfill.run_id(config.load("demo"), D, "late file"),
+    }
+    assert len(others | {backfill.run_id(tiny, D, "late file")}) == 4

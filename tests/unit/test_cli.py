@@ -366,6 +366,28 @@ def test_a_rollback_that_is_run_again_after_a_kill_still_says_how_its_readers_st
     assert "airflow" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["backfill", "--start", "2026-3-1", "--end", "2026-03-02", "--reason", "why"], "--start"),
+        (["backfill", "--start", "2026-03-01", "--end", "2026-3-2", "--reason", "why"], "--end"),
+        (["run", "refresh", "--date", "2026-3-1"], "--date"),
+        (["run", "refresh", "--date", "2026-03-01", "--through", "2026-3-2"], "--through"),
+    ],
+)
+def test_a_wrong_date_is_told_with_the_option_it_was_given_to(
+    words: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended([*words, "-p", "tiny"], monkeypatch) == 64
+    assert [line.split()[-1] for line in capsys.readouterr().err.splitlines() if line.startswith("  where")] == [named]
+
+
+def test_two_parts_of_a_study_are_not_opened_at_once(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(["study", "study-smoke", "--final", "--confirm"], monkeypatch) == 64
+    assert "--final or --confirm" in capsys.readouterr().err
+    assert not home.exists()
+
+
 # ---------------------------------------------------------------- small parts
 
 

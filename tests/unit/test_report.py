@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from jobs import report_page
@@ -270,10 +271,19 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(tmp_path_factory.mktemp("report") / "reports" / "d19980402.html", sample())
 
 
+NUMBER = re.compile(r"[-\u2212]?[0-9.,]+%?|\$.*\$")
+
+
+def says_what_it_is(axis: Axis) -> bool:
+    """Whether an axis has a label or shows names alone, which need none; numbers without a label say nothing."""
+    return bool(axis.get_label_text()) or not any(NUMBER.fullmatch(text.get_text()) for text in axis.get_ticklabels())
+
+
 @pytest.mark.parametrize("kind", sorted(FIGURES))
 def test_every_kind_draws_labelled_axes_and_a_footer(kind: str) -> None:
     figure = draw(kind, figure_data(np.random.default_rng(1))[kind], footer="d19980402  run-1")
-    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+    figure.canvas.draw()
+    assert all(says_what_it_is(axis) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis))
     assert [text.get_text() for text in figure.texts] == ["d19980402  run-1"]
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -351,6 +361,27 @@ def test_svg_takes_the_readers_ink_and_is_the_same_twice() -> None:
 )
 def test_gate_lights(gate: dict[str, Any], light: str) -> None:
     assert gate_light(gate) == light
+
+
+MEASURED, UNMEASURED = {"name": "one", "value": 1.0, "max": 2.0}, {"name": "two", "value": None, "max": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("gates", "text", "light"),
+    [
+        ([], "no gates recorded", "unknown"),
+        ([UNMEASURED], "no gate was measured", "unknown"),
+        ([MEASURED, MEASURED], "all 2 gates passed", "pass"),
+        ([MEASURED, UNMEASURED, {**MEASURED, "value": 1.9}], "2 gates passed, 1 not measured", "pass"),
+        ([MEASURED, UNMEASURED, {**MEASURED, "value": 3.0, "severity": "warn"}], "3 gates, 1 with a warning", "warn"),
+        ([UNMEASURED, {**MEASURED, "value": 3.0}, {**MEASURED, "value": 3.0, "severity": "warn"}], "1 of 3 gates failed", "fail"),
+        ([{**MEASURED, "value": float("nan")}, MEASURED], "1 gates passed, 1 not measured", "pass"),
+    ],
+)
+def test_the_verdict_counts_what_was_measured(gates: list[dict[str, Any]], text: str, light: str, tmp_path: Path) -> None:
+    content = ReportContent(release={"tag": "d20110104", "logical_date": "2011-01-04", "items": 0}, gates=gates)
+    page, _ = parsed(write_report(tmp_path / "page.html", content))
+    assert f'<span class="pill {light}"><span class="dot"></span>{text}</span>' in page
 
 
 def test_the_page_is_self_contained_and_well_formed(written: Path) -> None:

@@ -501,6 +501,7 @@ def test_the_page_is_one_file_without_addresses_and_escapes_what_it_shows(tmp_pa
     assert "a &lt;b&gt; beats b" in text
     assert text.count("<svg") == 4
     assert 'class="verdict pass">kept' in text
+    assert "validation NDCG@50" in text, "what the curves show stands at their axis"
     assert "<script" not in text
     assert 'src="http' not in text
 
