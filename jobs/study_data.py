@@ -1,7 +1,8 @@
 """Data sets of a study without Spark: events in order, what may be trained on, questions by part, strata, and the known truth of generated shops.
 
 Everything that is trained on (`World.train`, counts, strata, `known_N`) comes from events of the training period alone; a test perturbs all later ones.
-Ids never decide: events of one basket are dealt out by a hash, catalogues are ordered by id but no model reads that order.
+Ids decide nowhere but among MovieLens' ratings of one second, whose split is by second and film (decision 49): events of one basket are dealt out by a hash,
+catalogues are ordered by id but no model reads that order.
 Not here: vectors (jobs/study_cells.py). Legend: T events sorted by user and time, U users, N items, Q questions.
 """
 
