@@ -566,7 +566,7 @@ def _verdict(gates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     passed = lights.count("pass") + lights.count("near")
     if not passed:
         return {"light": "unknown", "text": "no gate was measured" if gates else "no gates recorded"}
-    return {"light": "pass", "text": f"all {passed} gates passed" if passed == len(gates) else f"{passed} gates passed, {len(gates) - passed} not measured"}
+    return {"light": "pass", "text": f"all {passed} gates passed" if passed == len(gates) else f"{passed} of {len(gates)} gates passed, the rest not measured"}
 
 
 def _example(example: Mapping[str, Any], content: ReportContent) -> dict[str, Any]:

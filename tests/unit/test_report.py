@@ -372,10 +372,10 @@ MEASURED, UNMEASURED = {"name": "one", "value": 1.0, "max": 2.0}, {"name": "two"
         ([], "no gates recorded", "unknown"),
         ([UNMEASURED], "no gate was measured", "unknown"),
         ([MEASURED, MEASURED], "all 2 gates passed", "pass"),
-        ([MEASURED, UNMEASURED, {**MEASURED, "value": 1.9}], "2 gates passed, 1 not measured", "pass"),
+        ([MEASURED, UNMEASURED, {**MEASURED, "value": 1.9}], "2 of 3 gates passed, the rest not measured", "pass"),
         ([MEASURED, UNMEASURED, {**MEASURED, "value": 3.0, "severity": "warn"}], "3 gates, 1 with a warning", "warn"),
         ([UNMEASURED, {**MEASURED, "value": 3.0}, {**MEASURED, "value": 3.0, "severity": "warn"}], "1 of 3 gates failed", "fail"),
-        ([{**MEASURED, "value": float("nan")}, MEASURED], "1 gates passed, 1 not measured", "pass"),
+        ([{**MEASURED, "value": float("nan")}, MEASURED], "1 of 2 gates passed, the rest not measured", "pass"),
     ],
 )
 def test_the_verdict_counts_what_was_measured(gates: list[dict[str, Any]], text: str, light: str, tmp_path: Path) -> None:
