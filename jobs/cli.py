@@ -535,12 +535,8 @@ def _complain(error: SidError, profile: str) -> NoReturn:
 
 def main() -> None:
     """Entry point of `sid`."""
-    quiet = (
-        "DeprecationWarning",
-        "PendingDeprecationWarning",
-        "FutureWarning",
-    )  # libraries' notes to their users are not ours' business; numbers that overflow are
-    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore::{kind}" for kind in quiet))
+    quiet = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore::{kind}" for kind in quiet))  # libraries' notes are not the user's business, overflows are
     IN_FORCE.set("")
     with _errors_as_exit_codes():
         app()

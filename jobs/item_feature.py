@@ -40,8 +40,9 @@ def run(inputs: Inputs, params: config.ItemFeature, ctx: Context) -> StageResult
 
     plan = ctx.plan()
     encoders = content_encoders(ctx)
-    check_encoders(inputs, plan, encoders)
-    reference, base_date = generation_reference(inputs, ctx, plan)
+    recorded = recorded_generation(inputs, plan)
+    check_encoders(recorded, encoders)
+    reference, base_date = generation_reference(recorded, ctx, plan)
     popularity = inputs.frame("feature.item_popularity").where(F.col("logical_date") == F.lit(plan.logical_date))
     first_event = popularity.where("first_event_date IS NOT NULL").select("item_id", "first_event_date")
     views = {"item": inputs.frame("raw.item"), "source_file": inputs.frame("raw.source_file"), "first_event": first_event}
@@ -87,20 +88,39 @@ def content_encoders(ctx: Context) -> Mapping[str, Any]:
     return outputs
 
 
-def check_encoders(inputs: Inputs, plan: Plan, encoders: Mapping[str, Any]) -> None:
-    """Nothing, when content comes from the encoders of the generation that the night goes on with or is refitted from; a cold night chooses its own.
+def recorded_generation(inputs: Inputs, plan: Plan) -> Mapping[str, Any] | None:
+    """The row in sid.generation of the generation that the night goes on with or is refitted from; None for a cold night.
+
+    Raises: UpstreamMissing when there is none.
+    """
+    if plan.start == "cold" or plan.parent is None:
+        return None
+    rows = inputs.frame("sid.generation").where(f"generation = {plan.parent.generation:d}").collect()
+    if not rows:
+        raise UpstreamMissing(
+            f"generation {plan.parent.generation} is not recorded",
+            expected="one row",
+            found="none",
+            where="sid.generation",
+            next_command="sid run refresh --date D --set plan_night.policy=cold",
+        )
+    found: Mapping[str, Any] = rows[0].asDict()
+    return found
+
+
+def check_encoders(recorded: Mapping[str, Any] | None, encoders: Mapping[str, Any]) -> None:
+    """Nothing, when content comes from the encoders of the recorded generation; a cold night chooses its own.
 
     Vectors of another encoder may have the same width, so that nothing later would notice. Where one side has no encoder there is nothing to compare.
     Raises: ContractError naming the setting.
     """
-    if plan.start == "cold" or plan.parent is None:
+    if recorded is None:
         return
-    row = recorded_generation(inputs, plan.parent.generation)
     for name in MODALITIES:
-        wanted, found = row[f"{name}_encoder_id"], encoders.get(f"{name}_encoder_id")
+        wanted, found = recorded[f"{name}_encoder_id"], encoders.get(f"{name}_encoder_id")
         if wanted and found and found != wanted:
             raise ContractError(
-                f"generation {plan.parent.generation} was fitted to another {name} encoder",
+                f"generation {recorded['generation']} was fitted to another {name} encoder",
                 expected=wanted,
                 found=found,
                 where=f"[content_embedding] {name}_encoder and its settings",
@@ -108,32 +128,12 @@ def check_encoders(inputs: Inputs, plan: Plan, encoders: Mapping[str, Any]) -> N
             )
 
 
-def generation_reference(inputs: Inputs, ctx: Context, plan: Plan) -> tuple[Mapping[str, Any], date]:
-    """The generation's frozen richness reference and the night that fitted it.
-
-    Raises: UpstreamMissing when sid.generation does not hold the plan's generation.
-    """
+def generation_reference(recorded: Mapping[str, Any] | None, ctx: Context, plan: Plan) -> tuple[Mapping[str, Any], date]:
+    """The generation's frozen richness reference and the night that fitted it."""
     if plan.new_generation:
         return ctx.outcome("train_behavior_encoder")["outputs"]["richness_reference"], plan.logical_date
-    row = recorded_generation(inputs, plan.generation)
-    return json.loads(row["richness_reference"]), row["logical_date"]
-
-
-def recorded_generation(inputs: Inputs, generation: int) -> Mapping[str, Any]:
-    """The generation's row of sid.generation.
-
-    Raises: UpstreamMissing when there is none.
-    """
-    rows = inputs.frame("sid.generation").where(f"generation = {generation:d}").collect()
-    if not rows:
-        raise UpstreamMissing(
-            f"generation {generation} is not recorded",
-            expected="one row",
-            found="none",
-            where="sid.generation",
-            next_command="sid run refresh --date D --set plan_night.policy=cold",
-        )
-    return rows[0].asDict()
+    assert recorded is not None, "a frozen night has a parent"
+    return json.loads(recorded["richness_reference"]), recorded["logical_date"]
 
 
 def keep_replaced(inputs: Inputs, ctx: Context) -> None:

@@ -430,9 +430,7 @@ def _ranker_effect(metric: str, label_B: Floats, a_SB: Floats, b_SB: Floats, per
         return intervals.auc_effect(label_B, a_SB, b_SB, person_B)
     if metric != "gauc":
         raise ConfigError(f"a claim names {metric!r}", expected="auc or gauc for rankers", found=metric, where="claims")
-    a, b = ([evaluation.user_auc(label_B, row_B, person_B) for row_B in side] for side in (a_SB, b_SB))
-    effect = intervals.mean_effect([one.auc - other.auc for one, other in zip(a, b, strict=True)], a[0].users, a[0].impressions)
-    return intervals.Effect(effect.theta_S, effect.influence_SU, len(label_B))
+    return evaluation.gauc_effect(label_B, a_SB, b_SB, person_B)
 
 
 def _richness_effect(todo: Plan, claim: Claim, left: Sequence[Pair], right: Sequence[Pair]) -> intervals.Effect | None:

@@ -514,9 +514,10 @@ def floors(job: Job) -> dict[str, Any]:
         "history_masked": settings.mask_history,
     }
     if any(reader.kind == "ranker" for reader in job.page.readers.values()):
-        rows = rank_rows(job, world.asked(job.part, 0, 0), final=True, history=20)
+        every = world.asked(job.part, 0, 0)
+        rows = rank_rows(job, every, final=True, history=20)
         arrays |= {"label_B": rows.label, "person_B": rows.person}
-        arrays |= {f"row_mask/{name}": mask for name, mask in row_masks(world, world.asked(job.part, 0, 0), rows).items()}
+        arrays |= {f"row_mask/{name}": mask for name, mask in row_masks(world, every, rows).items()}
         facts |= {"ranker_rows": len(rows), "ranker_digest": hashlib.sha256(rows.target.tobytes() + rows.label.tobytes()).hexdigest()[:12]}
     job.store.keep(job.cell.key, arrays)
     return {"metrics": {}, "facts": facts, "table": {name: rank_table(ranks_Q, asked.masks, 10**9) for name, ranks_Q in ranks.items()}}
@@ -644,8 +645,9 @@ def _ranked(job: Job) -> dict[str, Any]:
     params = study.reader_settings(job.page, job.cell.reader)
     assert isinstance(params, TrainRanker)
     world, settings = job.world, job.page.data[job.cell.data]
+    asked = world.asked(job.part, 0, 0)
     train = rank_rows(job, world.learned(settings.rank_events), final=False, history=20)
-    test = rank_rows(job, world.asked(job.part, 0, 0), final=True, history=20)
+    test = rank_rows(job, asked, final=True, history=20)
     has_codes = bool(job.cell.needs)
     data = ranker.RankData(
         train=train,
@@ -660,7 +662,7 @@ def _ranked(job: Job) -> dict[str, Any]:
     score_B = fitted.scores_test.astype(np.float64)
     job.store.keep(job.cell.key, {"score_B": score_B})
     table = {}
-    for name, mask in row_masks(world, world.asked(job.part, 0, 0), test).items():
+    for name, mask in row_masks(world, asked, test).items():
         gauc, covered = evaluation.gauc(test.label[mask], score_B[mask], test.person[mask])
         loss = evaluation.logloss(test.label[mask], 1 / (1 + np.exp(-score_B[mask])))
         table[name] = {"auc": evaluation.auc(test.label[mask], score_B[mask]), "gauc": gauc, "covered": covered, "logloss": loss, "rows": float(mask.sum())}

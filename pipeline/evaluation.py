@@ -8,8 +8,8 @@ Tensor suffixes: B rows (one target each), N items, U users, G tie groups, D wid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -274,6 +274,13 @@ def _paired(
     """Mean difference over seeds with its interval over users and seeds, and the deviation between seeds; a floor has one run for all seeds."""
     by_seed = [x[metric][mask] - y[metric][mask] for x, y in itertools.zip_longest(a, b, fillvalue=(b if len(b) < len(a) else a)[0])]
     return difference(intervals.mean_effect(by_seed, user_B[mask]), resamples, seed)
+
+
+def gauc_effect(labels: ArrayLike, a_SB: Iterable[ArrayLike], b_SB: Iterable[ArrayLike], users: ArrayLike) -> intervals.Effect:
+    """The effect on GAUC(a) - GAUC(b), one row of scores per seed; both arms cover the same users, because labels decide."""
+    a, b = ([user_auc(labels, row_B, users) for row_B in side] for side in (a_SB, b_SB))
+    effect = intervals.mean_effect([one.auc - other.auc for one, other in zip(a, b, strict=True)], a[0].users, a[0].impressions)
+    return replace(effect, rows=np.asarray(labels).size)
 
 
 def difference(effect: intervals.Effect, resamples: int, seed: int) -> dict[str, Any]:

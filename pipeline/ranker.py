@@ -430,12 +430,7 @@ def _differences(
     """Difference a - b in AUC and GAUC with the interval over users and seeds."""
     label_B, person_B = test.label[mask], test.person[mask]
     a_SB, b_SB = (np.stack([run[mask] for run in runs]) for runs in (runs_a, runs_b))
-    users = [tuple(evaluation.user_auc(label_B, row_B, person_B) for row_B in pair) for pair in zip(a_SB, b_SB, strict=True)]
-    some = users[0][0]
-    effects = {
-        "auc": intervals.auc_effect(label_B, a_SB, b_SB, person_B),
-        "gauc": intervals.mean_effect([a.auc - b.auc for a, b in users], some.users, some.impressions),
-    }
+    effects = {"auc": intervals.auc_effect(label_B, a_SB, b_SB, person_B), "gauc": evaluation.gauc_effect(label_B, a_SB, b_SB, person_B)}
     thin = bool(mask.sum() < THIN_ROWS)
     return [{"metric": name, **evaluation.difference(effect, resamples, seed), "thin": thin} for name, effect in effects.items()]
 

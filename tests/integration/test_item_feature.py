@@ -144,7 +144,7 @@ def test_a_night_whose_content_encoder_is_not_the_generations_is_refused_unless_
     write_json(ctx.staging / "content_embedding.json", {"outputs": dict(zip(("text_encoder_id", "image_encoder_id"), tonight, strict=True))})
     encoders = item_feature.content_encoders(ctx)
     if not refused:
-        item_feature.check_encoders(inputs, ctx.plan(), encoders)
+        item_feature.check_encoders(item_feature.recorded_generation(inputs, ctx.plan()), encoders)
         return
     with pytest.raises(ContractError, match="generation 7 was fitted to another") as caught:
         item_feature.run(inputs, config.ItemFeature(), ctx)
