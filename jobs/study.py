@@ -178,6 +178,7 @@ def run_cell(todo: Plan, cell: Cell) -> float:
     import torch
 
     from jobs.study_cells import Job, work
+    from pipeline.device import device_name
     from pipeline.tracking import git_sha
 
     if todo.finished(cell):
@@ -190,7 +191,7 @@ def run_cell(todo: Plan, cell: Cell) -> float:
     seconds = time.monotonic() - started
     about = {"key": cell.key, "kind": cell.kind, "name": cell.name, "commit": git_sha(), "command": todo.command, "config": study.short_digest(cell.spec)}
     label = cell.name.partition("/")[0]
-    spent = {"seconds": round(seconds, 1), "cpu_seconds": round(time.process_time() - used, 1)}
+    spent = {"seconds": round(seconds, 1), "cpu_seconds": round(time.process_time() - used, 1), "device": device_name()}
     write_json(todo.document(cell), {**about, "data_digest": todo.digests[label], **spent, **_finite(found)})
     return seconds
 
@@ -240,6 +241,7 @@ def summary(todo: Plan) -> dict[str, Any]:
         "part": todo.part,
         "commit": git_sha(),
         "commits": sorted({document["commit"] for document in documents}),
+        "devices": sorted({document.get("device", "cpu") for document in documents}),
         "config": todo.page.digest(),
         "command": todo.command,
         "seeds": todo.page.statistics.seeds,

@@ -1,8 +1,7 @@
 """Data sets of a study without Spark: events in order, what may be trained on, questions by part, strata, and the known truth of generated shops.
 
 Everything that is trained on (`World.train`, counts, strata, `known_N`) comes from events of the training period alone; a test perturbs all later ones.
-Ids decide nowhere but among MovieLens' ratings of one second, whose split is by second and film (decision 49): events of one basket are dealt out by a hash,
-catalogues are ordered by id but no model reads that order.
+Ids decide nowhere: events of one basket or second are dealt out by a hash (decision 49), catalogues are ordered by id but no model reads that order.
 Not here: vectors (jobs/study_cells.py). Legend: T events sorted by user and time, U users, N items, Q questions.
 """
 
@@ -37,6 +36,7 @@ TRAIN, VALID, TEST, CONFIRM, UNUSED = 0, 1, 2, 3, -1
 DAY = 86_400
 RETAIL_DAYS = {CONFIRM: 42, TEST: 42, VALID: 28}  # the last days of Online Retail, latest first
 BLOCK_SHARES = (0.1, 0.2)  # movielens: shares of each user's ratings for valid and test
+SPLITS = {"movielens": "ratings of one second are a basket"}  # what a data set's digest says beside its files, where its split has changed
 HASH_STEPS = 10_000
 
 
@@ -182,7 +182,7 @@ def data_digest(data: DataSet, name: str, world: int, home: Home) -> str:
     """12 hex digits of what the data set is made of: its files, or its options where it is generated or fetched with a known digest."""
     from pipeline.datasets.movielens import WHEEL_SHA256, read_origin
 
-    digest = hashlib.sha256(repr((data.kind, sorted(data.options.items()), world)).encode())
+    digest = hashlib.sha256(repr((data.kind, sorted(data.options.items()), world)).encode() + SPLITS.get(data.kind, "").encode())
     if data.kind in NEEDS_PATH:
         for path in files_of(data, name):
             digest.update(path.name.encode() + path.read_bytes())
@@ -255,9 +255,9 @@ def _hashed(names: NDArray[np.str_], salt: str) -> Floats:
     return np.array([derive_seed(salt, name) % HASH_STEPS for name in names.tolist()]) / HASH_STEPS
 
 
-def _starts(user_T: NDArray[Any]) -> Ints:
-    """First event of each event's user, in a log sorted by user."""
-    new = np.append(True, user_T[1:] != user_T[:-1])
+def _starts(*columns_T: NDArray[Any]) -> Ints:
+    """First event of the run of equal ones (in all columns) that each event stands in."""
+    new = np.append(True, np.any([column_T[1:] != column_T[:-1] for column_T in columns_T], axis=0))
     return np.flatnonzero(new)[np.cumsum(new) - 1]
 
 
@@ -294,26 +294,29 @@ def _beauty(data: DataSet, name: str, world: int, home: Home) -> tuple[Log, Cata
 
 
 def _movielens(data: DataSet, name: str, world: int, home: Home) -> tuple[Log, Catalogue]:
-    """Per-user time split by (second, item): the last fifth is the test, the tenth before it the validation; each answer is asked from before its block."""
+    """Per-user time split: the last fifth is the test, the tenth before it the validation, each asked from before its block; a second is a basket.
+
+    A basket across a border belongs to the earlier part, so no answer has been taken together with a rating of its history.
+    """
     from pipeline.datasets import movielens
 
     root = home.folder("data") / "movielens"
     origin = movielens.read_origin(Path(data.path) if data.path else movielens.fetch_wheel(root))
     ratings, films = movielens.read_ratings(origin), movielens.film_rows(movielens.read_films(origin))
     user_T, item_T, seconds_T = _text(ratings["user_id"]), _text(ratings["item_id"]), ratings["seconds"].to_numpy()
-    order = np.lexsort((item_T, seconds_T, user_T))
-    user_T, item_T, value_T = user_T[order], item_T[order], ratings["rating"].to_numpy()[order]
-    begin_T = _starts(user_T)
+    order = np.lexsort((_hashed_rows(item_T, user_T), seconds_T, user_T))
+    user_T, item_T, value_T, seconds_T = user_T[order], item_T[order], ratings["rating"].to_numpy()[order], seconds_T[order]
+    begin_T, basket_T = _starts(user_T), _starts(user_T, seconds_T)
     length_T = np.bincount(begin_T, minlength=len(user_T))[begin_T]
-    place_T = np.arange(len(user_T)) - begin_T
     test_T = length_T - np.floor(length_T * BLOCK_SHARES[1]).astype(np.int64)
     valid_T = test_T - np.floor(length_T * BLOCK_SHARES[0]).astype(np.int64)
+    place_T = basket_T - begin_T  # a rating stands where its basket begins
     part_T = np.select([place_T >= test_T, place_T >= valid_T], [TEST, VALID], TRAIN)
-    stop_T = begin_T + np.select([part_T == TEST, part_T == VALID], [test_T, valid_T], place_T)
+    stop_T = np.where(part_T == TRAIN, basket_T, _starts(user_T, part_T))
     texts, count = films["text"].fill_null("").to_pylist(), len(films)
     kinds = films["category"].fill_null("").to_pylist()
     catalogue = Catalogue(_text(films["item_id"]), texts, kinds, [""] * count, np.ones(count, dtype=bool), np.full(count, -1))
-    return Log(user_T, item_T, part_T, stop_T, np.zeros(len(user_T), dtype=bool), value_T), catalogue
+    return Log(user_T, item_T, part_T, stop_T, np.zeros(len(user_T), dtype=bool), value_T, basket_T), catalogue
 
 
 def _retail(data: DataSet, name: str, world: int, home: Home) -> tuple[Log, Catalogue]:
@@ -329,10 +332,7 @@ def _retail(data: DataSet, name: str, world: int, home: Home) -> tuple[Log, Cata
     order = np.lexsort((deal_T, basket_T, seconds_T, user_T))
     user_T, item_T, period_T = user_T[order], item_T[order], period_T[order]
     number_T = np.unique(basket_T, return_inverse=True)[1][order]
-    new_T = np.append(True, (user_T[1:] != user_T[:-1]) | (number_T[1:] != number_T[:-1]))
-    stop_T = np.flatnonzero(new_T)[np.cumsum(new_T) - 1]
-    fresh_T = np.append(True, (user_T[1:] != user_T[:-1]) | (period_T[1:] != period_T[:-1]))
-    first_T = np.flatnonzero(fresh_T)[np.cumsum(fresh_T) - 1]  # where the user's period begins
+    stop_T, first_T = _starts(user_T, number_T), _starts(user_T, period_T)
     part_T = np.where((period_T == TRAIN) | (stop_T == first_T), period_T, UNUSED)
     count = len(first_item)
     catalogue = Catalogue(first_item, texts.tolist(), [""] * count, [""] * count, known, np.full(count, -1))

@@ -25,6 +25,13 @@ def best_device() -> str:
     return "cuda"
 
 
+def device_name() -> str:
+    """What `best_device` is called by its maker; `cpu` without an accelerator."""
+    import torch
+
+    return torch.cuda.get_device_name() if best_device() == "cuda" else "cpu"
+
+
 @cache
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (AMX or AVX-512 BF16)."""

@@ -67,7 +67,8 @@ def _provenance(document: Mapping[str, Any]) -> list[str]:
         f"`{document['command']}`",
         "",
         f"Asked: {OPENED[document['part']]}. Seeds {', '.join(map(str, document['seeds']))}. Commit {', '.join(each[:10] for each in document['commits'])}, "
-        f"configuration {document['config']}, data {digests}; {len(document['cells'])} cells, {document['cpu_seconds'] / 60:.0f} CPU minutes.",
+        f"configuration {document['config']}, data {digests}; {len(document['cells'])} cells, {document['cpu_seconds'] / 60:.0f} CPU minutes, "
+        f"on {', '.join(document['devices'])}.",
     ]
 
 

@@ -476,7 +476,8 @@ def document() -> dict:
     return {
         "name": "toy", "title": "A toy", "about": "About.", "part": "valid", "command": "sid study toy",
         "commit": "c" * 40, "commits": ["c" * 40], "config": "f" * 12,
-        "seeds": [0, 1], "statistics": {"level": 0.95}, "cpu_seconds": 90.0, "seconds": 100.0, "counts": {"kept": 1, "not kept": 0, "cannot tell": 0},
+        "seeds": [0, 1], "devices": ["NVIDIA H200", "cpu"], "statistics": {"level": 0.95},
+        "cpu_seconds": 90.0, "seconds": 100.0, "counts": {"kept": 1, "not kept": 0, "cannot tell": 0},
         "data": {"toy": {"digest": "d" * 12, "items": 9, "cold_items": 1, "users": 5, "train_events": 30, "questions": 1200}},
         "readings": [*rows, floor], "codes": [{"data": "toy", "name": "a", "fits": 2, "metrics": {"perplexity": 90.5, "purity": 0.5}, "spread": {}}],
         "inputs": [{"data": "toy", "name": "weak", "fits": 1, "metrics": rich, "spread": {}}],
@@ -494,6 +495,7 @@ def test_the_tables_show_arms_floors_and_verdicts() -> None:
     assert "`sid study toy`" in text
     assert "Not run here: 1 of 2 comparisons" in text
     assert "d" * 12 in text
+    assert "2 CPU minutes, on NVIDIA H200, cpu." in text
 
 
 def test_the_page_is_one_file_without_addresses_and_escapes_what_it_shows(tmp_path: Path) -> None:

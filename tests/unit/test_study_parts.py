@@ -126,15 +126,33 @@ def test_movielens_asks_for_blocks_from_before_them(tmp_path: Path) -> None:
     for part in ("valid", "test"):
         wanted = []
         for log in rated.values():
-            ordered = [film for _, film, _ in sorted(log)]
-            count = len(log)
+            films_of, count = [film for _, film, _ in log], len(log)
             test = count - count // 5
-            first, last = (test, count) if part == "test" else (test - count // 10, test)
-            wanted += [(ordered[:first], film) for film in ordered[first:last]]
+            bounds = (test, count) if part == "test" else (test - count // 10, test)
+            first, last = (place + place % 2 for place in bounds)  # a second across the border is the earlier part's
+            wanted += [(sorted(films_of[:first]), film) for film in films_of[first:last]]
         asked = world.asked(part)
-        assert [(ids[start:stop], ids[at]) for at, start, stop in zip(asked.at_Q, asked.start_Q, asked.stop_Q, strict=True)] == wanted
+        found = [(sorted(ids[start:stop]), ids[at]) for at, start, stop in zip(asked.at_Q, asked.start_Q, asked.stop_Q, strict=True)]
+        assert sorted(found) == sorted(wanted)
     assert not len(world.asked("confirm").at_Q)
     assert len(world.asked("test").at_Q) == 4 + 1
+
+
+def test_movielens_seconds_are_baskets_whose_order_no_id_decides(tmp_path: Path) -> None:
+    seconds = {str(film): 1000 + film // 10 for film in range(1, 40)}  # ten films a second
+    origin = ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *(f"1\t{film}\t4\t{second}" for film, second in seconds.items())]
+    (tmp_path / "ml-100k.inter").write_text("\n".join(origin) + "\n", encoding="utf-8")
+    films = ["item_id:token\tmovie_title\trelease_year\tclass", *(f"{film}\tFilm {film}\t1990\tDrama" for film in seconds)]
+    (tmp_path / "ml-100k.item").write_text("\n".join(films) + "\n", encoding="utf-8")
+    world = study_data.read_world(DataSet(kind="movielens", path=str(tmp_path)), "films", 0, Home(tmp_path))
+    ids = [int(each) for each in world.catalogue.item_ids[world.item_T].tolist()]
+    assert world.basket_T is not None
+    for at in range(len(ids)):
+        basket = np.flatnonzero(world.basket_T == world.basket_T[at])
+        assert {ids[other] for other in basket} == {film for film in range(1, 40) if film // 10 == ids[at] // 10}
+        if world.part_T[at] == study_data.TRAIN:
+            assert world.stop_T[at] == basket[0]
+    assert all(ids[basket.min() : basket.max() + 1] != sorted(ids[basket.min() : basket.max() + 1]) for basket in (np.arange(9), np.arange(9, 19)))
 
 
 # ---------------------------------------------------------------- opening a part
