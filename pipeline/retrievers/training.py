@@ -33,7 +33,7 @@ from pipeline.retrievers.trie import Trie
 Floats = NDArray[np.float64]
 FINAL_RATE = 0.05  # share of the learning rate left at the end of the cosine schedule
 CLIP_NORM = 1.0
-SEARCHES = 32  # histories of one beam search: their beams share a memory
+SEARCHES = {"cpu": 32, "cuda": 512}  # histories of one beam search: as many as a cache holds, or enough to keep an accelerator busy
 STOP_AT = 50  # NDCG@50 decides the best epoch, as the study does
 POOL = 32  # steps whose histories are dealt out by length: beyond that the order is random
 
@@ -263,7 +263,7 @@ def ranks(model: AnyRetriever, table: Trie, histories: Packed, targets_B: NDArra
     distinct_UT, row_B = torch.unique(history_BT, dim=0, return_inverse=True)  # a basket's items share one history
     items, scores = [], []
     with torch.no_grad():
-        for rows in torch.arange(len(distinct_UT)).split(SEARCHES):
+        for rows in torch.arange(len(distinct_UT)).split(SEARCHES[device.type]):
             memory = model.memory(distinct_UT[rows].to(device))
             found = beam_search(model, memory, table, settings.beams, weights_NS=model.weights_NS)
             items.append(found.items.cpu())
@@ -285,6 +285,7 @@ def invalid_beams(model: AnyRetriever, table: Trie, histories: Packed, settings:
         return float("nan")
     device = next(model.parameters()).device
     history_BT = padded(histories, settings.max_history, model.pad).to(device)
+    parts = history_BT.split(SEARCHES[device.type])
     with torch.no_grad():
-        shares = [invalid_share(model, model.memory(history_BT[rows]), table, settings.beams) for rows in torch.arange(len(histories)).split(SEARCHES)]
-    return float(np.average(shares, weights=[len(rows) for rows in torch.arange(len(histories)).split(SEARCHES)]))
+        shares = [invalid_share(model, model.memory(part_BT), table, settings.beams) for part_BT in parts]
+    return float(np.average(shares, weights=[len(part_BT) for part_BT in parts]))
