@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.config import Section, TrainBehaviorEncoder, TrainRanker, TrainRetriever, TrainTokenizer, read_toml
@@ -24,7 +23,6 @@ from pipeline.errors import ConfigError
 from pipeline.intervals import Estimate
 
 PAGES = Path(__file__).parent / "studies"
-Floats = NDArray[np.float64]
 Model = TypeVar("Model", bound=BaseModel)
 Option = int | float | str | bool
 Part = Literal["valid", "test", "confirm"]

@@ -250,19 +250,6 @@ def flush(home: Home, staging: Path) -> int:
     return len(pending)
 
 
-def attach(home: Home, run_id: str, path: Path, *, folder: str = "report") -> str:
-    """MLflow id of the run's parent, which now holds the file (the HTML report) under `folder`.
-
-    Raises: UpstreamMissing if MLflow cannot be reached or holds no such run.
-    """
-    with _session(home) as client:
-        found = _search(client, _sid_experiments(client), {"sid.run_id": _quotable(run_id), "sid.kind": "run"})
-        if not found:
-            raise UpstreamMissing(f"MLflow holds no run {run_id}", expected="a flushed run", found="none", where=home.tracking_uri, next_command="sid repair")
-        client.log_artifact(found[0].info.run_id, str(path), folder)
-        return str(found[0].info.run_id)
-
-
 def _records(staging: Path) -> list[Path]:
     """Folders of finished records, in the order in which they ended."""
     folders = [path.parent for path in (staging / "mlflow").glob(f"*/{RECORD}")]

@@ -35,9 +35,9 @@ class Shelf:
 
     def _write(self, table: str, frame: Any, days: Sequence[date]) -> None:
         if days:
-            lakehouse.replace(self.spark, frame, table, "fill", dates=days, equal={}, properties={})
+            lakehouse.replace(frame, table, "fill", dates=days, equal={}, properties={})
         else:
-            lakehouse.append(self.spark, frame, table, "fill", {})
+            lakehouse.append(frame, table, "fill", {})
 
     def release(self, day: date, *, revision: int = 1, generation: int = 1, items: int = 6, files: int = 1) -> str:
         """Tag of a new release; `save` writes its row."""
@@ -57,7 +57,7 @@ class Shelf:
         schema = self.spark.table("lake.sid.release").schema
         frame = self.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in self.rows], schema).coalesce(1)
         lakehouse.cut_branch(self.spark, "sid.release", "fill")
-        lakehouse.replace_all(self.spark, frame, "sid.release", "fill", {})
+        lakehouse.replace_all(frame, "sid.release", "fill", {})
         lakehouse.publish(self.spark, "sid.release", "fill")
 
     def status(self) -> Mapping[str, str]:

@@ -82,9 +82,9 @@ def run(home, config, stage, plan, model, run_id):
 def put(spark, table, frame, dates=()):
     lakehouse.cut_branch(spark, table, "fill")
     if dates:
-        lakehouse.replace(spark, lakehouse.check_columns(frame, spark, table), table, "fill", dates=dates, equal={}, properties={})
+        lakehouse.replace(lakehouse.check_columns(frame, spark, table), table, "fill", dates=dates, equal={}, properties={})
     else:
-        lakehouse.append(spark, lakehouse.check_columns(frame, spark, table), table, "fill", {})
+        lakehouse.append(lakehouse.check_columns(frame, spark, table), table, "fill", {})
     lakehouse.publish(spark, table, "fill")
 
 

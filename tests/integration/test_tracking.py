@@ -315,19 +315,6 @@ def test_from_table_to_run_and_from_run_to_table(home: Home) -> None:
     assert {run.stage for run in tracking.runs_of(home, "lineage")} == {"assign_sid", "ingest"}
 
 
-def test_the_report_is_attached_to_the_parent(home: Home, tmp_path: Path) -> None:
-    ctx = context(home, "page")
-    recorded(ctx)
-    tracking.flush(home, ctx.staging)
-    page = tmp_path / "d19980402.html"
-    page.write_text("<html></html>")
-    parent, _ = runs(home, "page")
-    assert tracking.attach(home, "page", page) == parent.info.run_id
-    assert [entry.path for entry in client(home).list_artifacts(parent.info.run_id, "report")] == ["report/d19980402.html"]
-    with pytest.raises(UpstreamMissing, match="no run"):
-        tracking.attach(home, "never", page)
-
-
 def test_run_ids_with_quotes_and_colons_are_found_again(home: Home) -> None:
     ctx = context(home, "manual__1998-04-02T00:00:00+00:00 o'clock")
     record = recorded(ctx)

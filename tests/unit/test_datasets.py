@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import config
 from pipeline.datasets import DATASETS, base, dataset, movielens, shop
-from pipeline.datasets.base import check_header, day_status, days, planned_files, prepared_folder
+from pipeline.datasets.base import check_header, day_status, days, planned_file, prepared_folder
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 
 DAY = 86_400
@@ -289,10 +289,10 @@ def test_calendar_refuses_dates_before_the_data_and_unknown_weekdays(user_folder
 def test_planned_files_carry_digest_size_and_status(user_folder: Path):
     source = user_source(user_folder)
     spec = folder_spec(source)
-    events, items = planned_files(spec, source, date(2026, 1, 5))
+    events, items = (planned_file(spec, source, date(2026, 1, 5), kind) for kind in spec.kinds)
     assert (events.kind, events.status, events.bytes) == ("events", "present", spec.path(date(2026, 1, 5), "events").stat().st_size)
     assert len(items.sha256) == 64
-    absent = planned_files(spec, source, date(2026, 1, 7))[0]
+    absent = planned_file(spec, source, date(2026, 1, 7), "events")
     assert (absent.status, absent.sha256, absent.bytes) == ("missing", "", 0)
 
 
@@ -382,7 +382,7 @@ def test_shop_is_prepared_once_whatever_the_runs_seed(tmp_path: Path):
     for kind in spec.kinds:
         check_header(spec.path(spec.last_date, kind), spec.format(kind), spec.columns(kind))
     assert (spec.last_date - spec.first_date).days == 9
-    assert pq.read_table(shop.truth_path(spec)).num_rows == 200 + 9 * 3
+    assert pq.read_table(Path(spec.image_root) / "truth.parquet").num_rows == 200 + 9 * 3
 
 
 def test_shop_refuses_options_it_does_not_have():
