@@ -1,15 +1,16 @@
-"""Releases made by hand: rows of sid.item_sid under a tag, rows of sid.release, older snapshots; no model is trained."""
+"""Releases made by hand (rows of sid.item_sid under a tag, rows of sid.release, older snapshots; no model is trained), and stages that need no MLflow."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import lakehouse
+from pipeline import lakehouse, tracking
 from pipeline.context import Home
 
 Row = dict[str, Any]
@@ -79,6 +80,19 @@ class Shelf:
 def shelf(spark: Any, lake_home: Home) -> Shelf:
     """An empty lake that releases can be put into by hand."""
     return Shelf(spark, lake_home)
+
+
+@pytest.fixture
+def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is recorded and nothing sent."""
+    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
+    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def models_in_folders(without_mlflow: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same, and a model goes to a folder."""
+    monkeypatch.setattr(tracking, "log_model", lambda ctx, bundle: str(tracking.save_bundle(tmp_path / f"{bundle.name}_{ctx.run_id}", bundle)))
 
 
 @pytest.fixture

@@ -23,12 +23,6 @@ TINY = config.load("tiny")
 D1, D2, D3, D4 = (date(2026, 1, day) for day in (5, 6, 7, 8))
 
 
-@pytest.fixture
-def _without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
-    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
-
-
 def back(home: Home, tag: str, day: date) -> dict[str, Any]:
     """The stage, as the command and the DAG launch it."""
     ctx = Context(config=TINY, home=home, stage="rollback", logical_date=day, run_id=f"rollback__{tag}", reason="a bad file", params=(("release", tag),))
@@ -42,7 +36,7 @@ def next_night(home: Home, day: date) -> Any:
     return plan_night.make_plan(ctx, TINY.plan_night, (), [], releases, [{"generation": 1, "input_fingerprint": "x"}], [row["tag"] for row in releases])
 
 
-@pytest.mark.usefixtures("_without_mlflow")
+@pytest.mark.usefixtures("without_mlflow")
 def test_one_commit_restores_a_release_and_no_reader_of_a_tag_notices(spark: Any, lake_home: Home, shelf: Any) -> None:
     for day in (D1, D2, D3):
         shelf.release(day)
@@ -98,7 +92,7 @@ def buckets(spark: Any, home: Home, parent: Any, at: int | None) -> list[set[int
     return [{row.evidence_bucket for row in rows}, set(arrow["evidence_bucket"].to_pylist())]
 
 
-@pytest.mark.usefixtures("_without_mlflow")
+@pytest.mark.usefixtures("without_mlflow")
 def test_the_night_after_a_rollback_copies_from_the_manifest_of_the_restored_revision(
     spark: Any, lake_home: Home, shelf: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
