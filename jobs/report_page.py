@@ -54,6 +54,7 @@ def content(lake: Lake, release: Row) -> ReportContent:
     outcomes = read_outcomes(home, release["tag"])
     vocabulary = views.generation(lake, release["generation"])
     rows = lakehouse.read_release(home, config.lake, release["tag"])
+    tables = lineage(lake, release["tag"])
     return ReportContent(
         release=facts(lake, release, rows, vocabulary, outcomes),
         gates=gates(outcomes, config),
@@ -62,8 +63,8 @@ def content(lake: Lake, release: Row) -> ReportContent:
         codebook_sizes=vocabulary["codebook_sizes"],
         examples=examples(lake, release, rows),
         ranker=ranker(outcomes),
-        stages=[{"stage": name, "seconds": outcome["seconds"], "status": outcome["status"], "run": release["tag"]} for name, outcome in outcomes.items()],
-        lineage=lineage(lake, release["tag"]),
+        stages=stages(outcomes, tables),
+        lineage=tables,
         commands=commands(home, release["tag"]),
         notes=notes(release, outcomes),
     )
@@ -80,6 +81,7 @@ def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row, outcomes: M
     import pyarrow.compute as pc
 
     home, config = lake
+    written = lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"])
     plan = outcomes.get("plan_night", {}).get("outputs", {})
     kept = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason")
     counted = {
@@ -91,7 +93,8 @@ def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row, outcomes: M
         "policy": plan.get("reason", config.plan_night.policy),
         "dataset": config.source.dataset,
         "tokenizer": vocabulary["tokenizer"],
-        "git_sha": lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"]).get("sid.git_sha", "unknown"),
+        "git_sha": written.get("sid.git_sha", "unknown"),
+        "run_id": written.get("sid.run_id", ""),
         "rows_digest": release["rows_digest"],
     }
     return {**{name: release[name] for name in kept}, **counted, **origin}
@@ -121,9 +124,9 @@ def gates(outcomes: Mapping[str, Row], config: Config) -> list[Row]:
 def figures(outcomes: Mapping[str, Row]) -> list[Row]:
     """Every figure the run made, in the order of the stages."""
     return [
-        {"kind": figure["kind"], "data": figure["data"], "title": name.replace("_", " "), "caption": ""}
-        for outcome in outcomes.values()
-        for name, figure in outcome.get("figures", {}).items()
+        {"kind": figure["kind"], "data": figure["data"], "stage": stage}
+        for stage, outcome in outcomes.items()
+        for figure in outcome.get("figures", {}).values()
     ]
 
 
@@ -206,11 +209,16 @@ def lineage(lake: Lake, tag: str) -> list[Row]:
             "direction": row["side"].removesuffix("s"),
             "table": row["table"],
             "snapshot_id": row["snapshot"],
-            "tag": "",
             "run": row["mlflow_run"],
         }
         for row in views.lineage(lake, tag)
     ]
+
+
+def stages(outcomes: Mapping[str, Row], tables: Sequence[Row]) -> list[Row]:
+    """How each stage ended, in how many seconds, and its MLflow run where the lineage knows it."""
+    runs = {row["stage"]: row["run"] for row in tables}
+    return [{"stage": name, "seconds": outcome["seconds"], "status": outcome["status"], "run": runs.get(name, "")} for name, outcome in outcomes.items()]
 
 
 def commands(home: Home, tag: str) -> list[dict[str, str]]:
@@ -261,6 +269,7 @@ def _example(item: Row, codes: Mapping[str, Row], shown: Callable[[str], str]) -
             "picture": shown(other["item_id"]),
             "codes": codes[other["item_id"]]["codes"],
             "weights": codes[other["item_id"]]["weights"],
+            "positions": other["positions"],
         }
         for other in item["neighbours"][:5]
     ]
@@ -277,11 +286,10 @@ def _example(item: Row, codes: Mapping[str, Row], shown: Callable[[str], str]) -
 
 
 def _ranker_row(arm: str, stratum: str, values: Mapping[str, Any], delta: Mapping[str, Any]) -> Row:
-    shown: Sequence[str] = ("rows", "auc", "low", "high", "gauc", "logloss")
     return {
         "arm": arm,
         "stratum": stratum,
-        **{name: values.get(name) for name in shown},
+        **{name: values.get(name) for name in ("rows", "auc", "gauc", "logloss")},
         "delta": delta.get("mean"),
         "delta_low": delta.get("low"),
         "delta_high": delta.get("high"),
