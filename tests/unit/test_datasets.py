@@ -358,6 +358,14 @@ def test_a_file_with_rows_is_told_from_one_with_a_header_only(tmp_path: Path):
         assert base.has_rows(path, "parquet") is bool(rows_there)
 
 
+def test_a_folder_that_is_not_there_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A relative path is read from where the process runs, and Airflow's tasks run elsewhere than the command that worked."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        dataset("folder").prepare(config.Source(dataset="folder", path="landing", events_pattern="{date}.csv", catalogue="from_events"), tmp_path, 1)
+    assert caught.value.found == str(tmp_path / "landing")
+
+
 def test_online_retail_reads_the_users_folder(tmp_path: Path):
     header = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country"
     for day in ("2010-12-01", "2010-12-03"):
