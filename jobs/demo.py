@@ -29,7 +29,6 @@ from pipeline.redact import scrub
 if TYPE_CHECKING:
     from pipeline.datasets.base import SourceSpec
 
-logger = logging.getLogger(__name__)
 PROFILES = {"movielens": "demo", "shop": "tiny", "online_retail": "online_retail"}
 FAMOUS = ("Star Wars (1977)", "Toy Story (1995)", "The Godfather (1972)", "Fargo (1996)")
 STRATA = {"all": "AUC", "head": "head", "torso": "torso", "tail": "tail", "evidence_0": "0 events", "evidence_1_4": "1-4 events"}
