@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ def _evaluation_day(story: Story, day: date) -> None:
     story.say(f"evaluation day {day}: each user's last ratings arrive")
     base = Context(config=story.loaded, home=story.home, stage="plan_night", logical_date=day, run_id=f"evaluation__{day}", reason="demo")
     for stage in ("plan_night", "ingest"):
-        launchers.launch(Context(**{**vars(base), "stage": stage}), launchers.Request(profile=story.profile, overrides=story.overrides))
+        launchers.launch(replace(base, stage=stage), launchers.Request(profile=story.profile, overrides=story.overrides))
 
 
 def _consumers(story: Story) -> None:

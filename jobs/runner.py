@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +196,7 @@ def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: Sta
     if result.model is not None:
         uri = tracking.log_model(ctx, result.model)
         step(ctx, "after_model")
-        result = StageResult(**{**vars(result), "outputs": {**result.outputs, "model_uri": uri}})
+        result = replace(result, outputs={**result.outputs, "model_uri": uri})
     return result
 
 
@@ -362,9 +362,9 @@ def _remember(stage: Stage, ctx: Context, outcome: Mapping[str, Any]) -> None:
         write_json(folder / f"{stage.name}.json", outcome)
 
 
-def _track(ctx: Context, result: StageResult | None, status: str, outcome: Mapping[str, Any], error: SidError | None) -> None:
+def _track(ctx: Context, result: StageResult, status: str, outcome: Mapping[str, Any], error: SidError | None) -> None:
     """Buffer the record, then try to hand it to MLflow; a Spark stage does not depend on MLflow being there."""
-    full = None if result is None else StageResult(**{**vars(result), "metrics": outcome["metrics"]})
+    full = replace(result, metrics=outcome["metrics"])
     tracking.record(ctx, full, status=status, seconds=outcome["seconds"], inputs=outcome["read"], outputs=lineage.written(outcome), error=error)
     try:
         tracking.flush(ctx.home, ctx.staging)

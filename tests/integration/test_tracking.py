@@ -176,7 +176,7 @@ def test_a_kill_in_the_middle_of_a_push_leaves_no_second_run(home: Home, monkeyp
 
 def test_a_retry_supersedes_the_failed_try(home: Home) -> None:
     first = context(home, "retry", attempt=1)
-    recorded(first, result=None, status="failed", outputs={}, error=GateFailed("too many collisions", found="0.4"))
+    recorded(first, result=StageResult(), status="failed", outputs={}, error=GateFailed("too many collisions", found="0.4"))
     tracking.flush(home, first.staging)
     parent, (child,) = runs(home, "retry")
     assert (parent.info.status, child.info.status) == ("FAILED", "FAILED")
