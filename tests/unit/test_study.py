@@ -209,6 +209,19 @@ def test_a_history_ends_before_its_answer_and_negatives_are_nobodys_own() -> Non
     assert (world.stratum_N[drawn] == world.stratum_N[answers]).all()
 
 
+def test_a_ranker_knows_no_user_that_it_is_not_taught() -> None:
+    events, catalogue = log(users=40)
+    events = replace(events, part_T=np.where(events.user_T < "u010", np.where(events.part_T == TRAIN, study_data.UNUSED, events.part_T), events.part_T))
+    world = prepared(events, catalogue, DataSet())
+    taught = study_cells.rank_rows(job(world), world.learned(3), final=False, history=5)
+    asked = study_cells.rank_rows(job(world), world.asked("test"), final=True, history=5)
+    assert set(asked.person[asked.user == 0]) == set(range(10)), "a row of the user table that nothing has trained is noise"
+    for rows in (taught, asked):
+        np.testing.assert_array_equal(rows.user[rows.user > 0], rows.person[rows.user > 0] + 1)
+    assert set(asked.user) - {0} <= set(taught.user)
+    assert (taught.user > 0).all()
+
+
 def test_a_ranker_is_not_judged_where_newness_tells_the_answer() -> None:
     events, catalogue = log(users=40)
     tied = np.arange(len(events.part_T)) % 3 == 0
@@ -217,12 +230,16 @@ def test_a_ranker_is_not_judged_where_newness_tells_the_answer() -> None:
     rows = study_cells.rank_rows(job(world), asked, final=True, history=5)
     masks = study_cells.row_masks(world, asked, rows)
     count = len(asked.at_Q)
+    again = [world.item_T[at] in world.item_T[start:stop] for at, start, stop in zip(asked.at_Q, asked.start_Q, asked.stop_Q, strict=True)]
+    assert 0 < sum(again) < count
     for row in range(len(rows)):
         question = row if row < count else (row - count) // 4
         fair = world.item_T[asked.at_Q[question]] < world.num_known
-        assert masks["all"][row] == (fair and not asked.tied_Q[question])
-        assert masks["all_with_ties"][row] == fair
+        assert masks["all"][row] == (fair and not asked.tied_Q[question] and not again[question])
+        assert masks["all_with_ties"][row] == (fair and not again[question])
+        assert masks["all_with_repeats"][row] == (fair and not asked.tied_Q[question])
     assert (rows.target[masks["all"]] <= world.num_known).all()
+    assert not (rows.history[masks["all"]] == rows.target[masks["all"], None]).any(), "no answer stands in its own history, as no negative does"
 
 
 def test_a_subset_of_users_keeps_their_events_and_the_ends_of_their_histories() -> None:
