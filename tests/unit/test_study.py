@@ -72,6 +72,7 @@ def test_a_shipped_page_loads_and_every_arm_of_its_claims_runs_where_it_is_claim
         ({"claims": [{"title": "t", "arm": "adda", "reader": "wide", "metric": "recall@50"}]}, "adda"),
         ({"readers": {"wide": {"train_retriever": {"beamz": 3}}}, "arms": {"ada": {}}, "claims": []}, "beamz"),
         ({"source": {"pth": "x"}}, "source.pth"),
+        ({"data": {"films": {"kind": "movielens", "options": {"holdout": 0.3}}}, "claims": []}, "movielens has no options, found holdout"),
         ({"inputs": {"weak": {"train_behavior_encoder": {"sasrec": {"dimm": 3}}}}}, "dimm"),
     ],
 )
