@@ -32,6 +32,8 @@ LONGEST = 500  # of a foreign exception's text; all of it is in the log
 GAVE_OUT = re.compile(
     r"No space left on device|Disk quota exceeded|ExecutorLostFailure|ExecutorDeadException|OutOfMemoryError|FetchFailed|SparkContext was shut down"
     r"|Connection (?:refused|reset|aborted|closed)|timed out|Broken pipe|CommitStateUnknown|database is locked|database or disk is full|Py4JNetworkError"
+    r"|UnknownHostException|Temporary failure in name resolution|No route to host|Network is unreachable|Service: S3, Status Code: 5\d\d"
+    r"|AWS Error (?:NETWORK_CONNECTION|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT)"
 )
 SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 # A command of ours up to where the next one or a remark begins; those without a profile (stages, demo, up, study) stay as they are.

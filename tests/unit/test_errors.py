@@ -112,6 +112,9 @@ def caused(error: Exception, by: Exception) -> Exception:
             "IOException: No space left on device",
         ),
         (caused(ValueError("cannot read"), ConnectionResetError("peer")), ResourceLost, "ValueError: cannot read"),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), ResourceLost, "OSError: AWS Error NETWORK_CONNECTION during HeadObject"),
+        (OSError("AWS Error NO_SUCH_BUCKET during HeadObject"), StageFailed, "OSError: AWS Error NO_SUCH_BUCKET during HeadObject"),
+        (RuntimeError("calling o1.load\n: java.net.UnknownHostException: db"), ResourceLost, "java.net.UnknownHostException: db"),
         (Speechless(), StageFailed, "test_errors.Speechless: <exception str() failed>"),
     ],
 )
