@@ -87,13 +87,13 @@ def migrations(table: str) -> list[tuple[int, Path]]:
 
 
 def is_ready(home: Home, lake: Lake, table: str) -> bool:
-    """Whether the table exists and has every migration, without a JVM."""
+    """Whether the table exists with a first snapshot and has every migration, without a JVM."""
     newest = len(migrations(table))
     try:
-        properties = open_table(home, lake, table).properties
+        found = open_table(home, lake, table)
     except UpstreamMissing:
         return False
-    return int(properties.get(SCHEMA_VERSION, 0)) >= newest
+    return found.current_snapshot() is not None and int(found.properties.get(SCHEMA_VERSION, 0)) >= newest
 
 
 def migrate(spark: SparkSession, table: str) -> int:

@@ -104,7 +104,10 @@ def test_a_table_of_a_server_is_found_or_missing_and_nothing_is_made_by_looking(
     with pytest.raises(UpstreamMissing, match="does not exist yet"):
         lakehouse.open_table(home, lake, "sid.release")
     rows = pa.table({"tag": ["d20260301"], "logical_date": ["2026-03-01"], "revision": [1]})
-    maker.create_table("sid.release", rows.schema).append(rows)
+    table = maker.create_table("sid.release", rows.schema)
+    assert not lakehouse.is_ready(home, lake, "sid.release"), "a kill left it without its first snapshot, and so without a main to branch from"
+    table.append(rows)
+    assert lakehouse.is_ready(home, lake, "sid.release")
     assert lakehouse.read_releases(home, lake)["tag"].to_pylist() == ["d20260301"]
     maker.engine.dispose()
 
