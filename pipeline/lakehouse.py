@@ -37,6 +37,7 @@ NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 REFERENCE = re.compile(r"^[A-Za-z0-9_]+$")
 SCHEMA_VERSION = "sid.schema_version"
 UNREACHABLE = "the catalog cannot be reached"
+REFUSING = frozenset({"UnauthorizedError", "ForbiddenError", "OAuthError", "InsufficientPrivilege"})  # REST catalogs and PostgreSQL, of a login's rights
 MIGRATION = re.compile(r"^(\d{3})_[a-z0-9_]+\.sql$")
 _EPOCH = date(1970, 1, 1).toordinal()
 # What Iceberg throws when main is no ancestor of the branch any more, or was committed to at the same moment.
@@ -561,7 +562,7 @@ def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
     """The table through PyIceberg.
 
     The embedded catalog opens the highest complete metadata file, never the version hint, which can be one behind after a kill.
-    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the catalog's server does not answer.
+    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the catalog's server does not answer; ConfigError when it refuses the login.
     """
     from pyiceberg.table import StaticTable
 
@@ -573,23 +574,27 @@ def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
 def _load_table(properties: tuple[tuple[str, str], ...], table: str) -> IcebergTable:
     """The table as a catalog server knows it now.
 
-    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the server does not answer: an empty lake must never be read into that.
+    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the server does not answer, ConfigError when it refuses the login: neither must
+        be taken for an empty lake.
     """
-    from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
+    from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, RESTError
     from requests.exceptions import RequestException
-    from sqlalchemy.exc import OperationalError, ProgrammingError
+    from sqlalchemy.exc import DBAPIError
 
-    where = dict(properties)["warehouse"]
     try:
         return _server(properties).load_table(table)
-    except (NoSuchTableError, NoSuchNamespaceError, ProgrammingError, OperationalError, RequestException) as error:
-        found = str(getattr(error, "orig", error)).splitlines()[0]
-        absent = not isinstance(error, OperationalError | RequestException) or "no such table" in found
-        if absent:  # ProgrammingError (PostgreSQL) and "no such table" (SQLite): the catalog's own tables are not made yet
+    except (NoSuchTableError, NoSuchNamespaceError, DBAPIError, RESTError, RequestException) as error:
+        cause = getattr(error, "orig", error)
+        kind, found = type(cause).__name__, next(iter(str(cause).splitlines()), "")
+        # UndefinedTable (PostgreSQL) and "no such table" (SQLite): the catalog's own tables are not made yet.
+        if isinstance(error, NoSuchTableError | NoSuchNamespaceError) or kind == "UndefinedTable" or "no such table" in found:
+            where = dict(properties)["warehouse"]
             raise UpstreamMissing(
                 f"table {table} does not exist yet", expected=table, found=found, where=where, next_command="sid run refresh --date D"
             ) from error
-        raise ResourceLost(UNREACHABLE, expected="an answering catalog", found=found, where="SID_CATALOG_URI") from error
+        if kind in REFUSING:
+            raise ConfigError("the catalog refuses the login", expected="one that may read its tables", found=found or kind, where="SID_CATALOG_*") from error
+        raise ResourceLost(UNREACHABLE, expected="an answering catalog", found=found or kind, where="SID_CATALOG_URI") from error
 
 
 @functools.lru_cache(maxsize=4)
