@@ -80,8 +80,11 @@ def test_parameters_are_typed_titled_and_pass_their_own_defaults(bag: Any, dag_i
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("date", "2026-13-01"), ("date", "soon"), ("reason", ""), ("overrides", "seed=1"), ("release", "latest"), ("release", "d2026"), ("profile", None)],
-)
+    [
+        ("date", "2026-13-01"), ("date", "soon"), ("reason", ""), ("overrides", "seed=1"), ("overrides", [1]), ("release", "latest"), ("release", "d2026"),
+        ("profile", None),
+    ],
+)  # fmt: skip
 def test_a_bad_parameter_is_refused_before_anything_runs(bag: Any, name: str, bad: Any) -> None:
     from airflow.sdk.exceptions import ParamValidationError
 
