@@ -91,7 +91,7 @@ class StageOperator(BaseOperator):
             )
             self.outcome = outcome = launchers.launch(ctx, launchers.Request(profile=params["profile"], overrides=tuple(params["overrides"])))
         except SidError as error:
-            raise (AirflowException if error.retry else AirflowFailException)(error.message(params["profile"])) from error
+            raise (AirflowException if error.retry else AirflowFailException)(error.message(params["profile"], params["overrides"])) from error
         announce(outcome, context)
         return {"status": outcome["status"], "seconds": outcome["seconds"]}
 

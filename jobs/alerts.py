@@ -81,7 +81,7 @@ def failure(context: Mapping[str, Any]) -> dict[str, Any]:
         "audit_branch": on_branch["branch"] if on_branch else "",
         "failed_expectations": error.get("found", "").split("; ") if gate else [],
         **{name: error.get(name, "") for name in ("class", "headline", "expected", "found", "where")},
-        "next_command": for_profile(error.get("next_command", ""), str(params.get("profile", ""))),
+        "next_command": for_profile(error.get("next_command", ""), str(params.get("profile", "")), params.get("overrides") or ()),
     }
 
 

@@ -192,9 +192,9 @@ def test_an_error_fails_for_good_or_asks_for_a_retry_as_its_class_says(kind: typ
 
     error = kind("it did not work", expected="a", found="b", where="c", next_command="sid releases")
     with pytest.raises(AirflowException if error.retry else AirflowFailException) as caught:
-        execute("ingest", context(), monkeypatch, error)
+        execute("ingest", context(params={"overrides": ["seed=3"]}), monkeypatch, error)
     assert isinstance(caught.value, AirflowFailException) is not error.retry
-    assert str(caught.value) == error.message("tiny"), "the log ends in what to type next, for the profile of the run"
+    assert str(caught.value).endswith("sid releases --profile tiny --set seed=3"), "the log ends in what to type next, with the run's settings"
     assert caught.value.__cause__ is error
 
 

@@ -87,6 +87,12 @@ def test_a_failed_gate_says_table_branch_expectations_and_what_to_type(home: Hom
     }  # fmt: skip
 
 
+def test_the_command_to_type_goes_on_with_the_overrides_of_the_run(home: Home) -> None:
+    write_json(home.run_folder(f"{RUN}__sid_refresh") / "ingest.json", {"status": "failed", "error": GATE.fields()})
+    found = alerts.failure(context(params={"profile": "tiny", "overrides": ["source.path=/data"]}))
+    assert found["next_command"] == f"{GATE.next_command} --profile tiny --set source.path=/data"
+
+
 def test_without_a_document_the_exception_speaks(home: Home) -> None:
     found = alerts.failure(context())
     assert (found["class"], found["headline"], found["failed_expectations"]) == ("ValueError", "first", [])

@@ -153,6 +153,22 @@ def test_the_next_command_is_one_for_the_profile(command: str, shown: str) -> No
     assert for_profile(command, "demo") == for_profile(command, "") == command
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("sid run ingest --date D  (or close days)", "sid run ingest --date D --set 'source.path=a b' --set plan_night.policy=warm  (or close days)"),
+        ("sid run refresh --date D --set plan_night.policy=cold", "sid run refresh --date D --set plan_night.policy=cold --set 'source.path=a b'"),
+        ("sid inspect audit_x", "sid inspect audit_x --set 'source.path=a b' --set plan_night.policy=warm"),
+        ("sid stages", "sid stages"),
+        ("", ""),
+    ],
+)
+def test_the_next_command_goes_on_with_the_settings_that_met_the_error_but_for_those_it_changes(command: str, shown: str) -> None:
+    overrides = ("source.path=a b", "plan_night.policy=warm")
+    assert for_profile(command, "demo", overrides) == shown
+    assert example(GateFailed).message("tiny", overrides[1:]).splitlines()[-1].endswith("sid releases --profile tiny --set plan_night.policy=warm")
+
+
 def test_a_message_names_the_profile_and_a_path_with_a_space_is_quoted() -> None:
     assert example(GateFailed).message("my nights.toml").splitlines()[-1].endswith("sid releases --profile 'my nights.toml'")
     assert str(example(GateFailed)).endswith("sid releases")
