@@ -169,6 +169,14 @@ def test_a_mistake_is_explained_and_not_retried(
     assert not home.exists(), "a mistake leaves nothing behind"
 
 
+def test_a_mistyped_profile_suggests_no_run_with_another_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would load the demo's films into whatever lake the home has."""
+    assert ended(["rollback", "--to", "d20260301", "--reason", "why", "--profile", "nigthly"], monkeypatch) == 64
+    said = capsys.readouterr().err
+    assert "nightly" in said
+    assert "sid run" not in said
+
+
 def test_a_missing_option_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended(["run", "refresh"], monkeypatch) == 2
     assert ended(["no_such_command"], monkeypatch) == 2
