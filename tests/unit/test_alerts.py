@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -126,6 +128,17 @@ def test_a_receiver_that_refuses_or_redirects_is_only_logged(receiver: Receiver,
     assert alerts.deliver({"a": 1}) is False
     assert len(receiver.received) == 1, "a redirection is not followed"
     assert "alert not sent" in caplog.text
+
+
+def test_a_home_on_a_full_disk_is_still_told_about(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuses(path: Path, mode: int = 0o777) -> None:
+        raise full
+
+    monkeypatch.setattr(os, "mkdir", refuses)
+    alerts.on_failure(context(exception=full))
+    assert [(alert["task"], alert["headline"]) for alert in receiver.received] == [("ingest", "[Errno 28] No space left on device")]
 
 
 def test_nobody_listening_is_only_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
