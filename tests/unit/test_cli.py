@@ -132,8 +132,12 @@ def test_equations_as_json_name_source_and_function(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "arguments", [["show", "50", "--json"], ["diff", "d20260301", "d20260302", "--json"], ["report", "d20260301"], ["export", "d20260301"]]
-)
+    "arguments",
+    [
+        ["show", "50", "--json"], ["diff", "d20260301", "d20260302", "--json"], ["report", "d20260301"], ["export", "d20260301"],
+        ["inspect", "audit_ingest_20260301_1a2b3c4d"],
+    ],
+)  # fmt: skip
 def test_a_release_that_is_not_there_may_come_later(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended([*arguments, "--profile", "tiny"], monkeypatch) == 75
     shown = capsys.readouterr()
