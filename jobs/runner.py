@@ -154,8 +154,8 @@ def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None], 
 
 def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None], ledger: Ledger) -> StageResult:
     spark = _session(ctx) if stage.engine == "spark" else None
-    if stage.name == "publish_release":
-        tracking.flush(ctx.home, ctx.staging)  # a release without its runs in MLflow could not be traced back
+    if stage.name == "publish_release" or stage.engine == "torch":
+        tracking.flush(ctx.home, ctx.staging)  # a release without its runs could not be traced back, and a model that cannot be logged was trained for nothing
     inputs = Inputs(ctx.home, ctx.config.lake, dict(snapshots), spark)
     job: Callable[..., StageResult] = _job(stage).run
     step(ctx, "before_job")
