@@ -21,12 +21,10 @@ AGAIN_SECONDS = 2.0  # between two interrupts of a run that shall end
 
 def prepare(home: Home) -> None:
     """Point Airflow at this home and make its database and pools; must come before anything imports airflow."""
-    folder = home.folder("airflow")
     os.environ.update(settings(home))
     from airflow.utils.db import initdb
 
-    if not (folder / "airflow.db").is_file():
-        initdb()
+    initdb()  # also of a database that is there: a kill may have left half of one, an older Airflow another
     _make_pools()
 
 

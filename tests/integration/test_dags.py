@@ -25,11 +25,12 @@ BY_HAND = {"sid_rollback": {"tag": "d20260301", "reason": "a bad file"}}  # para
 
 @pytest.fixture(scope="module")
 def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """The private Airflow of a throw-away home."""
+    """The private Airflow of a throw-away home, whose first start was killed: its database is an empty file."""
     from jobs import airflow_home
 
     before, handlers = dict(os.environ), list(logging.getLogger().handlers)
     home = Home(tmp_path_factory.mktemp("home"))
+    (home.folder("airflow") / "airflow.db").touch()
     airflow_home.prepare(home)
     yield home
     os.environ.clear()
