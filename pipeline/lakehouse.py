@@ -236,17 +236,25 @@ def table_locks(home: Home, lake: Lake, tables: Iterable[str]) -> Iterator[None]
 
 
 def cut_branch(spark: SparkSession, table: str, branch: str) -> int | None:
-    """Cut an audit branch from main, dropping what an earlier try left; returns main's snapshot id."""
+    """Cut an audit branch from main, dropping what an earlier try left; returns main's snapshot id.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
     name = _checked_reference(branch)
-    if snapshot(spark, table, name) is not None:
-        spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH {name}")
-    spark.sql(f"ALTER TABLE {_full(table)} CREATE BRANCH {name}")
+    with _meeting_nobody(table):
+        if snapshot(spark, table, name) is not None:
+            spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH {name}")
+        spark.sql(f"ALTER TABLE {_full(table)} CREATE BRANCH {name}")
     return snapshot(spark, table)
 
 
 def drop_branch(spark: SparkSession, table: str, branch: str) -> None:
-    """Drop a branch if it is there."""
-    spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH IF EXISTS {_checked_reference(branch)}")
+    """Drop a branch if it is there.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
+    with _meeting_nobody(table):
+        spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH IF EXISTS {_checked_reference(branch)}")
 
 
 def check_columns(frame: DataFrame, spark: SparkSession, table: str) -> DataFrame:
@@ -474,11 +482,12 @@ def _partition(record: Any, days: Sequence[bool]) -> tuple[str, ...]:
 def create_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None:
     """Tag a snapshot, one commit.
 
-    Raises: ContractError when the tag exists: tags are never moved.
+    Raises: ContractError when the tag exists: tags are never moved; PublishConflict when somebody else committed to the table at the same moment.
     """
     if snapshot(spark, table, _checked_reference(tag)) is not None:
         raise ContractError(f"tag {tag} of {table} exists and is never moved", expected="a tag that is not there yet", found=tag, where=table)
-    _loaded(spark, table).manageSnapshots().createTag(tag, int(snapshot_id)).commit()
+    with _meeting_nobody(table):
+        _loaded(spark, table).manageSnapshots().createTag(tag, int(snapshot_id)).commit()
 
 
 def put_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None:
@@ -486,29 +495,44 @@ def put_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None
 
     Raises: PublishConflict when somebody else committed to the table at the same moment.
     """
-    from py4j.protocol import Py4JJavaError
-
     found = snapshot(spark, table, _checked_reference(tag))
     if found == snapshot_id:
         return
     change = _loaded(spark, table).manageSnapshots()
-    try:
+    with _meeting_nobody(table):
         (change.createTag if found is None else change.replaceTag)(tag, int(snapshot_id)).commit()
-    except Py4JJavaError as error:
-        kinds, said = _java_causes(error)
-        if "CommitFailedException" not in kinds:
-            raise
-        raise PublishConflict(f"{table} was committed to while it was tagged {tag}", expected="nobody else", found=said, where=table) from error
 
 
 def drop_references(spark: SparkSession, table: str, *, tags: Iterable[str] = (), branches: Iterable[str] = ()) -> None:
-    """Drop tags and branches in one commit; their snapshots stay until they are expired."""
+    """Drop tags and branches in one commit; their snapshots stay until they are expired.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
     change = _loaded(spark, table).manageSnapshots()
     for tag in tags:
         change = change.removeTag(_checked_reference(tag))
     for branch in branches:
         change = change.removeBranch(_checked_reference(branch))
-    change.commit()
+    with _meeting_nobody(table):
+        change.commit()
+
+
+@contextmanager
+def _meeting_nobody(table: str) -> Iterator[None]:
+    """A change of a table's references: Iceberg tries it once, and only an embedded lake has locks that keep others away.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (Py4JJavaError, PySparkException) as error:
+        kinds, said = _java_causes(error)
+        if "CommitFailedException" not in kinds:
+            raise
+        raise PublishConflict(f"{table} was committed to while its references were changed", expected="nobody else", found=said, where=table) from error
 
 
 def delete_partitions(spark: SparkSession, table: str, days: Sequence[date], properties: Mapping[str, str]) -> None:
