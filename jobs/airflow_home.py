@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
             expected="every task green",
             found=", ".join(f"{name} ({state})" for _, name, state in unfinished),
             where=done.run_id,
-            next_command=f"cat {Home.from_environment().run_folder(identity) / unfinished[0][1]}.json",
+            next_command=shlex.join(["cat", f"{Home.from_environment().run_folder(identity) / unfinished[0][1]}.json"]),
         )
     return identity
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 
 import pytest
 
 from pipeline import errors
+from pipeline.context import ROOT
 from pipeline.errors import (
     ConfigError,
     ContractError,
@@ -172,3 +174,8 @@ def test_the_next_command_goes_on_with_the_settings_that_met_the_error_but_for_t
 def test_a_message_names_the_profile_and_a_path_with_a_space_is_quoted() -> None:
     assert example(GateFailed).message("my nights.toml").splitlines()[-1].endswith("sid releases --profile 'my nights.toml'")
     assert str(example(GateFailed)).endswith("sid releases")
+
+
+def test_no_next_command_names_a_path_without_quotes() -> None:
+    sources = [path for folder in ("jobs", "pipeline") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path.name for path in sources if re.search(r'next_command=f"(?:rm|cat|tail)\b', path.read_text(encoding="utf-8"))]
