@@ -106,8 +106,9 @@ def _align(ctx: Context) -> None:
 
 
 def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshots: Mapping[str, int | None], error: SidError) -> None:
-    """Write down how far the stage came and what stopped it, with the next command completed."""
-    error.next_command = completed(error.next_command, ctx)
+    """Write down how far the stage came and what stopped it, with the next command completed; where another try may help and nothing else is named, that."""
+    again = f"sid run {stage.name} --date D" if error.retry else ""
+    error.next_command = completed(error.next_command or again, ctx)
     if not _speaks():
         return
     found = StageResult(metrics=ledger.found.metrics, curves=ledger.found.curves, figures=ledger.found.figures)

@@ -341,7 +341,6 @@ def publish(spark: SparkSession, table: str, branch: str, tag: str = "", expect:
             expected=f"snapshot {expect}",
             found=str(target.snapshotId()),
             where=f"{table} {name}",
-            next_command="run the stage again",
         )
     if tag and iceberg.refs().containsKey(_checked_reference(tag)):
         raise ContractError(
@@ -361,7 +360,6 @@ def publish(spark: SparkSession, table: str, branch: str, tag: str = "", expect:
             expected="main as it was when the branch was cut",
             found=found,
             where=f"{table} {name}",
-            next_command="run the stage again",
         ) from error
     logger.info("published table=%s branch=%s tag=%s snapshot=%d", table, name, tag or "-", target.snapshotId())
     return int(target.snapshotId())
