@@ -109,7 +109,7 @@ def run(inputs: Inputs, params: Maintain, ctx: Context) -> StageResult:
 
 
 def first_of_generations(releases: Sequence[Row]) -> set[str]:
-    """Tags of the first release of each generation that was not withdrawn: drift is measured against them as long as the generation serves."""
+    """Tags of the first release of each generation that was not withdrawn: gate_drift counts new evidence from its night on, whose counts stay with it."""
     standing = [row for row in releases if row["status"] != "withdrawn"]
     ordered = sorted(standing, key=release_order, reverse=True)
     return set({row["generation"]: row["tag"] for row in ordered}.values())
@@ -247,8 +247,8 @@ def retention(
     if found.get(TRAINED):
         manifest = spark.table(f"{lakehouse.CATALOG}.{MANIFEST}")
         staying = manifest.where(~F.col("logical_date").isin([F.lit(day) for day in found.get(MANIFEST, [])]))
-        tagged = {row["logical_date"]: histories[MANIFEST].tags[row["tag"]] for row in releases if row["tag"] in live & histories[MANIFEST].tags.keys()}
-        replaced = [lakehouse.read_frame(spark, MANIFEST, at).where(F.col("logical_date") == F.lit(day)) for day, at in tagged.items()]
+        tagged = [(row["logical_date"], histories[MANIFEST].tags[row["tag"]]) for row in releases if row["tag"] in live & histories[MANIFEST].tags.keys()]
+        replaced = [lakehouse.read_frame(spark, MANIFEST, at).where(F.col("logical_date") == F.lit(day)) for day, at in tagged]
         needed = {row.behavior_date for frame in (staying, *replaced) for row in frame.select("behavior_date").distinct().collect()}
         found[TRAINED] = [day for day in found[TRAINED] if day not in needed]
     return {table: gone for table, gone in found.items() if gone}

@@ -55,7 +55,7 @@ def content(lake: Lake, release: Row) -> ReportContent:
     vocabulary = views.generation(lake, release["generation"])
     rows = lakehouse.read_release(home, config.lake, release["tag"])
     return ReportContent(
-        release=facts(lake, release, rows, vocabulary, outcomes),
+        release=facts(lake, release, rows, vocabulary),
         gates=gates(outcomes, config),
         figures=[*figures(outcomes), *lake_figures(lake, release, rows, vocabulary)],
         slots=vocabulary["slots"],
@@ -75,12 +75,11 @@ def read_outcomes(home: Home, tag: str) -> dict[str, Row]:
     return {name: read_json(folder / f"{name}.json") for name in BY_NAME if (folder / f"{name}.json").is_file()}
 
 
-def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row, outcomes: Mapping[str, Row]) -> Row:
+def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> Row:
     """Facts of the release for the page's header; the commit is that of the code which made its rows, not of the one which writes the page."""
     import pyarrow.compute as pc
 
     home, config = lake
-    plan = outcomes.get("plan_night", {}).get("outputs", {})
     kept = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason")
     counted = {
         "new_items": pc.sum(rows["is_new"]).as_py() or 0,
@@ -88,7 +87,7 @@ def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row, outcomes: M
         "retired_items": pc.sum(pc.equal(rows["status"], "retired")).as_py() or 0,
     }
     origin = {
-        "policy": plan.get("reason", config.plan_night.policy),
+        "policy": release["reason"],
         "dataset": config.source.dataset,
         "tokenizer": vocabulary["tokenizer"],
         "git_sha": lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"]).get("sid.git_sha", "unknown"),

@@ -68,14 +68,15 @@ def branch(lake: Lake, name: str) -> list[Row]:
     from pipeline import spark as gate
 
     home, config = lake
-    spark = gate.session(home, config.lake, config.launch)
-    found = [table for table in lakehouse.table_names() if name in lakehouse.references(spark, table)]
+    references = {table: _references(lake, table) for table in lakehouse.table_names()}
+    found = [table for table, names in references.items() if name in names]
     if not found:
-        known_names = {other for table in lakehouse.table_names() for other in lakehouse.references(spark, table) if other.startswith("audit_")}
+        known_names = {other for names in references.values() for other in names if other.startswith("audit_")}
         there = ", ".join(sorted(known_names)) or "none is left: every night was published"
         raise UpstreamMissing(
             f"no branch {name!r}", expected=f"an audit branch that was not published ({there})", found=name, where="lake", next_command="sid releases"
         )
+    spark = gate.session(home, config.lake, config.launch)
     days = re.search(r"_(\d{4})(\d{2})(\d{2})_", name)
     dates = [date(*map(int, days.groups()))] if days else []
     measured = _measured(home, name)
@@ -89,6 +90,15 @@ def branch(lake: Lake, name: str) -> list[Row]:
             rows.append({"table": table, "check": judgement.rule, "observed": judgement.observed, "holds": judgement.passed})
         rows += _refused(frame, main) if table == REFUSED else []
     return rows
+
+
+def _references(lake: Lake, table: str) -> set[str]:
+    """Names of the table's branches and tags; none of a table that is not there (yet)."""
+    try:
+        history = lakehouse.history(lake[0], lake[1].lake, table)
+    except UpstreamMissing:
+        return set()
+    return {*history.branches, *history.tags}
 
 
 def _measured(home: Home, branch: str) -> dict[str, float]:

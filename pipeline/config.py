@@ -773,7 +773,6 @@ def _profile_path(profile: str) -> Path:
             expected="one of " + ", ".join(known_profiles()) + ", or a path to a .toml file",
             found=profile,
             where=str(path),
-            next_command=f"sid run refresh --date D --profile {known_profiles()[0]}",
         )
     return path
 

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -278,7 +279,7 @@ def prepared_folder(root: Path, key: str, make: Callable[[Path], None]) -> Path:
             expected="the files as they were made",
             found=f"{len(changed)} changed, first {changed[0]}",
             where=str(folder),
-            next_command=f"rm -r {folder}",
+            next_command=shlex.join(["rm", "-r", str(folder)]),
         )
     return folder
 

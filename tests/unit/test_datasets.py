@@ -160,12 +160,14 @@ def test_prepared_folder_is_made_once_and_notices_changes(tmp_path: Path):
         calls.append(folder)
         (folder / "a.csv").write_text("x\n1\n")
 
-    folder = prepared_folder(tmp_path, "key", make)
-    assert prepared_folder(tmp_path, "key", make) == folder
+    root = tmp_path / "my data"
+    folder = prepared_folder(root, "key", make)
+    assert prepared_folder(root, "key", make) == folder
     assert len(calls) == 1
     (folder / "a.csv").write_text("x\n2\n")
-    with pytest.raises(ContractError, match=r"first a\.csv"):
-        prepared_folder(tmp_path, "key", make)
+    with pytest.raises(ContractError, match=r"first a\.csv") as caught:
+        prepared_folder(root, "key", make)
+    assert caught.value.next_command == f"rm -r '{folder}'", "typed without quotes it would take another folder away"
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path):

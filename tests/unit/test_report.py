@@ -117,8 +117,8 @@ def test_the_commands_of_a_page_hold_no_password(tmp_path: Path, monkeypatch: py
     assert "postgresql://mlflow:***@db/mlflow" in shown
 
 
-def test_the_facts_of_a_page_name_the_commit_that_made_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever upgraded meanwhile writes the page with another one."""
+def test_the_facts_of_a_page_name_the_commit_and_the_policy_that_made_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever upgraded or changed the profile meanwhile writes the page with other ones."""
     monkeypatch.setenv("SID_GIT_SHA", "of-the-page")
     written = {4: {"sid.git_sha": "of-the-rows"}}
     monkeypatch.setattr(lakehouse, "origin", lambda home, lake, table, snapshot_id: written.get(snapshot_id, {}))
@@ -126,8 +126,9 @@ def test_the_facts_of_a_page_name_the_commit_that_made_the_rows(tmp_path: Path, 
     release = dict.fromkeys(columns, "x") | {"snapshot_id": 4}
     rows = pa.table({"is_new": [True], "changed_from_parent": [False], "status": ["live"]})
     lake = (Home(tmp_path), config.load("tiny"))
-    assert report_page.facts(lake, release, rows, {"tokenizer": "opq"}, {})["git_sha"] == "of-the-rows"
-    assert report_page.facts(lake, release | {"snapshot_id": 5}, rows, {"tokenizer": "opq"}, {})["git_sha"] == "unknown", "swept away"
+    found = report_page.facts(lake, release | {"reason": "refit due, anchored"}, rows, {"tokenizer": "opq"})
+    assert (found["git_sha"], found["policy"]) == ("of-the-rows", "refit due, anchored")
+    assert report_page.facts(lake, release | {"snapshot_id": 5}, rows, {"tokenizer": "opq"})["git_sha"] == "unknown", "swept away"
 
 
 def test_gates_are_shown_with_the_limits_they_were_judged_by() -> None:
