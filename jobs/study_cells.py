@@ -475,17 +475,27 @@ class Questions:
 
 
 def questions(job: Job) -> Questions:
-    """What retrievers are asked: the answers bought after a day's gap decide, the others stand in the slice `all_with_ties` alone."""
+    """What retrievers are asked: answers that are new to the user and not tied decide, the others stand in slices of their own (`set_apart`)."""
     from pipeline.evaluation import Packed, strata
 
     world = job.world
     asked = world.asked(job.part, job.page.data[job.cell.data].max_questions, job.seed("questions"))
     target_Q = world.item_T[asked.at_Q]
-    masks = strata(world.stratum_N[target_Q], world.count_N[target_Q])
-    if asked.tied_Q.any():
-        masks = {name: mask & ~asked.tied_Q for name, mask in masks.items()} | {"all_with_ties": np.ones(len(target_Q), dtype=bool)}
+    masks = set_apart(strata(world.stratum_N[target_Q], world.count_N[target_Q]), asked.tied_Q, world.had(asked))
     histories = Packed(*packed(world.item_T, asked.start_Q, asked.stop_Q))
     return Questions(histories, target_Q, world.user_T[asked.at_Q], masks)
+
+
+def set_apart(masks: Mapping[str, NDArray[np.bool_]], tied_B: NDArray[np.bool_], had_B: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
+    """The slices without tied answers and without those that the user has had; `all_with_ties` and `all_with_repeats` hold one kind of them too.
+
+    An answer out of the user's own history tells itself: where the history is masked all of it leaves the ranking but the answer, and no negative of a
+    ranker is the user's own. The examples of the pipeline are an item's first time, too (sql/rank/rank_example/next_basket.sql).
+    """
+    kept = {name: mask & ~tied_B & ~had_B for name, mask in masks.items()}
+    kinds = {"all_with_ties": (tied_B, had_B), "all_with_repeats": (had_B, tied_B)}
+    kept |= {name: masks["all"] & ~other_B for name, (own_B, other_B) in kinds.items() if own_B.any()}
+    return {name: mask for name, mask in kept.items() if mask.any()}
 
 
 def floors(job: Job) -> dict[str, Any]:
@@ -725,7 +735,7 @@ def row_masks(world: World, asked: Asked, rows: RankRows) -> dict[str, NDArray[n
     """Slice -> mask of rankers' rows, empty ones left out.
 
     Negatives are items that training knows, so a question whose answer it has never seen is in no slice: that an item is new would tell the answer.
-    Tied answers stand in `all_with_ties` alone, as for retrievers (`questions`). Ratings are judged as they are.
+    Tied answers and those that the user has had stand in slices of their own, as for retrievers (`set_apart`). Ratings are judged as they are.
     """
     from pipeline.evaluation import strata
 
@@ -734,9 +744,7 @@ def row_masks(world: World, asked: Asked, rows: RankRows) -> dict[str, NDArray[n
         return masks
     question_B = question_of_rows(count, len(rows) // max(count, 1) - 1)
     known_B = (world.item_T[asked.at_Q] < world.num_known)[question_B]
-    tied_B = asked.tied_Q[question_B]
-    masks = {name: mask & known_B & ~tied_B for name, mask in masks.items()} | ({"all_with_ties": known_B} if tied_B.any() else {})
-    return {name: mask for name, mask in masks.items() if mask.any()}
+    return set_apart({name: mask & known_B for name, mask in masks.items()}, asked.tied_Q[question_B], world.had(asked)[question_B])
 
 
 def negatives(world: World, asked: Asked, count: int, seed: int, *, final: bool) -> NDArray[np.int64]:

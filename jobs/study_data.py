@@ -135,6 +135,11 @@ class World:
         }[part]
         return self._questions(np.flatnonzero(inside & (self.stop_T > self.offset_U[self.user_T])), most, seed)
 
+    def had(self, asked: Asked) -> Bools:
+        """Whether the history of each question holds its answer, (Q,): the user takes the item again."""
+        _, first, pair_T = np.unique(self.user_T * self.num_items + self.item_T, return_index=True, return_inverse=True)
+        return np.asarray(first[pair_T[asked.at_Q]] < asked.stop_Q)
+
     def learned(self, latest: int) -> Asked:
         """Training events as questions for rankers: each user's latest ones that have a history."""
         able = np.flatnonzero((self.part_T == TRAIN) & (self.stop_T > self.offset_U[self.user_T]))

@@ -32,6 +32,8 @@ KEPT, NOT_KEPT, CANNOT_TELL = "kept", "not kept", "cannot tell"
 FLOORS = ("popularity", "markov", "ease")  # arms of the reader `floor`
 NEEDS_PATH = ("amazon_beauty", "online_retail")  # data sets that are the user's own copy
 JUDGED_ROWS = "answers that training knows, ties apart"  # what rankers are judged on (study_cells.row_masks): part of what a cell is
+TAKEN_AGAIN = ("online_retail", "shop")  # data sets whose users take an item more than once
+JUDGED_ANSWERS = "answers that are new to the user"  # what readers of such sets are judged on (study_cells.set_apart): part of what a cell is
 
 
 # ---------------------------------------------------------------- the page
@@ -103,7 +105,7 @@ class Claim(Section):
     metric: str = Field(..., description="recall@k | ndcg@k | auc | gauc, or a number of the codes or features")
     control_metric: str = Field("", description="metric of the control; empty = the same")
     times: float = Field(1.0, gt=0, description="the arm is compared with so many times the control's number: 2 = at least twice as much")
-    stratum: str = Field("all", description="all | head | torso | tail | evidence_0 | evidence_1_4 | all_with_ties")
+    stratum: str = Field("all", description="all | head | torso | tail | evidence_0 | evidence_1_4 | all_with_ties | all_with_repeats")
     direction: Literal["greater", "smaller", "not_worse"] = Field("greater", description="what the difference shall be")
     margin: float = Field(0.0, ge=0, description="greater, smaller: the difference must exceed it; not_worse: it may fall behind by it")
     least: float = Field(0.0, ge=0, description="smallest difference that would matter; an interval wholly below it is `not kept`")
@@ -323,6 +325,7 @@ def grid(page: Page, digests: Mapping[str, str], part: Part = "valid") -> list[C
             "part": part,
             **page.train_retriever.model_dump(mode="json", include={"mask_history", "ease_up_to"}),
             "rankers": JUDGED_ROWS if ranked else False,
+            **_judged(page, name),
         }
         cells = [_cell("floors", f"{label}/floors", name, world, 0, spec=floors)]
         for arm in [each for each, chosen in page.arms.items() if not chosen.data or name in chosen.data]:
@@ -383,11 +386,16 @@ def _read_cell(
     chosen, read = page.arms[arm], page.readers[reader]
     how = {} if chosen.tokenizer == "none" else {"codes": chosen.codes, "weights": chosen.weights, "item": read.item if read.kind == "ranker" else ""}
     settings = {} if read.kind == "neighbours" else reader_settings(page, reader).model_dump(mode="json")
-    how |= {"judged": JUDGED_ROWS} if read.kind == "ranker" else {}
+    how |= _judged(page, name) | ({"judged": JUDGED_ROWS} if read.kind == "ranker" else {})
     spec = {**ground, "needs": needs, "part": part, "kind": read.kind, "settings": settings, "reader_seed": seed, **how}
     return _cell(
         "read", f"{label}/{arm}/{reader}/seed {seed}", name, world, seed, spec=spec, inputs=inputs_of(page, arm, name), arm=arm, reader=reader, needs=needs
     )
+
+
+def _judged(page: Page, data: str) -> dict[str, Any]:
+    """What a cell's key says of the answers that count, where a user may take an item twice."""
+    return {"answers": JUDGED_ANSWERS} if page.data[data].kind in TAKEN_AGAIN else {}
 
 
 def _cell(kind: str, name: str, data: str, world: int, seed: int, *, spec: Mapping[str, Any], **more: Any) -> Cell:

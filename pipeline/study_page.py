@@ -18,7 +18,7 @@ from pipeline.study import CANNOT_TELL, KEPT, NOT_KEPT
 
 RETRIEVED = ("recall@5", "recall@10", "recall@50", "recall@100", "ndcg@10", "ndcg@50", "invalid_beams")
 RANKED = ("auc", "gauc", "logloss")
-SLICES = ("all", "head", "torso", "tail", "evidence_0", "evidence_1_4", "all_with_ties")
+SLICES = ("all", "head", "torso", "tail", "evidence_0", "evidence_1_4", "all_with_ties", "all_with_repeats")
 CODED = ("utilisation", "perplexity", "collision_rate", "nmse/text", "nmse/image", "nmse/behavior", "nmse/behavior/tail", "closed_share/head")
 CODED_TOO = ("closed_share/tail", "head_share@10", "purity", "purity/tail")
 RICH = ("norm", "count", "rank", "reliability")

@@ -217,12 +217,16 @@ def test_a_ranker_is_not_judged_where_newness_tells_the_answer() -> None:
     rows = study_cells.rank_rows(job(world), asked, final=True, history=5)
     masks = study_cells.row_masks(world, asked, rows)
     count = len(asked.at_Q)
+    again = [world.item_T[at] in world.item_T[start:stop] for at, start, stop in zip(asked.at_Q, asked.start_Q, asked.stop_Q, strict=True)]
+    assert 0 < sum(again) < count
     for row in range(len(rows)):
         question = row if row < count else (row - count) // 4
         fair = world.item_T[asked.at_Q[question]] < world.num_known
-        assert masks["all"][row] == (fair and not asked.tied_Q[question])
-        assert masks["all_with_ties"][row] == fair
+        assert masks["all"][row] == (fair and not asked.tied_Q[question] and not again[question])
+        assert masks["all_with_ties"][row] == (fair and not again[question])
+        assert masks["all_with_repeats"][row] == (fair and not asked.tied_Q[question])
     assert (rows.target[masks["all"]] <= world.num_known).all()
+    assert not (rows.history[masks["all"]] == rows.target[masks["all"], None]).any(), "no answer stands in its own history, as no negative does"
 
 
 def test_a_subset_of_users_keeps_their_events_and_the_ends_of_their_histories() -> None:

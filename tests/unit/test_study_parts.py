@@ -101,15 +101,18 @@ def test_answers_of_later_parts_change_nothing_that_is_learnt_or_asked_before(tm
         np.testing.assert_array_equal(a, b)
 
 
-def test_tied_answers_stand_in_a_slice_of_their_own(tmp_path: Path) -> None:
+def test_tied_and_repeated_answers_stand_in_slices_of_their_own(tmp_path: Path) -> None:
     world = beauty(tmp_path, shoppers())
     page = study.parse({"data": {"beauty": {"kind": "amazon_beauty", "path": str(tmp_path)}}, "arms": {"ids": {"tokenizer": "none"}}}, where="here")
     cell = study.grid(page, {"beauty": "digest"}, "confirm")[0]
     asked = study_cells.questions(study_cells.Job(page, cell, world, study_cells.Store(tmp_path), "confirm"))
     tied = np.array([row[3] for row in told(world, "confirm")])
-    np.testing.assert_array_equal(asked.masks["all"], ~tied)
-    assert asked.masks["all_with_ties"].all()
-    assert not any((mask & tied).any() for name, mask in asked.masks.items() if name != "all_with_ties")
+    again = np.array([answer in history for _, history, answer, _ in told(world, "confirm")])
+    assert (again & ~tied).any()
+    np.testing.assert_array_equal(asked.masks["all"], ~tied & ~again)
+    np.testing.assert_array_equal(asked.masks["all_with_ties"], ~again)
+    np.testing.assert_array_equal(asked.masks["all_with_repeats"], ~tied)
+    assert not any((mask & (tied | again)).any() for name, mask in asked.masks.items() if not name.startswith("all_with"))
 
 
 def test_movielens_asks_for_blocks_from_before_them(tmp_path: Path) -> None:
