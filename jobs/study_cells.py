@@ -714,8 +714,9 @@ def rank_rows(job: Job, asked: Asked, *, final: bool, history: int) -> RankRows:
         label_B = np.concatenate([np.ones(len(row_B)), np.zeros(len(wrong_B))]).astype(np.float32)
         row_B = question_of_rows(len(row_B), settings.negatives)
     user_B = world.user_T[asked.at_Q][row_B]
+    taught = np.unique(world.user_T[world.learned(settings.rank_events).at_Q])
     return RankRows(
-        user=user_B + 1,
+        user=np.where(np.isin(user_B, taught), user_B + 1, 0),
         person=user_B,
         target=target_B + 1,
         history=_histories(world, asked, history)[row_B],

@@ -209,6 +209,19 @@ def test_a_history_ends_before_its_answer_and_negatives_are_nobodys_own() -> Non
     assert (world.stratum_N[drawn] == world.stratum_N[answers]).all()
 
 
+def test_a_ranker_knows_no_user_that_it_is_not_taught() -> None:
+    events, catalogue = log(users=40)
+    events = replace(events, part_T=np.where(events.user_T < "u010", np.where(events.part_T == TRAIN, study_data.UNUSED, events.part_T), events.part_T))
+    world = prepared(events, catalogue, DataSet())
+    taught = study_cells.rank_rows(job(world), world.learned(3), final=False, history=5)
+    asked = study_cells.rank_rows(job(world), world.asked("test"), final=True, history=5)
+    assert set(asked.person[asked.user == 0]) == set(range(10)), "a row of the user table that nothing has trained is noise"
+    for rows in (taught, asked):
+        np.testing.assert_array_equal(rows.user[rows.user > 0], rows.person[rows.user > 0] + 1)
+    assert set(asked.user) - {0} <= set(taught.user)
+    assert (taught.user > 0).all()
+
+
 def test_a_ranker_is_not_judged_where_newness_tells_the_answer() -> None:
     events, catalogue = log(users=40)
     tied = np.arange(len(events.part_T)) % 3 == 0
