@@ -66,7 +66,7 @@ def fit(
     """
     if settings.distill_weight and teacher_ND is None:
         raise ValueError("distillation needs the items' vectors")
-    rest, questions = holdout(sequences, settings.valid_users, settings.max_history, seed)
+    rest, questions = holdout(sequences, settings.valid_users, settings.max_history, seed, new=settings.mask_history)
     with deterministic(seed):
         model, table = build(catalogue, settings).to(device), catalogue.constraint().to(device)
         if isinstance(model, Parallel):
