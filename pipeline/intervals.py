@@ -114,7 +114,7 @@ class Estimate:
     """A difference with its interval.
 
     Args:
-        p: two-sided, against the claim's margin.
+        p: two-sided, against the claim's margin; 1 where nothing was measured.
         detectable: smallest true difference that would be seen with a power of 80 %.
         seed_sd: deviation between seeds, None for one.
         units: what was resampled beside seeds: users, items or worlds.
@@ -159,7 +159,7 @@ def estimate(effect: Effect, *, null: float = 0.0, resamples: int = 2000, seed: 
         difference=float(effect.theta_S.mean()),
         low=float(low),
         high=float(high),
-        p=float(min(1.0, 2 * max(beyond, 1 / (resamples + 1)))),
+        p=float(min(1.0, 2 * max(beyond, 1 / (resamples + 1)))) if np.isfinite(value_R).all() else 1.0,
         detectable=float(POWER * value_R.std()),
         seed_sd=float(effect.theta_S.std(ddof=1)) if seeds > 1 else None,
         seeds=seeds,

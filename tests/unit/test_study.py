@@ -409,6 +409,9 @@ def test_holm() -> None:
     assert intervals.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert intervals.holm([0.9, 0.8]) == [1.0, 1.0]
     assert intervals.holm([]) == []
+    one_class = intervals.auc_effect(np.ones(30), *np.random.default_rng(0).random((2, 2, 30)), np.arange(30))
+    assert np.isnan(one_class.theta_S).all()
+    assert intervals.estimate(one_class, resamples=100).p == 1.0, "a claim that cannot be measured makes no other one more likely"
 
 
 def test_intervals_decide_for_a_better_arm_and_not_for_equal_ones_or_without_rows() -> None:
