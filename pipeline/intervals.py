@@ -79,12 +79,11 @@ def _share_below(of: Floats, among: Floats) -> Floats:
     return (np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")) / 2 / max(ordered.size, 1)
 
 
-def spearman_effect(a_SB: ArrayLike, b_SB: ArrayLike, truth_SB: ArrayLike) -> Effect:
-    """The effect on Spearman(a, truth) - Spearman(b, truth), units are the rows; ranks are taken once, on all rows."""
-    sides = [np.stack([_standard_ranks(row_B) for row_B in np.atleast_2d(values)]) for values in (a_SB, b_SB, truth_SB)]
-    a_SB, b_SB, truth_SB = sides
-    (rho_a_S, in_a_SB), (rho_b_S, in_b_SB) = _spearman_parts(a_SB, truth_SB), _spearman_parts(b_SB, truth_SB)
-    return Effect(rho_a_S - rho_b_S, in_a_SB - in_b_SB, a_SB.shape[1])
+def spearman_effect(a_SB: ArrayLike, b_SB: ArrayLike, truth_a_SB: ArrayLike, truth_b_SB: ArrayLike) -> Effect:
+    """The effect on Spearman(a, truth of a) - Spearman(b, truth of b), units are the rows; ranks are taken once, on all rows."""
+    ranks = [np.stack([_standard_ranks(row_B) for row_B in np.atleast_2d(values)]) for values in (a_SB, b_SB, truth_a_SB, truth_b_SB)]
+    (rho_a_S, in_a_SB), (rho_b_S, in_b_SB) = _spearman_parts(ranks[0], ranks[2]), _spearman_parts(ranks[1], ranks[3])
+    return Effect(rho_a_S - rho_b_S, in_a_SB - in_b_SB, ranks[0].shape[1])
 
 
 def _spearman_parts(x_SB: Floats, truth_SB: Floats) -> tuple[Floats, Floats]:
