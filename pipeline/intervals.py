@@ -138,7 +138,9 @@ class Estimate:
 def estimate(effect: Effect, *, null: float = 0.0, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
     """The mean over seeds with its two-way interval: seeds are drawn with replacement and units are counted anew (Poisson) in every resample.
 
-    Deviations between seeds are widened by sqrt(S / (S - 1)), because a handful of seeds shows too little of its own spread.
+    Deviations between seeds are widened by sqrt(S / (S - 1)), because a handful of seeds shows too little of its own spread. That mends the variance, not the
+    tails: where seeds add as much to the standard error as units do, a 95 % interval of 2, 3 and 5 seeds covers .91, .92 and .93, where they add twice as much
+    .83, .87 and .89, where they are all of it .67, .79 and .87 (1,000 simulated differences each).
 
     Args:
         null: the difference that the p-value is taken against.
