@@ -182,6 +182,15 @@ def test_a_run_without_a_held_branch_is_told_what_to_do():
     assert caught.value.next_command.startswith("sid run assign_sid")
 
 
+def test_a_run_whose_audited_branch_was_swept_away_is_told_to_make_it_again():
+    publish, reused = (publish_release.Decision(action=action, tag="d20260105", revision=1) for action in ("publish", "reused"))
+    publish_release.check_branch(publish, "audit_a", {"main": 1, "audit_a": 2})
+    publish_release.check_branch(reused, "audit_a", {"main": 1})
+    with pytest.raises(ContractError, match="branch is gone") as caught:
+        publish_release.check_branch(publish, "audit_a", {"main": 1})
+    assert caught.value.next_command == "sid run assign_sid --date D"
+
+
 # ---------------------------------------------------------------- titles
 
 
