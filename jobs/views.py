@@ -52,10 +52,8 @@ def diff(lake: Lake, old: str, new: str) -> list[Row]:
     """Churn between two releases, by scope: all, stratum, position."""
     home, config = lake
     releases = lakehouse.read_releases(home, config.lake)
-    resolve(releases, old)  # an unknown tag fails here, with the known ones
-    after = resolve(releases, new)
-    sizes = generation(lake, after["generation"])["codebook_sizes"]
-    return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), sizes)
+    sizes = [generation(lake, resolve(releases, tag)["generation"])["codebook_sizes"] for tag in (old, new)]  # an unknown tag fails here, with the known ones
+    return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), *sizes)
 
 
 def branch(lake: Lake, name: str) -> list[Row]:
