@@ -357,7 +357,7 @@ def _outcome(stage: Stage, status: str, started: float, result: StageResult, led
 def _remember(stage: Stage, ctx: Context, outcome: Mapping[str, Any]) -> None:
     """Keep what a release's own run found under reports/<tag>/; a later run that reuses the release must not blank its report."""
     tag = ctx.param("release") if stage.group == "consumers" else ctx.plan().tag if stage.group == "refresh" else ""
-    if tag and outcome["status"] != "reused":
+    if tag and outcome["status"] != "reused" and not outcome["outputs"].get("reuse"):  # plan_night, which says that the others reuse, ends as done itself
         folder = ctx.home.folder("reports") / tag
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{stage.name}.json", outcome)

@@ -52,10 +52,8 @@ def diff(lake: Lake, old: str, new: str) -> list[Row]:
     """Churn between two releases, by scope: all, stratum, position."""
     home, config = lake
     releases = lakehouse.read_releases(home, config.lake)
-    resolve(releases, old)  # an unknown tag fails here, with the known ones
-    after = resolve(releases, new)
-    sizes = generation(lake, after["generation"])["codebook_sizes"]
-    return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), sizes)
+    sizes = [generation(lake, resolve(releases, tag)["generation"])["codebook_sizes"] for tag in (old, new)]  # an unknown tag fails here, with the known ones
+    return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), *sizes)
 
 
 def branch(lake: Lake, name: str) -> list[Row]:
@@ -88,7 +86,7 @@ def branch(lake: Lake, name: str) -> list[Row]:
         known = {metric.removeprefix(f"{table}/"): value for metric, value in measured.items() if metric.startswith(f"{table}/")}
         for judgement in quality.observe(frame, table, dates=dates, config=config, known=known):
             rows.append({"table": table, "check": judgement.rule, "observed": judgement.observed, "holds": judgement.passed})
-        rows += _refused(frame, main) if table == REFUSED else []
+        rows += _refused(frame, main, _changed_days(lake, table, name)) if table == REFUSED else []
     return rows
 
 
@@ -108,11 +106,20 @@ def _measured(home: Home, branch: str) -> dict[str, float]:
     return next((outcome["metrics"] for outcome in outcomes if outcome.get("branch") == branch), {})
 
 
-def _refused(frame: DataFrame, main: DataFrame) -> list[Row]:
-    """Rows of the branch that main does not have, counted by reason, each with one of them."""
+def _changed_days(lake: Lake, table: str, branch: str) -> list[date]:
+    """Days in which the branch has files that main does not have: an ingest also replaces days before its own."""
+    home, config = lake
+    heads = lakehouse.history(home, config.lake, table).branches
+    there, main = (lakehouse.files_at(home, config.lake, table, [heads[name]]) for name in (branch, "main"))
+    return sorted({date.fromisoformat(file.partition[0]) for path, file in there.items() if path not in main})
+
+
+def _refused(frame: DataFrame, main: DataFrame, days: Sequence[date]) -> list[Row]:
+    """Rows of the branch that main does not have, which all lie in these days, counted by reason, each with one of them."""
     from pyspark.sql import functions as F
 
-    counts = frame.exceptAll(main).groupBy("reason").agg(F.count(F.lit(1)).alias("rows"), F.min("row").alias("row")).orderBy("reason").collect()
+    new, old = (one.where(F.col("logical_date").isin([F.lit(day) for day in days])) for one in (frame, main))
+    counts = new.exceptAll(old).groupBy("reason").agg(F.count(F.lit(1)).alias("rows"), F.min("row").alias("row")).orderBy("reason").collect()
     return [
         {"table": REFUSED, "check": f"refused as {count.reason}, e.g. {str(count.row)[:EXAMPLE]}", "observed": count.rows, "holds": True} for count in counts
     ]

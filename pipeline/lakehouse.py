@@ -160,10 +160,15 @@ def references(spark: SparkSession, table: str) -> dict[str, int]:
 
 
 def read_frame(spark: SparkSession, table: str, snapshot_id: int | None) -> DataFrame:
-    """The table's rows at a snapshot; None reads main as it is now."""
+    """The table's rows at a snapshot, with nulls in the columns that were added since; None reads main as it is now."""
+    from pyspark.sql import functions as F
+
+    now = spark.table(_full(table))
     if snapshot_id is None:
-        return spark.table(_full(table))
-    return spark.read.option("snapshot-id", snapshot_id).format("iceberg").load(_full(table))
+        return now
+    rows = spark.read.option("snapshot-id", snapshot_id).format("iceberg").load(_full(table))
+    added = {field.name: F.lit(None).cast(field.dataType) for field in now.schema.fields if field.name not in rows.columns}
+    return rows.withColumns(added) if added else rows
 
 
 def read_release_frame(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:

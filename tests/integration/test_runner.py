@@ -373,6 +373,17 @@ def test_an_error_that_another_try_may_mend_names_the_stage_where_it_names_nothi
     assert error.next_command == read_json(ctx.staging / "assign_sid.json")["error"]["next_command"] == shown
 
 
+def test_a_plan_that_reuses_a_release_does_not_replace_the_one_it_was_made_by(tmp_path: Path) -> None:
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="plan_night", logical_date=date(2026, 3, 2), run_id="night")
+    facts = {"tag": "d20260302", "revision": 1, "generation": 1, "start": "", "reason": "frozen", "parent": None, "files": [], "input_fingerprint": "f"}
+    outputs = {**facts, "logical_date": "2026-03-02", "config_hash": "c", "seed": 1}
+    for seconds, reuse in ((1.0, ""), (2.0, "d20260302")):
+        outcome = {"status": "done", "seconds": seconds, "outputs": {**outputs, "reuse": reuse}}
+        write_json(ctx.staging / "plan_night.json", outcome)
+        runner._remember(BY_NAME["plan_night"], ctx, outcome)
+    assert read_json(ctx.home.folder("reports") / "d20260302" / "plan_night.json")["seconds"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("run_id", "given", "shown"),
     [
