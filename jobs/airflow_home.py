@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,12 +22,10 @@ AGAIN_SECONDS = 2.0  # between two interrupts of a run that shall end
 
 def prepare(home: Home) -> None:
     """Point Airflow at this home and make its database and pools; must come before anything imports airflow."""
-    folder = home.folder("airflow")
     os.environ.update(settings(home))
     from airflow.utils.db import initdb
 
-    if not (folder / "airflow.db").is_file():
-        initdb()
+    initdb()  # also of a database that is there: a kill may have left half of one, an older Airflow another
     _make_pools()
 
 
@@ -68,7 +67,7 @@ def run_dag(dag_id: str, logical_date: datetime, conf: dict[str, Any]) -> str:
             expected="every task green",
             found=", ".join(f"{name} ({state})" for _, name, state in unfinished),
             where=done.run_id,
-            next_command=f"cat {Home.from_environment().run_folder(identity) / unfinished[0][1]}.json",
+            next_command=shlex.join(["cat", f"{Home.from_environment().run_folder(identity) / unfinished[0][1]}.json"]),
         )
     return identity
 

@@ -31,7 +31,7 @@ PARAMS: dict[str, Param] = {
         title="Profile",
         description="a name in pipeline/profiles or a .toml file; preset by SID_PROFILE, else by the profile that made the lake",
     ),
-    "overrides": Param([], type="array", title="Overrides", description="section.key=value"),
+    "overrides": Param([], type="array", items={"type": "string"}, title="Overrides", description="section.key=value"),
     "reason": Param("nightly", type="string", minLength=3, title="Reason", description="why this run exists; stored in every snapshot"),
     "release": Param(
         None, type=["null", "string"], pattern="^d[0-9]{8}(_r[0-9]+)?$", title="Release", description="tag to read; empty = from the triggering event"
@@ -89,7 +89,7 @@ class StageOperator(BaseOperator):
             )
             self.outcome = outcome = launchers.launch(ctx, launchers.Request(profile=params["profile"], overrides=tuple(params["overrides"])))
         except SidError as error:
-            raise (AirflowException if error.retry else AirflowFailException)(error.message(params["profile"])) from error
+            raise (AirflowException if error.retry else AirflowFailException)(error.message(params["profile"], params["overrides"])) from error
         announce(outcome, context)
         return {"status": outcome["status"], "seconds": outcome["seconds"]}
 

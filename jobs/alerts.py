@@ -81,7 +81,7 @@ def failure(context: Mapping[str, Any]) -> dict[str, Any]:
         "audit_branch": on_branch["branch"] if on_branch else "",
         "failed_expectations": error.get("found", "").split("; ") if gate else [],
         **{name: error.get(name, "") for name in ("class", "headline", "expected", "found", "where")},
-        "next_command": for_profile(error.get("next_command", ""), str(params.get("profile", ""))),
+        "next_command": for_profile(error.get("next_command", ""), str(params.get("profile", "")), params.get("overrides") or ()),
     }
 
 
@@ -138,13 +138,14 @@ def _post(address: str, body: bytes) -> bool:
 
 def _outcome_error(run: str, stage: str) -> dict[str, str]:
     """The error of the stage's outcome document, empty without one."""
-    path = Home.from_environment().run_folder(run) / f"{stage}.json"
-    if not path.is_file():
-        return {}
     try:
-        return dict(read_json(path).get("error") or {})
+        path = Home.from_environment().run_folder(run) / f"{stage}.json"
+        return dict(read_json(path).get("error") or {}) if path.is_file() else {}
     except SidError as error:
         return error.fields()
+    except OSError as full:  # the home cannot be looked at, perhaps the very thing to tell about
+        logger.error("the outcome of %s cannot be read: %s", stage, full)
+        return {}
 
 
 def _raised(error: object) -> dict[str, str]:

@@ -36,7 +36,7 @@ CHANGING = frozenset({"maintenance", "maintain", "rollback"})  # what `sid run` 
 console = Console()
 complaints = Console(stderr=True)
 GROUPS = ("refresh", "consumers", "maintenance")
-IN_FORCE: ContextVar[str] = ContextVar("profile", default="")  # of the command that runs, for the next command of its error
+IN_FORCE: ContextVar[tuple[str, tuple[str, ...]]] = ContextVar("in_force", default=("", ()))  # profile and overrides, for the next command of an error
 
 Profile = Annotated[
     str,
@@ -85,7 +85,7 @@ def run(
     """Run one stage, or every stage of a group in order, for one date or, with --through, for each date of a range."""
     from jobs import launchers
 
-    profile = _in_force(profile, changes=what in CHANGING)
+    profile = _in_force(profile, sets, changes=what in CHANGING)
     loaded = config.load(profile, tuple(sets or ()))
     if inline:
         loaded = loaded.model_copy(update={"launch": loaded.launch.model_copy(update={"kind": "inline"})})
@@ -278,7 +278,8 @@ def rollback(
         rows = launchers.launch(ctx, launchers.Request(profile=profile, overrides=tuple(sets or ())))["outputs"].get("changes", [])
     show_rows(rows, "would change" if dry_run else "changed", as_json)
     if not dry_run:  # also when nothing changed: an earlier try may have been killed before it could say so
-        readers = shlex.join(["airflow", "dags", "trigger", "rank_training", "--conf", json.dumps({"release": to, "profile": profile})])
+        conf = {"release": to, "profile": profile, **({"overrides": sets} if sets else {})}
+        readers = shlex.join(["airflow", "dags", "trigger", "rank_training", "--conf", json.dumps(conf)])
         complaints.print(f"only Airflow makes the asset event; for its readers: {escape(readers)}", highlight=False, soft_wrap=True)
 
 
@@ -492,13 +493,14 @@ def _cell(value: Any) -> str:
 
 
 def _lake(profile: str, sets: list[str] | None) -> tuple[Home, config.Config]:
-    return Home.from_environment(), config.load(_in_force(profile), tuple(sets or ()))
+    return Home.from_environment(), config.load(_in_force(profile, sets), tuple(sets or ()))
 
 
-def _in_force(profile: str, *, changes: bool = False) -> str:
+def _in_force(profile: str, sets: list[str] | None = None, *, changes: bool = False) -> str:
     """The profile to run with: the one typed, else SID_PROFILE, else the one that made the lake, else the default one.
 
     Args:
+        sets: overrides, which the next command of an error repeats.
         changes: the command takes away or moves what others made; the profile of SID_PROFILE must then be the lake's own.
     Raises: ConfigError.
     """
@@ -509,7 +511,7 @@ def _in_force(profile: str, *, changes: bool = False) -> str:
         preset = profiles.default(home)
         if preset != DEFAULT_PROFILE:
             complaints.print(f"profile {escape(preset)}, as {escape(str(home.root / profiles.NAME))} says", highlight=False, soft_wrap=True)
-    IN_FORCE.set(profile or preset)
+    IN_FORCE.set((profile or preset, tuple(sets or ())))
     return profile or preset
 
 
@@ -518,18 +520,18 @@ def _errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except SidError as error:
-        _complain(error, IN_FORCE.get())
+        _complain(error, *IN_FORCE.get())
     except Exception as error:
         known = unforeseen(error, what="command", where=str(Home.from_environment().root), next_command=_typed())
         if not isinstance(known, ResourceLost):
             raise
         logger.debug("the command was ended", exc_info=error)
-        _complain(known, "")  # typed again, it takes its profile from where it took it now
+        _complain(known)  # typed again, it takes its profile from where it took it now
 
 
-def _complain(error: SidError, profile: str) -> NoReturn:
+def _complain(error: SidError, profile: str = "", overrides: tuple[str, ...] = ()) -> NoReturn:
     with suppress(OSError):  # standard error may be a file on the disk that is full; the exit code still tells
-        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(error.message(profile))}", highlight=False, soft_wrap=True)
+        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(error.message(profile, overrides))}", highlight=False, soft_wrap=True)
     sys.exit(error.exit_code)
 
 
@@ -537,7 +539,7 @@ def main() -> None:
     """Entry point of `sid`."""
     quiet = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
     os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore::{kind}" for kind in quiet))  # libraries' notes are not the user's business, overflows are
-    IN_FORCE.set("")
+    IN_FORCE.set(("", ()))
     with _errors_as_exit_codes():
         app()
 

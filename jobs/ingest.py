@@ -90,6 +90,7 @@ def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
     items = judge_items(read_rows(inputs.spark, spec, files, "items")).persist() if spec.items_path else None
     tallies = {**tally(events, "events"), **(tally(items, "items") if items is not None else {})}
     check_all_read(files, spec, tallies)
+    check_unchanged(files, ctx.logical_date)  # again: all rows are read by now, and they must be those of the bytes that the ledger will name
     observed = accepted(items) if items is not None else catalogue_from_events(accepted(events))
     hashed = hash_content(observed, images_of(observed, spec, params.max_image_bytes)).persist()
     rejected = rejected_rows([events] if items is None else [events, items], hashed)
@@ -126,24 +127,29 @@ def checked_files(files: Sequence[PlannedFile], spec: SourceSpec, logical_date: 
             where=", ".join(map(str, missing)),
             next_command=f"sid run ingest --date {missing[0]}",
         )
+    check_unchanged(files, logical_date)
     for file in files:
         if file.status == "present":
-            _check_file(file, spec, logical_date)
+            base.check_header(Path(file.path), spec.format(_kind(file)), spec.columns(_kind(file)))
     return tuple(files)
 
 
-def _check_file(file: PlannedFile, spec: SourceSpec, logical_date: date) -> None:
-    path, kind = Path(file.path), _kind(file)
-    found = base.file_digest(path) if path.is_file() else "no such file"
-    if found != file.sha256:
-        raise ContractError(
-            "a file changed after the night was planned",
-            expected=f"sha256 {file.sha256}",
-            found=found,
-            where=file.path,
-            next_command=f"sid run plan_night --date {logical_date}",
-        )
-    base.check_header(path, spec.format(kind), spec.columns(kind))
+def check_unchanged(files: Sequence[PlannedFile], logical_date: date) -> None:
+    """Nothing, when every file that is there holds the bytes that were planned.
+
+    Raises: ContractError naming the one that does not.
+    """
+    for file in files:
+        path = Path(file.path)
+        found = "" if file.status != "present" else base.file_digest(path) if path.is_file() else "no such file"
+        if found != file.sha256:
+            raise ContractError(
+                "a file changed after the night was planned",
+                expected=f"sha256 {file.sha256}",
+                found=found,
+                where=file.path,
+                next_command=f"sid run plan_night --date {logical_date}",
+            )
 
 
 def check_all_read(files: Sequence[PlannedFile], spec: SourceSpec, tallies: Tallies) -> None:

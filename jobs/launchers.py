@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ class Request:
 def launch(ctx: Context, request: Request) -> dict[str, Any]:
     """The stage's outcome document, wherever it ran.
 
-    Raises: the SidError that stopped the stage; UpstreamMissing (retry) when its process ended without an outcome.
+    Raises: the SidError that stopped the stage; UpstreamMissing (retry) when its process ended without an outcome; ConfigError when nothing can start it.
     """
     from jobs import runner
 
@@ -161,6 +162,10 @@ def _run(commands: Commands, ctx: Context) -> dict[str, Any]:
     path.unlink(missing_ok=True)
     code = 0
     for command in commands:
+        if shutil.which(command[0]) is None:
+            raise ConfigError(
+                f"{Path(command[0]).name} is not installed", expected="an executable", found=command[0], where=f"launch.kind = {ctx.config.launch.kind}"
+            )
         logger.info("launch command=%s", shlex.join(command))
         code = subprocess.run(command, env=_environment(ctx), check=False).returncode
         if code:

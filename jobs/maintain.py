@@ -16,17 +16,17 @@ import shutil
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import pins
-from jobs.plan_night import MANIFEST, release_order
+from jobs.plan_night import MANIFEST, check_come, release_order
 from jobs.releases import newest_current
 from pipeline import lakehouse, tracking
 from pipeline.config import Maintain
 from pipeline.context import Context
-from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.errors import UpstreamMissing
 from pipeline.lakehouse import History, StoredFile
 from pipeline.stages import StageResult
 
@@ -109,7 +109,7 @@ def run(inputs: Inputs, params: Maintain, ctx: Context) -> StageResult:
 
 
 def first_of_generations(releases: Sequence[Row]) -> set[str]:
-    """Tags of the first release of each generation that was not withdrawn: drift is measured against them as long as the generation serves."""
+    """Tags of the first release of each generation that was not withdrawn: gate_drift counts new evidence from its night on, whose counts stay with it."""
     standing = [row for row in releases if row["status"] != "withdrawn"]
     ordered = sorted(standing, key=release_order, reverse=True)
     return set({row["generation"]: row["tag"] for row in ordered}.values())
@@ -186,8 +186,7 @@ def survey(spark: SparkSession, params: Maintain, ctx: Context) -> Survey:
 
     Raises: ContractError for a date that has not come yet: everything would look old.
     """
-    if ctx.logical_date > _today():
-        raise ContractError("the date has not come yet", expected=f"{_today()} or earlier", found=str(ctx.logical_date), where="maintain")
+    check_come(ctx.logical_date)
     home, lake = ctx.home, ctx.config.lake
     releases = lakehouse.read_releases(home, lake).to_pylist()
     histories = {table: history for table in lakehouse.table_names() if (history := _history(ctx, table)) is not None}
@@ -247,8 +246,8 @@ def retention(
     if found.get(TRAINED):
         manifest = spark.table(f"{lakehouse.CATALOG}.{MANIFEST}")
         staying = manifest.where(~F.col("logical_date").isin([F.lit(day) for day in found.get(MANIFEST, [])]))
-        tagged = {row["logical_date"]: histories[MANIFEST].tags[row["tag"]] for row in releases if row["tag"] in live & histories[MANIFEST].tags.keys()}
-        replaced = [lakehouse.read_frame(spark, MANIFEST, at).where(F.col("logical_date") == F.lit(day)) for day, at in tagged.items()]
+        tagged = [(row["logical_date"], histories[MANIFEST].tags[row["tag"]]) for row in releases if row["tag"] in live & histories[MANIFEST].tags.keys()]
+        replaced = [lakehouse.read_frame(spark, MANIFEST, at).where(F.col("logical_date") == F.lit(day)) for day, at in tagged]
         needed = {row.behavior_date for frame in (staying, *replaced) for row in frame.select("behavior_date").distinct().collect()}
         found[TRAINED] = [day for day in found[TRAINED] if day not in needed]
     return {table: gone for table, gone in found.items() if gone}
@@ -294,10 +293,6 @@ def _stored_days(files: Iterable[StoredFile]) -> list[date]:
 
 def _ago(ctx: Context, days: int) -> datetime:
     return ctx.cutoff - timedelta(days=days)
-
-
-def _today() -> date:
-    return datetime.now(UTC).date()
 
 
 # ---------------------------------------------------------------- doing

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import pins
@@ -35,11 +35,12 @@ Row = Mapping[str, Any]
 def run(inputs: Inputs, params: PlanNight, ctx: Context) -> StageResult:
     """The night's manifest in `outputs`.
 
-    Raises: ContractError for a date before the data, or a parent whose rows or manifest are gone;
+    Raises: ContractError for a date before the data or one that has not come yet, or a parent whose rows or manifest are gone;
         UpstreamMissing for open days without a file, or with half an ingest, with the command for each.
     """
     from pipeline.datasets import dataset
 
+    check_come(ctx.logical_date)
     source = ctx.config.source
     spec = dataset(source.dataset).prepare(source, ctx.home.folder("data"), ctx.config.seed)
     ledger = inputs.arrow(LEDGER, where=f"file_date <= '{ctx.logical_date}'").to_pylist()
@@ -69,6 +70,16 @@ def run(inputs: Inputs, params: PlanNight, ctx: Context) -> StageResult:
     )
     metrics = {"planned_files": float(len(files)), "new_generation": float(plan.new_generation), "reused": float(bool(plan.reuse))}
     return StageResult(outputs=plan.model_dump(mode="json"), metrics=metrics)
+
+
+def check_come(day: date) -> None:
+    """Nothing, when the day has begun in UTC: one that has not is a mistyped year, and its release would be the newest for all consumers.
+
+    Raises: ContractError.
+    """
+    today = datetime.now(UTC).date()
+    if day > today:
+        raise ContractError("the date has not come yet", expected=f"{today} or earlier", found=str(day), where="--date")
 
 
 def planned(spec: SourceSpec, ctx: Context, ledger: Sequence[Row]) -> tuple[PlannedFile, ...]:

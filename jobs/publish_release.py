@@ -46,7 +46,7 @@ class Decision:
 def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
     """The release's tag and row; status `reused` when the date's current release has the same rows, whose row then names tonight's parent and inputs.
 
-    Raises: ContractError when the run holds no audited branch; PublishConflict when main moved twice while it was published.
+    Raises: ContractError when the run holds no audited branch, or not any more; PublishConflict when main moved twice while it was published.
     """
     assert inputs.spark is not None, "a Spark stage"
     plan, outcome = ctx.plan(), ctx.outcome("assign_sid")
@@ -56,6 +56,7 @@ def run(inputs: Inputs, params: PublishRelease, ctx: Context) -> StageResult:
     check_parent(plan, releases)
     held = lakehouse.references(inputs.spark, TABLE)
     decision = decide(plan, releases, assigned["rows_digest"], bare_tags(inputs.spark, plan, releases, held), held)
+    check_branch(decision, branch["branch"], held)
     with lakehouse.table_locks(ctx.home, ctx.config.lake, [TABLE, MANIFEST]):
         snapshot_id = apply(inputs.spark, decision, branch, plan)
         if decision.action == "reused" and outcome.get("read", {}).get(MANIFEST):
@@ -112,6 +113,23 @@ def check_parent(plan: Plan, releases: Sequence[Row]) -> None:
             found="withdrawn",
             where="sid.release",
             next_command=f"sid run refresh --date {plan.logical_date}",
+        )
+
+
+def check_branch(decision: Decision, branch: str, held: Container[str]) -> None:
+    """Nothing, when the branch to publish is there.
+
+    Args:
+        held: branches and tags of sid.item_sid.
+    Raises: ContractError for one that was swept away: only the stage that made it can make it again.
+    """
+    if decision.action == "publish" and branch not in held:
+        raise ContractError(
+            "the audited branch is gone",
+            expected=f"branch {branch}",
+            found="swept away by `sid maintain`, or dropped by hand",
+            where=TABLE,
+            next_command="sid run assign_sid --date D",
         )
 
 

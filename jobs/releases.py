@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.plan_night import parent_release, release_order
-from pipeline.errors import UpstreamMissing
+from pipeline.errors import ContractError, UpstreamMissing
 from pipeline.release_file import matrix
 
 STRATA = ("head", "torso", "tail")
+MASKED = -1  # in the place of code K, whose number is another one in another generation
 Row = dict[str, Any]
 Titles = Callable[[list[str]], pa.Table]
 
@@ -70,26 +71,34 @@ def resolve(releases: pa.Table, tag: str = "") -> Row:
     return found
 
 
-def diff_rows(old: pa.Table, new: pa.Table, codebook_sizes: Sequence[int]) -> list[Row]:
+def diff_rows(old: pa.Table, new: pa.Table, old_sizes: Sequence[int], new_sizes: Sequence[int]) -> list[Row]:
     """Churn from release `old` to `new`: overall, by the old stratum, by position; then items that came and went.
 
     Args:
         old, new: rows of sid.item_sid of one release each.
-        codebook_sizes: K per position; code K is a masked slot.
+        old_sizes, new_sizes: K per position of the release's generation; code K is a masked slot.
     Returns: rows with scope, name, items, changed, unmasked, churn, mass_churn. `changed` leaves out `unmasked`: items whose masked slot got its first code.
     Raises: ContractError when the two releases have another number of positions.
     """
-    pairs, before_NL, after_NL = _paired(old, new, len(codebook_sizes))
+    if len(old_sizes) != len(new_sizes):
+        raise ContractError(
+            "the releases have another number of positions",
+            expected=f"{len(old_sizes)} positions in both",
+            found=str(len(new_sizes)),
+            where="sid.generation",
+            next_command="sid releases",
+        )
+    pairs, before_NL, after_NL = _paired(old, new, len(new_sizes))
+    before_NL, after_NL = np.where(before_NL == old_sizes, MASKED, before_NL), np.where(after_NL == new_sizes, MASKED, after_NL)
     mass_N = pairs["popularity"].to_numpy()
     stratum_N = pairs["popularity_stratum"].to_numpy(zero_copy_only=False)
     differs_NL = before_NL != after_NL
-    sizes_L = np.asarray(codebook_sizes)
-    unmasked_N = ((before_NL == sizes_L) & (after_NL != sizes_L)).any(axis=1)
+    unmasked_N = ((before_NL == MASKED) & (after_NL != MASKED)).any(axis=1)
     everything_N = np.ones(len(pairs), dtype=bool)
     changed_N = differs_NL.any(axis=1)
     rows = [_churn("overall", "all items", everything_N, changed_N, unmasked_N, mass_N)]
     rows += [_churn("stratum", stratum, stratum_N == stratum, changed_N, unmasked_N, mass_N) for stratum in STRATA]
-    rows += [_churn("position", str(place), everything_N, differs_NL[:, place], unmasked_N, mass_N) for place in range(len(sizes_L))]
+    rows += [_churn("position", str(place), everything_N, differs_NL[:, place], unmasked_N, mass_N) for place in range(len(new_sizes))]
     came, gone = len(new) - len(pairs), len(old) - len(pairs)
     return [*rows, _count_row("new items", came), _count_row("gone items", gone)]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import mimetypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import views
 from jobs.ingest import read_image
-from jobs.releases import resolve
+from jobs.plan_night import MANIFEST, manifest_of
+from jobs.releases import resolve, show_item
 from pipeline import lakehouse
 from pipeline.config import Config
 from pipeline.context import Home, read_json
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Lake = tuple[Home, Config]
 Row = dict[str, Any]
-EXAMPLES = 6
+EXAMPLES, NEIGHBOURS = 6, 5
 MAX_PICTURE_BYTES = 60_000
 GATES = {  # metric -> side, setting of [publish_release], meaning
     "collision_rate": ("max", "max_collision_rate", "share of items that share their codes with another"),
@@ -56,12 +57,12 @@ def content(lake: Lake, release: Row) -> ReportContent:
     rows = lakehouse.read_release(home, config.lake, release["tag"])
     tables = lineage(lake, release["tag"])
     return ReportContent(
-        release=facts(lake, release, rows, vocabulary, outcomes),
+        release=facts(lake, release, rows, vocabulary),
         gates=gates(outcomes, config),
         figures=[*figures(outcomes), *lake_figures(lake, release, rows, vocabulary)],
         slots=vocabulary["slots"],
         codebook_sizes=vocabulary["codebook_sizes"],
-        examples=examples(lake, release, rows),
+        examples=examples(lake, release, rows, vocabulary["codebook_sizes"]),
         ranker=ranker(outcomes),
         stages=stages(outcomes, tables),
         lineage=tables,
@@ -76,13 +77,12 @@ def read_outcomes(home: Home, tag: str) -> dict[str, Row]:
     return {name: read_json(folder / f"{name}.json") for name in BY_NAME if (folder / f"{name}.json").is_file()}
 
 
-def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row, outcomes: Mapping[str, Row]) -> Row:
+def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> Row:
     """Facts of the release for the page's header; the commit is that of the code which made its rows, not of the one which writes the page."""
     import pyarrow.compute as pc
 
     home, config = lake
     written = lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"])
-    plan = outcomes.get("plan_night", {}).get("outputs", {})
     kept = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason")
     counted = {
         "new_items": pc.sum(rows["is_new"]).as_py() or 0,
@@ -90,7 +90,7 @@ def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row, outcomes: M
         "retired_items": pc.sum(pc.equal(rows["status"], "retired")).as_py() or 0,
     }
     origin = {
-        "policy": plan.get("reason", config.plan_night.policy),
+        "policy": release["reason"],
         "dataset": config.source.dataset,
         "tokenizer": vocabulary["tokenizer"],
         "git_sha": written.get("sid.git_sha", "unknown"),
@@ -131,30 +131,32 @@ def figures(outcomes: Mapping[str, Row]) -> list[Row]:
 
 
 def lake_figures(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> list[Row]:
-    """Alignment strength by stratum and router weights against popularity, from the release's own rows."""
+    """Alignment strength by stratum, where the manifest of the release is still there, and router weights against popularity, from its own rows."""
+    behavior = [number for number, slot in enumerate(vocabulary["slots"]) if slot.startswith("behavior")]
+    return [*_strength_figure(lake, release), *([_router_figure(rows, behavior)] if behavior else [])]
+
+
+def _strength_figure(lake: Lake, release: Row) -> list[Row]:
+    """Histogram of alignment strength by stratum in the manifest that the release was made from; none when it is gone: main may show another revision's."""
     import numpy as np
 
     home, config = lake
-    features = lakehouse.read_arrow(
-        home,
-        config.lake,
-        "feature.item_feature",
-        columns=("strength", "popularity_stratum", "behavior_date"),
-        where=f"logical_date == '{release['logical_date']}'",
-    )
+    at = manifest_of(lake, lakehouse.read_releases(home, config.lake).to_pylist(), release["tag"])
+    if at is None:
+        return []
+    where = f"logical_date == '{release['logical_date']}'"
+    features = lakehouse.read_arrow(home, config.lake, MANIFEST, snapshot_id=at, columns=("strength", "popularity_stratum"), where=where)
     strength, stratum = features["strength"].to_numpy(), features["popularity_stratum"].to_numpy(zero_copy_only=False)
     edges = np.linspace(0.0, 1.0, 21)
     counts = {name: np.histogram(strength[stratum == name], edges)[0].tolist() for name in ("head", "torso", "tail")}
-    strengths = {
-        "kind": "strength_by_stratum",
-        "data": {"edges": edges.tolist(), "counts": counts},
-        "title": "Alignment strength by stratum",
-        "caption": "How strongly behaviour is aligned to content (eq. 17); rare items lie near zero by design.",
-    }
-    behavior = [number for number, slot in enumerate(vocabulary["slots"]) if slot.startswith("behavior")]
-    if not behavior:
-        return [strengths]
-    return [strengths, _router_figure(rows, behavior)]
+    return [
+        {
+            "kind": "strength_by_stratum",
+            "data": {"edges": edges.tolist(), "counts": counts},
+            "title": "Alignment strength by stratum",
+            "caption": "How strongly behaviour is aligned to content (eq. 17); rare items lie near zero by design.",
+        }
+    ]
 
 
 def _router_figure(rows: pa.Table, behavior: Sequence[int]) -> Row:
@@ -178,16 +180,19 @@ def _router_figure(rows: pa.Table, behavior: Sequence[int]) -> Row:
     }
 
 
-def examples(lake: Lake, release: Row, rows: pa.Table) -> list[Row]:
+def examples(lake: Lake, release: Row, rows: pa.Table, codebook_sizes: Sequence[int]) -> list[Row]:
     """The most popular live items with the items that share most codes with them, with titles and pictures."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    live = rows.filter(pc.equal(rows["status"], "live")).sort_by([("popularity", "descending"), ("item_id", "ascending")])
-    codes = {row["item_id"]: row for row in rows.select(["item_id", "codes", "weights"]).to_pylist()}
-    titles = views.titles(lake, release["logical_date"])
-    pictures, root = dict(zip(titles["item_id"].to_pylist(), titles["image_uri"].to_pylist(), strict=True)), _image_root(lake)
-    found = [views.item(lake, item_id, release["tag"]) for item_id in live["item_id"].to_pylist()[:EXAMPLES]]
-    return [_example(item, codes, lambda item_id: picture(root, pictures.get(item_id))) for item in found]
+    live = rows.filter(pc.equal(rows["status"], "live")).select(["item_id", "popularity"]).sort_by([("popularity", "descending"), ("item_id", "ascending")])
+    found = [show_item(rows, item_id, codebook_sizes, top=NEIGHBOURS) for item_id in live["item_id"].slice(0, EXAMPLES).to_pylist()]
+    named = sorted({row["item_id"] for item in found for row in (item, *item["neighbours"])})
+    chosen = rows.filter(pc.is_in(rows["item_id"], value_set=pa.array(named, rows["item_id"].type)))
+    codes = {row["item_id"]: row for row in chosen.select(["item_id", "codes", "weights"]).to_pylist()}
+    texts, root = {row["item_id"]: row for row in views.titles(lake, release["logical_date"], named).to_pylist()}, _image_root(lake)
+    seen = {name: {"title": texts.get(name, {}).get("title") or name, "picture": picture(root, texts.get(name, {}).get("image_uri"))} for name in named}
+    return [_example(item, codes, seen) for item in found]
 
 
 def ranker(outcomes: Mapping[str, Row]) -> list[Row]:
@@ -261,28 +266,9 @@ def _image_root(lake: Lake) -> str:
     return dataset(config.source.dataset).prepare(config.source, home.folder("data"), config.seed).image_root
 
 
-def _example(item: Row, codes: Mapping[str, Row], shown: Callable[[str], str]) -> Row:
-    near = [
-        {
-            "item_id": other["item_id"],
-            "title": other["title"] or other["item_id"],
-            "picture": shown(other["item_id"]),
-            "codes": codes[other["item_id"]]["codes"],
-            "weights": codes[other["item_id"]]["weights"],
-            "positions": other["positions"],
-        }
-        for other in item["neighbours"][:5]
-    ]
-    own = codes[item["item_id"]]
-    return {
-        "item_id": item["item_id"],
-        "title": item["title"] or item["item_id"],
-        "picture": shown(item["item_id"]),
-        "stratum": item["popularity_stratum"],
-        "codes": own["codes"],
-        "weights": own["weights"],
-        "neighbours": near,
-    }
+def _example(item: Row, codes: Mapping[str, Row], seen: Mapping[str, Row]) -> Row:
+    near = [{**codes[row["item_id"]], **seen[row["item_id"]], "positions": row["positions"]} for row in item["neighbours"]]
+    return {**codes[item["item_id"]], **seen[item["item_id"]], "stratum": item["popularity_stratum"], "neighbours": near}
 
 
 def _ranker_row(arm: str, stratum: str, values: Mapping[str, Any], delta: Mapping[str, Any]) -> Row:

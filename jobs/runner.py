@@ -106,8 +106,9 @@ def _align(ctx: Context) -> None:
 
 
 def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshots: Mapping[str, int | None], error: SidError) -> None:
-    """Write down how far the stage came and what stopped it, with the next command completed."""
-    error.next_command = completed(error.next_command, ctx)
+    """Write down how far the stage came and what stopped it, with the next command completed; where another try may help and nothing else is named, that."""
+    again = f"sid run {stage.name} --date D" if error.retry else ""
+    error.next_command = completed(error.next_command or again, ctx)
     if not _speaks():
         return
     found = StageResult(metrics=ledger.found.metrics, curves=ledger.found.curves, figures=ledger.found.figures)
@@ -154,8 +155,8 @@ def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None], 
 
 def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None], ledger: Ledger) -> StageResult:
     spark = _session(ctx) if stage.engine == "spark" else None
-    if stage.name == "publish_release":
-        tracking.flush(ctx.home, ctx.staging)  # a release without its runs in MLflow could not be traced back
+    if stage.name == "publish_release" or stage.engine == "torch":
+        tracking.flush(ctx.home, ctx.staging)  # a release without its runs could not be traced back, and a model that cannot be logged was trained for nothing
     inputs = Inputs(ctx.home, ctx.config.lake, dict(snapshots), spark)
     job: Callable[..., StageResult] = _job(stage).run
     step(ctx, "before_job")
@@ -356,7 +357,7 @@ def _outcome(stage: Stage, status: str, started: float, result: StageResult, led
 def _remember(stage: Stage, ctx: Context, outcome: Mapping[str, Any]) -> None:
     """Keep what a release's own run found under reports/<tag>/; a later run that reuses the release must not blank its report."""
     tag = ctx.param("release") if stage.group == "consumers" else ctx.plan().tag if stage.group == "refresh" else ""
-    if tag and outcome["status"] != "reused":
+    if tag and outcome["status"] != "reused" and not outcome["outputs"].get("reuse"):  # plan_night, which says that the others reuse, ends as done itself
         folder = ctx.home.folder("reports") / tag
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{stage.name}.json", outcome)

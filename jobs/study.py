@@ -436,7 +436,7 @@ def _ranker_effect(metric: str, label_B: Floats, a_SB: Floats, b_SB: Floats, per
 
 
 def _richness_effect(todo: Plan, claim: Claim, left: Sequence[Pair], right: Sequence[Pair]) -> intervals.Effect | None:
-    """Spearman with the split-half overlap of one kind of richness minus that of another, over encoder seeds and items."""
+    """Spearman of one kind of richness with the split-half overlap of its own inputs minus that of another, over encoder seeds and items."""
     import numpy as np
 
     kinds = [metric.rpartition("/")[2] for metric in (claim.metric, claim.control_metric or claim.metric)]
@@ -446,8 +446,9 @@ def _richness_effect(todo: Plan, claim: Claim, left: Sequence[Pair], right: Sequ
     if not known:
         return None
     measured = np.logical_and.reduce([np.isfinite(side[seed]["overlap_N"]) for side in sides for seed in known])
-    a_SB, b_SB = (np.stack([side[seed][f"richness/{kind}"][measured] for seed in known]) for kind, side in zip(kinds, sides, strict=True))
-    return intervals.spearman_effect(a_SB, b_SB, np.stack([sides[0][seed]["overlap_N"][measured] for seed in known])) if measured.sum() > 2 else None
+    richness = [np.stack([side[seed][f"richness/{kind}"][measured] for seed in known]) for kind, side in zip(kinds, sides, strict=True)]
+    overlaps = [np.stack([side[seed]["overlap_N"][measured] for seed in known]) for side in sides]
+    return intervals.spearman_effect(*richness, *overlaps) if measured.sum() > 2 else None
 
 
 def overview(todo: Plan) -> list[dict[str, Any]]:

@@ -403,7 +403,10 @@ def is_ordered(slots: Sequence[str]) -> bool:
 
 
 def readout_nmse(codes_NL: Tensor, sizes: Sequence[int], items: ItemBatch, groups: Mapping[str, NDArray[np.bool_]]) -> dict[str, float]:
-    """`nmse/<modality>[/tail ...]`: squared error over variance of the best additive decoder from codes (ridge), the same for every tokenizer."""
+    """`nmse/<modality>[/tail ...]`: squared error over variance of the best additive decoder from codes (ridge), the same for every tokenizer.
+
+    Fitted on the items that it is measured on: more codes fit more of any vectors, so it compares tokenizers of as many codes.
+    """
     import torch
     import torch.nn.functional as F
 

@@ -248,13 +248,14 @@ def floors(sequences: Sequences, num_items: int, params: config.TrainBehaviorEnc
     from pipeline import evaluation
     from pipeline.encoders import sasrec
 
-    rest, questions = sasrec.holdout(sequences, getattr(params, params.encoder).valid_users, 2, seed)
+    masked = chosen(params).masks_history
+    rest, questions = sasrec.holdout(sequences, getattr(params, params.encoder).valid_users, 2, seed, new=masked)
     if not questions.users.numel():
         return {}
     asked = rest.users(questions.users)
     contexts = evaluation.Packed(asked.offsets.numpy(), asked.items.numpy())
     known = evaluation.Packed(rest.offsets.numpy(), rest.items.numpy())
-    ranks = evaluation.floor_ranks(contexts, questions.targets.numpy(), num_items, mask_history=chosen(params).masks_history, ease=False, fitted_on=known)
+    ranks = evaluation.floor_ranks(contexts, questions.targets.numpy(), num_items, mask_history=masked, ease=False, fitted_on=known)
     return {f"floor/{name}_{metric}": value for name, ranks_B in ranks.items() for metric, value in evaluation.ranking_metrics(ranks_B, (10, 20)).items()}
 
 

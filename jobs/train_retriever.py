@@ -169,7 +169,10 @@ def read_sequences(inputs: Inputs, shelf: Shelf) -> tuple[Sequences, pa.Array]:
 
 
 def read_questions(examples: pa.Table, shelf: Shelf, sequences: Sequences, users: pa.Array, params: TrainRetriever, seed: int) -> Questions:
-    """The positive test rows that can be asked: a known item after at least one known event, in an order that does not depend on files."""
+    """The positive test rows that can be asked: a known item after at least one known event, in an order that does not depend on files.
+
+    Where the history leaves the ranking, an item out of it would tell itself and is not asked for.
+    """
     import numpy as np
     import pyarrow.compute as pc
 
@@ -177,21 +180,19 @@ def read_questions(examples: pa.Table, shelf: Shelf, sequences: Sequences, users
 
     order = [(name, "ascending") for name in ("event_ts", "user_id", "item_id")]
     rows = examples.filter(pc.and_(pc.equal(examples["split"], "test"), pc.equal(examples["label"], 1))).sort_by(order)
-    histories = _packed(rows["history"], shelf.item_ids)
-    target_B = _index(rows["item_id"], shelf.item_ids)
+    histories, trained = _packed(rows["history"], shelf.item_ids), Packed(sequences.offsets.numpy(), sequences.items.numpy())
+    target_B, user_B = _index(rows["item_id"], shelf.item_ids), _index(rows["user_id"], users)
     known_B, asked_B = target_B >= 0, histories.lengths() > 0
-    left_out = {"item_not_in_release": int((~known_B).sum()), "no_history": int((known_B & ~asked_B).sum())}
-    chosen = np.flatnonzero(known_B & asked_B)
+    had_B = known_B & asked_B & (_holds(histories, np.arange(len(target_B)), target_B) | _holds(trained, user_B, target_B)) & params.mask_history
+    left_out = {"item_not_in_release": int((~known_B).sum()), "no_history": int((known_B & ~asked_B).sum()), "had_before": int(had_B.sum())}
+    chosen = np.flatnonzero(known_B & asked_B & ~had_B)
     if params.max_questions and len(chosen) > params.max_questions:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, params.max_questions, replace=False))
-    histories = _take(histories, chosen)
-    trained = Packed(sequences.offsets.numpy(), sequences.items.numpy())
-    user_B = _index(rows["user_id"], users)[chosen]
     return Questions(
-        histories=histories,
+        histories=_take(histories, chosen),
         targets=target_B[chosen],
         users=np.asarray(rows["user_id"].to_pylist(), dtype=np.str_)[chosen],
-        seen=_joined(histories, _take(trained, user_B)),
+        seen=_joined(_take(histories, chosen), _take(trained, user_B[chosen])),
         stratum=np.asarray(rows["popularity_stratum"].to_pylist(), dtype=np.str_)[chosen],
         evidence=rows["evidence_count"].to_numpy().astype(np.int64)[chosen],
         left_out=left_out,
@@ -250,6 +251,14 @@ def _take(packed: Packed, rows: NDArray[np.int64]) -> Packed:
     start, length = packed.offsets[rows.clip(min=0)], np.where(rows >= 0, packed.lengths()[rows.clip(min=0)], 0)
     offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
     return Packed(offsets, packed.items[np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], length)])
+
+
+def _holds(packed: Packed, rows: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the lists of those rows hold these items; no list has the row -1."""
+    import numpy as np
+
+    width = int(max(packed.items.max(initial=0), items.max(initial=0))) + 1
+    return np.isin(rows * width + items, packed.rows() * width + packed.items) & (rows >= 0)
 
 
 def _joined(a: Packed, b: Packed) -> Packed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,7 +225,11 @@ class FileCheckpoint:
                 return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["document"])  # noqa: SIM118 - no mapping
         except (SafetensorError, KeyError, ValueError) as error:
             raise ContractError(
-                "the training checkpoint is damaged", expected="safetensors", found=str(error), where=str(self.path), next_command=f"rm {self.path}"
+                "the training checkpoint is damaged",
+                expected="safetensors",
+                found=str(error),
+                where=str(self.path),
+                next_command=shlex.join(["rm", str(self.path)]),
             ) from error
 
     def save(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:

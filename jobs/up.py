@@ -304,7 +304,9 @@ def _check_alive(running: list[Running]) -> None:
 
 
 def _silent(one: Running, found: str) -> ContractError:
-    return ContractError(f"{one.service.name} does not run", expected="a running service", found=found, where=str(one.log), next_command=f"tail {one.log}")
+    return ContractError(
+        f"{one.service.name} does not run", expected="a running service", found=found, where=str(one.log), next_command=shlex.join(["tail", str(one.log)])
+    )
 
 
 def answers(address: str) -> bool:

@@ -52,10 +52,8 @@ def diff(lake: Lake, old: str, new: str) -> list[Row]:
     """Churn between two releases, by scope: all, stratum, position."""
     home, config = lake
     releases = lakehouse.read_releases(home, config.lake)
-    resolve(releases, old)  # an unknown tag fails here, with the known ones
-    after = resolve(releases, new)
-    sizes = generation(lake, after["generation"])["codebook_sizes"]
-    return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), sizes)
+    sizes = [generation(lake, resolve(releases, tag)["generation"])["codebook_sizes"] for tag in (old, new)]  # an unknown tag fails here, with the known ones
+    return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), *sizes)
 
 
 def branch(lake: Lake, name: str) -> list[Row]:
@@ -68,14 +66,15 @@ def branch(lake: Lake, name: str) -> list[Row]:
     from pipeline import spark as gate
 
     home, config = lake
-    spark = gate.session(home, config.lake, config.launch)
-    found = [table for table in lakehouse.table_names() if name in lakehouse.references(spark, table)]
+    references = {table: _references(lake, table) for table in lakehouse.table_names()}
+    found = [table for table, names in references.items() if name in names]
     if not found:
-        known_names = {other for table in lakehouse.table_names() for other in lakehouse.references(spark, table) if other.startswith("audit_")}
+        known_names = {other for names in references.values() for other in names if other.startswith("audit_")}
         there = ", ".join(sorted(known_names)) or "none is left: every night was published"
         raise UpstreamMissing(
             f"no branch {name!r}", expected=f"an audit branch that was not published ({there})", found=name, where="lake", next_command="sid releases"
         )
+    spark = gate.session(home, config.lake, config.launch)
     days = re.search(r"_(\d{4})(\d{2})(\d{2})_", name)
     dates = [date(*map(int, days.groups()))] if days else []
     measured = _measured(home, name)
@@ -87,8 +86,17 @@ def branch(lake: Lake, name: str) -> list[Row]:
         known = {metric.removeprefix(f"{table}/"): value for metric, value in measured.items() if metric.startswith(f"{table}/")}
         for judgement in quality.observe(frame, table, dates=dates, config=config, known=known):
             rows.append({"table": table, "check": judgement.rule, "observed": judgement.observed, "holds": judgement.passed})
-        rows += _refused(frame, main) if table == REFUSED else []
+        rows += _refused(frame, main, _changed_days(lake, table, name)) if table == REFUSED else []
     return rows
+
+
+def _references(lake: Lake, table: str) -> set[str]:
+    """Names of the table's branches and tags; none of a table that is not there (yet)."""
+    try:
+        history = lakehouse.history(lake[0], lake[1].lake, table)
+    except UpstreamMissing:
+        return set()
+    return {*history.branches, *history.tags}
 
 
 def _measured(home: Home, branch: str) -> dict[str, float]:
@@ -98,11 +106,20 @@ def _measured(home: Home, branch: str) -> dict[str, float]:
     return next((outcome["metrics"] for outcome in outcomes if outcome.get("branch") == branch), {})
 
 
-def _refused(frame: DataFrame, main: DataFrame) -> list[Row]:
-    """Rows of the branch that main does not have, counted by reason, each with one of them."""
+def _changed_days(lake: Lake, table: str, branch: str) -> list[date]:
+    """Days in which the branch has files that main does not have: an ingest also replaces days before its own."""
+    home, config = lake
+    heads = lakehouse.history(home, config.lake, table).branches
+    there, main = (lakehouse.files_at(home, config.lake, table, [heads[name]]) for name in (branch, "main"))
+    return sorted({date.fromisoformat(file.partition[0]) for path, file in there.items() if path not in main})
+
+
+def _refused(frame: DataFrame, main: DataFrame, days: Sequence[date]) -> list[Row]:
+    """Rows of the branch that main does not have, which all lie in these days, counted by reason, each with one of them."""
     from pyspark.sql import functions as F
 
-    counts = frame.exceptAll(main).groupBy("reason").agg(F.count(F.lit(1)).alias("rows"), F.min("row").alias("row")).orderBy("reason").collect()
+    new, old = (one.where(F.col("logical_date").isin([F.lit(day) for day in days])) for one in (frame, main))
+    counts = new.exceptAll(old).groupBy("reason").agg(F.count(F.lit(1)).alias("rows"), F.min("row").alias("row")).orderBy("reason").collect()
     return [
         {"table": REFUSED, "check": f"refused as {count.reason}, e.g. {str(count.row)[:EXAMPLE]}", "observed": count.rows, "holds": True} for count in counts
     ]

@@ -670,7 +670,7 @@ class TrainRetriever(Section):
     distill_weight: float = Field(0.0, ge=0, description="beta of UNGER's distillation towards the item's own vectors; 0 = off")
     distill_temperature: float = Field(0.07, gt=0, description="temperature of the distillation")
     beams: int = Field(50, ge=1, description="beams of the generative retrievers; metrics beyond it are left out")
-    mask_history: bool = Field(True, description="the user's earlier items leave the ranking, for every arm and floor alike")
+    mask_history: bool = Field(True, description="the user's earlier items leave the ranking, for every arm and floor alike, and are not asked for")
     max_questions: int = Field(0, ge=0, description="test questions at most, drawn by the seed; 0 = all")
     ease_up_to: int = Field(6000, ge=0, description="catalogue size up to which the floor EASE is computed; it costs N^3")
     bootstrap: int = Field(500, ge=1, description="paired bootstrap resamples over users")
@@ -775,7 +775,6 @@ def _profile_path(profile: str) -> Path:
             expected="one of " + ", ".join(known_profiles()) + ", or a path to a .toml file",
             found=profile,
             where=str(path),
-            next_command=f"sid run refresh --date D --profile {known_profiles()[0]}",
         )
     return path
 

@@ -19,7 +19,7 @@ import errno
 import re
 import shlex
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -32,6 +32,8 @@ LONGEST = 500  # of a foreign exception's text; all of it is in the log
 GAVE_OUT = re.compile(
     r"No space left on device|Disk quota exceeded|ExecutorLostFailure|ExecutorDeadException|OutOfMemoryError|FetchFailed|SparkContext was shut down"
     r"|Connection (?:refused|reset|aborted|closed)|timed out|Broken pipe|CommitStateUnknown|database is locked|database or disk is full|Py4JNetworkError"
+    r"|UnknownHostException|Temporary failure in name resolution|No route to host|Network is unreachable|Service: S3, Status Code: 5\d\d"
+    r"|AWS Error (?:NETWORK_CONNECTION|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT)"
 )
 SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 # A command of ours up to where the next one or a remark begins; those without a profile (stages, demo, up, study) stay as they are.
@@ -65,9 +67,9 @@ class SidError(Exception):
         """75 when a retry may help, 64 when it cannot."""
         return EXIT_MAY_RETRY if self.retry else EXIT_DO_NOT_RETRY
 
-    def message(self, profile: str = "") -> str:
-        """The error as a person reads it, one fact a line; the next command is one for the profile."""
-        facts = [("expected", self.expected), ("found", self.found), ("where", self.where), ("next", for_profile(self.next_command, profile))]
+    def message(self, profile: str = "", overrides: Iterable[str] = ()) -> str:
+        """The error as a person reads it, one fact a line; the next command is one for the profile and the overrides."""
+        facts = [("expected", self.expected), ("found", self.found), ("where", self.where), ("next", for_profile(self.next_command, profile, overrides))]
         return "\n".join([self.headline, *(f"  {name:<9} {text}" for name, text in facts if text)])
 
     def fields(self) -> dict[str, str]:
@@ -140,11 +142,19 @@ def unforeseen(error: Exception, *, what: str = "stage", where: str, next_comman
     )
 
 
-def for_profile(command: str, profile: str) -> str:
-    """The command to type next with ` --profile NAME` behind each command of ours, unless the profile is the default one or is named already."""
-    if profile in ("", DEFAULT_PROFILE):
-        return command
-    return COMMAND.sub(lambda found: found[0] if "--profile" in found[0] else f"{found[0]} --profile {shlex.quote(profile)}", command)
+def for_profile(command: str, profile: str, overrides: Iterable[str] = ()) -> str:
+    """The command to type next with the profile and the overrides in force behind each command of ours, but for what it sets itself and the default profile.
+
+    Args:
+        overrides: `section.key=value`; without them the command would go on with other settings than those that met the error.
+    """
+    return COMMAND.sub(lambda found: found[0] + _options(found[0], profile, overrides), command)
+
+
+def _options(command: str, profile: str, overrides: Iterable[str]) -> str:
+    named = "" if profile in ("", DEFAULT_PROFILE) or "--profile" in command else f" --profile {shlex.quote(profile)}"
+    others = [override for override in overrides if f"--set {override.partition('=')[0].strip()}=" not in command]
+    return named + "".join(f" --set {scrub(shlex.quote(override))}" for override in others)
 
 
 def _gave_out(error: BaseException | None, text: str) -> bool:

@@ -63,7 +63,7 @@ def target_ranks(scores_BN: Tensor, targets_B: Tensor, history: Packed | None = 
     Args:
         scores_BN: finite scores of all items.
         targets_B: item_index of the relevant item.
-        history: items that leave the ranking of their row (the target itself never does); None ranks against everything.
+        history: items that leave the ranking of their row (the target itself never does, so a target out of it tells itself); None ranks against everything.
     Raises: ValueError when a score is not finite, which would otherwise count as a perfect rank.
     """
     if not torch.isfinite(scores_BN).all():

@@ -79,12 +79,11 @@ def _share_below(of: Floats, among: Floats) -> Floats:
     return (np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")) / 2 / max(ordered.size, 1)
 
 
-def spearman_effect(a_SB: ArrayLike, b_SB: ArrayLike, truth_SB: ArrayLike) -> Effect:
-    """The effect on Spearman(a, truth) - Spearman(b, truth), units are the rows; ranks are taken once, on all rows."""
-    sides = [np.stack([_standard_ranks(row_B) for row_B in np.atleast_2d(values)]) for values in (a_SB, b_SB, truth_SB)]
-    a_SB, b_SB, truth_SB = sides
-    (rho_a_S, in_a_SB), (rho_b_S, in_b_SB) = _spearman_parts(a_SB, truth_SB), _spearman_parts(b_SB, truth_SB)
-    return Effect(rho_a_S - rho_b_S, in_a_SB - in_b_SB, a_SB.shape[1])
+def spearman_effect(a_SB: ArrayLike, b_SB: ArrayLike, truth_a_SB: ArrayLike, truth_b_SB: ArrayLike) -> Effect:
+    """The effect on Spearman(a, truth of a) - Spearman(b, truth of b), units are the rows; ranks are taken once, on all rows."""
+    ranks = [np.stack([_standard_ranks(row_B) for row_B in np.atleast_2d(values)]) for values in (a_SB, b_SB, truth_a_SB, truth_b_SB)]
+    (rho_a_S, in_a_SB), (rho_b_S, in_b_SB) = _spearman_parts(ranks[0], ranks[2]), _spearman_parts(ranks[1], ranks[3])
+    return Effect(rho_a_S - rho_b_S, in_a_SB - in_b_SB, ranks[0].shape[1])
 
 
 def _spearman_parts(x_SB: Floats, truth_SB: Floats) -> tuple[Floats, Floats]:
@@ -114,7 +113,7 @@ class Estimate:
     """A difference with its interval.
 
     Args:
-        p: two-sided, against the claim's margin.
+        p: two-sided, against the claim's margin; 1 where nothing was measured.
         detectable: smallest true difference that would be seen with a power of 80 %.
         seed_sd: deviation between seeds, None for one.
         units: what was resampled beside seeds: users, items or worlds.
@@ -134,7 +133,9 @@ class Estimate:
 def estimate(effect: Effect, *, null: float = 0.0, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
     """The mean over seeds with its two-way interval: seeds are drawn with replacement and units are counted anew (Poisson) in every resample.
 
-    Deviations between seeds are widened by sqrt(S / (S - 1)), because a handful of seeds shows too little of its own spread.
+    Deviations between seeds are widened by sqrt(S / (S - 1)), because a handful of seeds shows too little of its own spread. That mends the variance, not the
+    tails: where seeds add as much to the standard error as units do, a 95 % interval of 2, 3 and 5 seeds covers .91, .92 and .93, where they add twice as much
+    .83, .87 and .89, where they are all of it .67, .79 and .87 (1,000 simulated differences each).
 
     Args:
         null: the difference that the p-value is taken against.
@@ -154,7 +155,7 @@ def estimate(effect: Effect, *, null: float = 0.0, resamples: int = 2000, seed: 
         difference=float(effect.theta_S.mean()),
         low=float(low),
         high=float(high),
-        p=float(min(1.0, 2 * max(beyond, 1 / (resamples + 1)))),
+        p=float(min(1.0, 2 * max(beyond, 1 / (resamples + 1)))) if np.isfinite(value_R).all() else 1.0,
         detectable=float(POWER * value_R.std()),
         seed_sd=float(effect.theta_S.std(ddof=1)) if seeds > 1 else None,
         seeds=seeds,

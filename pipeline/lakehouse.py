@@ -37,6 +37,7 @@ NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 REFERENCE = re.compile(r"^[A-Za-z0-9_]+$")
 SCHEMA_VERSION = "sid.schema_version"
 UNREACHABLE = "the catalog cannot be reached"
+REFUSING = frozenset({"UnauthorizedError", "ForbiddenError", "OAuthError", "InsufficientPrivilege"})  # REST catalogs and PostgreSQL, of a login's rights
 MIGRATION = re.compile(r"^(\d{3})_[a-z0-9_]+\.sql$")
 _EPOCH = date(1970, 1, 1).toordinal()
 # What Iceberg throws when main is no ancestor of the branch any more, or was committed to at the same moment.
@@ -87,13 +88,13 @@ def migrations(table: str) -> list[tuple[int, Path]]:
 
 
 def is_ready(home: Home, lake: Lake, table: str) -> bool:
-    """Whether the table exists and has every migration, without a JVM."""
+    """Whether the table exists with a first snapshot and has every migration, without a JVM."""
     newest = len(migrations(table))
     try:
-        properties = open_table(home, lake, table).properties
+        found = open_table(home, lake, table)
     except UpstreamMissing:
         return False
-    return int(properties.get(SCHEMA_VERSION, 0)) >= newest
+    return found.current_snapshot() is not None and int(found.properties.get(SCHEMA_VERSION, 0)) >= newest
 
 
 def migrate(spark: SparkSession, table: str) -> int:
@@ -159,10 +160,15 @@ def references(spark: SparkSession, table: str) -> dict[str, int]:
 
 
 def read_frame(spark: SparkSession, table: str, snapshot_id: int | None) -> DataFrame:
-    """The table's rows at a snapshot; None reads main as it is now."""
+    """The table's rows at a snapshot, with nulls in the columns that were added since; None reads main as it is now."""
+    from pyspark.sql import functions as F
+
+    now = spark.table(_full(table))
     if snapshot_id is None:
-        return spark.table(_full(table))
-    return spark.read.option("snapshot-id", snapshot_id).format("iceberg").load(_full(table))
+        return now
+    rows = spark.read.option("snapshot-id", snapshot_id).format("iceberg").load(_full(table))
+    added = {field.name: F.lit(None).cast(field.dataType) for field in now.schema.fields if field.name not in rows.columns}
+    return rows.withColumns(added) if added else rows
 
 
 def read_release_frame(spark: SparkSession, snapshot_id: int, day: date) -> DataFrame:
@@ -235,17 +241,25 @@ def table_locks(home: Home, lake: Lake, tables: Iterable[str]) -> Iterator[None]
 
 
 def cut_branch(spark: SparkSession, table: str, branch: str) -> int | None:
-    """Cut an audit branch from main, dropping what an earlier try left; returns main's snapshot id."""
+    """Cut an audit branch from main, dropping what an earlier try left; returns main's snapshot id.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
     name = _checked_reference(branch)
-    if snapshot(spark, table, name) is not None:
-        spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH {name}")
-    spark.sql(f"ALTER TABLE {_full(table)} CREATE BRANCH {name}")
+    with _meeting_nobody(table):
+        if snapshot(spark, table, name) is not None:
+            spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH {name}")
+        spark.sql(f"ALTER TABLE {_full(table)} CREATE BRANCH {name}")
     return snapshot(spark, table)
 
 
 def drop_branch(spark: SparkSession, table: str, branch: str) -> None:
-    """Drop a branch if it is there."""
-    spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH IF EXISTS {_checked_reference(branch)}")
+    """Drop a branch if it is there.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
+    with _meeting_nobody(table):
+        spark.sql(f"ALTER TABLE {_full(table)} DROP BRANCH IF EXISTS {_checked_reference(branch)}")
 
 
 def check_columns(frame: DataFrame, spark: SparkSession, table: str) -> DataFrame:
@@ -330,7 +344,6 @@ def publish(spark: SparkSession, table: str, branch: str, tag: str = "", expect:
             expected=f"snapshot {expect}",
             found=str(target.snapshotId()),
             where=f"{table} {name}",
-            next_command="run the stage again",
         )
     if tag and iceberg.refs().containsKey(_checked_reference(tag)):
         raise ContractError(
@@ -350,7 +363,6 @@ def publish(spark: SparkSession, table: str, branch: str, tag: str = "", expect:
             expected="main as it was when the branch was cut",
             found=found,
             where=f"{table} {name}",
-            next_command="run the stage again",
         ) from error
     logger.info("published table=%s branch=%s tag=%s snapshot=%d", table, name, tag or "-", target.snapshotId())
     return int(target.snapshotId())
@@ -471,11 +483,12 @@ def _partition(record: Any, days: Sequence[bool]) -> tuple[str, ...]:
 def create_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None:
     """Tag a snapshot, one commit.
 
-    Raises: ContractError when the tag exists: tags are never moved.
+    Raises: ContractError when the tag exists: tags are never moved; PublishConflict when somebody else committed to the table at the same moment.
     """
     if snapshot(spark, table, _checked_reference(tag)) is not None:
         raise ContractError(f"tag {tag} of {table} exists and is never moved", expected="a tag that is not there yet", found=tag, where=table)
-    _loaded(spark, table).manageSnapshots().createTag(tag, int(snapshot_id)).commit()
+    with _meeting_nobody(table):
+        _loaded(spark, table).manageSnapshots().createTag(tag, int(snapshot_id)).commit()
 
 
 def put_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None:
@@ -483,29 +496,44 @@ def put_tag(spark: SparkSession, table: str, tag: str, snapshot_id: int) -> None
 
     Raises: PublishConflict when somebody else committed to the table at the same moment.
     """
-    from py4j.protocol import Py4JJavaError
-
     found = snapshot(spark, table, _checked_reference(tag))
     if found == snapshot_id:
         return
     change = _loaded(spark, table).manageSnapshots()
-    try:
+    with _meeting_nobody(table):
         (change.createTag if found is None else change.replaceTag)(tag, int(snapshot_id)).commit()
-    except Py4JJavaError as error:
-        kinds, said = _java_causes(error)
-        if "CommitFailedException" not in kinds:
-            raise
-        raise PublishConflict(f"{table} was committed to while it was tagged {tag}", expected="nobody else", found=said, where=table) from error
 
 
 def drop_references(spark: SparkSession, table: str, *, tags: Iterable[str] = (), branches: Iterable[str] = ()) -> None:
-    """Drop tags and branches in one commit; their snapshots stay until they are expired."""
+    """Drop tags and branches in one commit; their snapshots stay until they are expired.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
     change = _loaded(spark, table).manageSnapshots()
     for tag in tags:
         change = change.removeTag(_checked_reference(tag))
     for branch in branches:
         change = change.removeBranch(_checked_reference(branch))
-    change.commit()
+    with _meeting_nobody(table):
+        change.commit()
+
+
+@contextmanager
+def _meeting_nobody(table: str) -> Iterator[None]:
+    """A change of a table's references: Iceberg tries it once, and only an embedded lake has locks that keep others away.
+
+    Raises: PublishConflict when somebody else committed to the table at the same moment.
+    """
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (Py4JJavaError, PySparkException) as error:
+        kinds, said = _java_causes(error)
+        if "CommitFailedException" not in kinds:
+            raise
+        raise PublishConflict(f"{table} was committed to while its references were changed", expected="nobody else", found=said, where=table) from error
 
 
 def delete_partitions(spark: SparkSession, table: str, days: Sequence[date], properties: Mapping[str, str]) -> None:
@@ -559,7 +587,7 @@ def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
     """The table through PyIceberg.
 
     The embedded catalog opens the highest complete metadata file, never the version hint, which can be one behind after a kill.
-    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the catalog's server does not answer.
+    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the catalog's server does not answer; ConfigError when it refuses the login.
     """
     from pyiceberg.table import StaticTable
 
@@ -571,23 +599,27 @@ def open_table(home: Home, lake: Lake, table: str) -> IcebergTable:
 def _load_table(properties: tuple[tuple[str, str], ...], table: str) -> IcebergTable:
     """The table as a catalog server knows it now.
 
-    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the server does not answer: an empty lake must never be read into that.
+    Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the server does not answer, ConfigError when it refuses the login: neither must
+        be taken for an empty lake.
     """
-    from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
+    from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, RESTError
     from requests.exceptions import RequestException
-    from sqlalchemy.exc import OperationalError, ProgrammingError
+    from sqlalchemy.exc import DBAPIError
 
-    where = dict(properties)["warehouse"]
     try:
         return _server(properties).load_table(table)
-    except (NoSuchTableError, NoSuchNamespaceError, ProgrammingError, OperationalError, RequestException) as error:
-        found = str(getattr(error, "orig", error)).splitlines()[0]
-        absent = not isinstance(error, OperationalError | RequestException) or "no such table" in found
-        if absent:  # ProgrammingError (PostgreSQL) and "no such table" (SQLite): the catalog's own tables are not made yet
+    except (NoSuchTableError, NoSuchNamespaceError, DBAPIError, RESTError, RequestException) as error:
+        cause = getattr(error, "orig", error)
+        kind, found = type(cause).__name__, next(iter(str(cause).splitlines()), "")
+        # UndefinedTable (PostgreSQL) and "no such table" (SQLite): the catalog's own tables are not made yet.
+        if isinstance(error, NoSuchTableError | NoSuchNamespaceError) or kind == "UndefinedTable" or "no such table" in found:
+            where = dict(properties)["warehouse"]
             raise UpstreamMissing(
                 f"table {table} does not exist yet", expected=table, found=found, where=where, next_command="sid run refresh --date D"
             ) from error
-        raise ResourceLost(UNREACHABLE, expected="an answering catalog", found=found, where="SID_CATALOG_URI") from error
+        if kind in REFUSING:
+            raise ConfigError("the catalog refuses the login", expected="one that may read its tables", found=found or kind, where="SID_CATALOG_*") from error
+        raise ResourceLost(UNREACHABLE, expected="an answering catalog", found=found or kind, where="SID_CATALOG_URI") from error
 
 
 @functools.lru_cache(maxsize=4)

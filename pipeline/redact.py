@@ -5,6 +5,7 @@ Secrets come from the environment only. A variable is secret when its name says 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -20,8 +21,8 @@ FLAG = "sid_redacted"
 
 
 def secret_values() -> list[str]:
-    """Every secret of the environment, also as it looks inside an address, longest first."""
-    found = {form for value in _secrets() for form in (value, quote(value, safe=""), quote_plus(value)) if len(value) >= SHORTEST}
+    """Every secret of the environment, also as it looks inside an address or a JSON text, longest first."""
+    found = {form for value in _secrets() for form in (value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1]) if len(value) >= SHORTEST}
     return sorted(found, key=lambda value: (-len(value), value))
 
 

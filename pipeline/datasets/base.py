@@ -9,12 +9,15 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import itertools
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -30,7 +33,7 @@ EVENT_COLUMNS = ("user_id", "item_id", "event_ts", "event_type", "value", "sessi
 ITEM_COLUMNS = ("item_id", "title", "text", "category", "image_uri", "text_vector", "image_vector")
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 MANIFEST = "prepared.json"
-HEAD_BYTES = 65_536
+BLOCK_BYTES = 65_536
 LINE_BYTES = 4_194_304  # a JSON line may hold vectors
 
 
@@ -176,12 +179,14 @@ def file_digest(path: Path) -> str:
 
 
 def check_header(path: Path, file_format: FileFormat, columns: tuple[str, ...]) -> None:
-    """Nothing, when the file is what its format says and has the columns; more columns are allowed.
+    """Nothing, when the file is what its format says, to its last byte if it is a text file, and has the columns; more columns are allowed.
 
     A JSONL file of zero bytes is a day without rows; a CSV file needs its header.
     Raises: ContractError naming the missing columns, or saying why the file cannot be read.
     """
     found = columns_of(path, file_format)
+    if file_format != "parquet":
+        _check_text(path)
     missing = [column for column in columns if found is not None and column not in found]
     if missing:
         raise ContractError(
@@ -244,16 +249,37 @@ def has_rows(path: Path, file_format: FileFormat) -> bool:
 def _first_line(path: Path) -> str:
     """First line of a UTF-8 text file without its end, empty for an empty file."""
     with path.open("rb") as stream:
-        head = stream.read(HEAD_BYTES)
+        head = stream.read(BLOCK_BYTES)
         stream.seek(0)
         line = stream.readline(LINE_BYTES)
     if b"\0" in head:
         raise ContractError("a text file is binary", expected="text in UTF-8", found="NUL bytes", where=str(path))
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # incremental: the block may end inside a character
         return line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise ContractError("a text file is not UTF-8", expected="text in UTF-8", found=str(error), where=str(path)) from error
+        raise _not_utf8(path, 1, error) from error
+
+
+def _check_text(path: Path) -> None:
+    """Nothing, when all of a text file is UTF-8: Spark would read another character for every byte that is not, and say nothing."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1  # incremental: a block may end inside a character
+    with path.open("rb") as stream:
+        for block in itertools.chain(iter(partial(stream.read, BLOCK_BYTES), b""), [b""]):
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, line + error.object.count(b"\n", 0, error.start), error) from error
+            line += block.count(b"\n")
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> ContractError:
+    return ContractError(
+        "a text file is not UTF-8",
+        expected="text in UTF-8",
+        found=f"byte 0x{error.object[error.start]:02x} in line {line} ({error.reason})",
+        where=str(path),
+        next_command="sid run refresh --date D  (with the file written in UTF-8)",
+    )
 
 
 def prepared_folder(root: Path, key: str, make: Callable[[Path], None]) -> Path:
@@ -273,7 +299,7 @@ def prepared_folder(root: Path, key: str, make: Callable[[Path], None]) -> Path:
             expected="the files as they were made",
             found=f"{len(changed)} changed, first {changed[0]}",
             where=str(folder),
-            next_command=f"rm -r {folder}",
+            next_command=shlex.join(["rm", "-r", str(folder)]),
         )
     return folder
 

@@ -77,7 +77,7 @@ def source_root(source: config.Source) -> Path:
             expected="an existing folder",
             found=str(root.resolve()) if source.path else "nothing",
             where="source.path",
-            next_command="sid run ... --set source.path=<folder>",
+            next_command="sid run refresh --date D --set source.path=FOLDER",
         )
     return root.resolve()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -120,7 +121,9 @@ def fetch_wheel(root: Path) -> Path:
                 path.replace(target)
     found = file_digest(target) if target.is_file() else "no wheel"
     if found != WHEEL_SHA256:
-        raise ContractError("the downloaded wheel is not the known one", expected=WHEEL_SHA256, found=found, where=str(target), next_command=f"rm {target}")
+        raise ContractError(
+            "the downloaded wheel is not the known one", expected=WHEEL_SHA256, found=found, where=str(target), next_command=shlex.join(["rm", str(target)])
+        )
     return target
 
 
@@ -135,7 +138,7 @@ def _download(folder: str) -> None:
             expected=f"pip download {WHEEL}",
             found=(done.stderr.strip().splitlines() or ["no message"])[-1],
             where="data set movielens",
-            next_command="sid demo --dataset-path <ml-100k.zip, the recbole wheel, or their folder>",
+            next_command="sid demo --dataset-path FOLDER  (with ml-100k.zip or the recbole wheel)",
         )
 
 

@@ -245,10 +245,11 @@ class Fitted:
 def fit(make: Callable[[Edges], GraphNetwork], sequences: Sequences, num_items: int, params: Params, *, seed: int, device: str, what: str) -> Fitted:
     """The network at its best epoch by validation NDCG@10 (full ranking, history masked: a pair is an edge or it is not).
 
-    The last basket of up to `valid_users` users is held out for that, as SASRec does it; without such users all epochs are run.
+    The last basket of up to `valid_users` users is held out for that, as SASRec does it, of users to whom the item asked for is new; without such users all
+    epochs are run.
     Raises: ValueError when there is no pair.
     """
-    rest, questions = holdout(sequences, params.valid_users, 2, seed)
+    rest, questions = holdout(sequences, params.valid_users, 2, seed, new=True)
     edges, everything = edges_of(rest, num_items).to(device), edges_of(sequences, num_items).to(device)
     if not edges.keys.numel():
         raise ValueError("no user has an item: there is no graph to learn from")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pipeline.config import Ngcf as Params
 from pipeline.encoders import graph
 
-SLOPE = 0.2  # of the activation below zero (ours)
+SLOPE = 0.2  # of the activation below zero: TensorFlow's default, which the published program takes
 
 
 def message(from_ED: Tensor, to_ED: Tensor, degrees_E: Tensor, sum_DD: Tensor, product_DD: Tensor) -> Tensor:

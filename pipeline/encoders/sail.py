@@ -326,7 +326,8 @@ class Lessons:
     """Everything that is learned from; items are rows of the catalogue, none of them held.
 
     Args:
-        usable_N: the items that may be trained on. train / valid: pair sets by source, of trained and of held items. questions: by sampler.
+        usable_N: the items that may be trained on. train / valid: pair sets by source, of trained and of held items; the sources are weighed against the
+            latter, which are what the report measures too. questions: by sampler.
         teachers: name -> ((N, D), shown (N,)).
     """
 
@@ -458,7 +459,7 @@ class Recipe:
         return torch.cat([self.network.adapt(self.content.take(rows)).vectors["fused"] for rows in torch.arange(len(self.content)).split(ENCODE_ROWS)])
 
     def _weights(self, phase: str, fused_NW: Tensor, number: int) -> Tensor:
-        """Weight of each source (S,): adaptive or equal; only the nearer half after the first phase, only content while distilling IDs.
+        """Weight of each source (S,): adaptive or equal; only the nearer half in the two phases after the first, only content in both distillations.
 
         differs: the paper weighs once by an early checkpoint, here every round weighs by the network as it stands.
         """
@@ -473,7 +474,7 @@ class Recipe:
             weights_S = sail_pairs.source_weights(*parts, temperature=self.settings.weight_temperature)
         kept_S = torch.ones_like(weights_S, dtype=torch.bool)
         if phase in ("nearest", "hard"):
-            kept_S = weights_S >= weights_S.median()
+            kept_S = weights_S >= weights_S.sort(descending=True).values[(len(train) - 1) // 2]  # equal weights stay together
         elif phase in ("sequence", "identity") and not all(part.collaborative for part in train):
             kept_S = torch.tensor([not part.collaborative for part in train])
         return weights_S * kept_S / (weights_S * kept_S).sum()

@@ -1,7 +1,8 @@
 """Six views of an embedding, as one table: recall, separability, clusters, order of neighbours, one-to-one clusters, AUC; and the same for IDs made of it.
 
 Source: SAIL-Embedding (arXiv 2510.12709), the six-way embedding evaluation; differs: the paper names the measures and prints few definitions, the
-definitions below are ours. Each is measured against content pairs and against collaborative pairs of items that nothing was trained on.
+definitions below are ours. Each is measured against content pairs and against collaborative pairs of items that nothing was trained on; with adaptive
+weights the sources are weighed against these pairs as well.
 Pure functions. Tensor suffixes: N items, P pairs, Q pairs by chance, B rows, C candidates, D width.
 """
 

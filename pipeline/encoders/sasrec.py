@@ -233,14 +233,18 @@ def places(length_B: Tensor, total: int, width: int) -> Tensor:
     return row_P * width + torch.arange(total, device=length_B.device) - first_B[row_P]
 
 
-def holdout(sequences: Sequences, max_users: int, length: int, seed: int) -> tuple[Sequences, Holdout]:
+def holdout(sequences: Sequences, max_users: int, length: int, seed: int, *, new: bool = False) -> tuple[Sequences, Holdout]:
     """(sequences without the last basket of some users, the questions that these baskets answer).
 
     A question's context is every earlier event (the latest `length`), its target the first event of the last basket: baskets are shuffled, so this is any of
     them. Only users with at least two earlier events are asked; at most `max_users`, drawn by the seed.
+
+    Args:
+        new: ask only for items that the user has not had; for rankings that the history leaves, where an item out of it would tell itself.
     """
     last_U = _last_basket_start(sequences)
-    able = torch.nonzero(last_U - sequences.offsets[:-1] >= 2).flatten()
+    able_U = last_U - sequences.offsets[:-1] >= 2
+    able = torch.nonzero(able_U & ~_had(sequences, last_U) if new else able_U).flatten()
     asked = able[torch.randperm(able.numel(), generator=_generator(seed))[:max_users]].sort().values
     stop_U = sequences.offsets[1:].clone()
     stop_U[asked] = last_U[asked]
@@ -250,6 +254,14 @@ def holdout(sequences: Sequences, max_users: int, length: int, seed: int) -> tup
     rest = Sequences(offsets, sequences.items[kept_T], None if sequences.baskets is None else sequences.baskets[kept_T])
     stop = offsets[1:][asked]
     return rest, Holdout(asked, torch.maximum(stop - length, offsets[:-1][asked]), stop, sequences.items[last_U[asked]])
+
+
+def _had(sequences: Sequences, at_U: Tensor) -> Tensor:
+    """Whether each user had the item of the event `at_U` before it, bool [U]."""
+    user_T = torch.repeat_interleave(torch.arange(at_U.numel()), sequences.offsets.diff())
+    place_T = at_U[user_T]
+    again_T = (sequences.items == sequences.items[place_T]) & (torch.arange(user_T.numel()) < place_T)
+    return torch.bincount(user_T[again_T], minlength=at_U.numel()) > 0
 
 
 def _last_basket_start(sequences: Sequences) -> Tensor:

@@ -116,7 +116,7 @@ def slot_weights(weights_NL: Tensor, present_NL: Tensor, share: float) -> Tensor
 
 
 def weighted_mean(log_prob_BS: Tensor, weight_BS: Tensor) -> Tensor:
-    """sum_s a_s log p_s / sum_s a_s, (B,); 0 where all weights are 0. Its negative is the loss, so training and scoring agree.
+    """sum_s a_s log p_s / sum_s a_s, (B,); 0 where all weights are 0. Its negative is the loss, the score of beams, and `parallel`'s where scoring = mean.
 
     Source: ADA-SID (arXiv 2510.25622), generation loss; differs: divided by the sum of the weights instead of a constant, because sums favour items with
     few or light slots when items are scored.

@@ -66,7 +66,7 @@ def fit(
     """
     if settings.distill_weight and teacher_ND is None:
         raise ValueError("distillation needs the items' vectors")
-    rest, questions = holdout(sequences, settings.valid_users, settings.max_history, seed)
+    rest, questions = holdout(sequences, settings.valid_users, settings.max_history, seed, new=settings.mask_history)
     with deterministic(seed):
         model, table = build(catalogue, settings).to(device), catalogue.constraint().to(device)
         if isinstance(model, Parallel):
@@ -221,7 +221,9 @@ def _validate(model: AnyRetriever, sequences: Sequences, questions: Holdout, set
             losses.append(_last_nll(model, history_BT[rows], targets_BT[rows]))
     found = {"loss": float(torch.cat(losses).mean())}
     if settings.stop_on == "ndcg":
-        rank_B = ranks(model, table, histories, questions.targets.numpy(), settings, histories if settings.mask_history else None)
+        whole = sequences.users(questions.users)  # all of it leaves the ranking, as in the test, not only what is read
+        seen = Packed(whole.offsets.numpy(), whole.items.numpy()) if settings.mask_history else None
+        rank_B = ranks(model, table, histories, questions.targets.numpy(), settings, seen)
         found |= evaluation.ranking_metrics(rank_B, (10, STOP_AT))
     return found
 

@@ -46,8 +46,7 @@ def procrustes(points_NW: Tensor, target_NW: Tensor) -> Tensor:
 def nearest_by_space(points_LNd: Tensor, codebook_LKd: Tensor) -> Tensor:
     """The code of smallest Euclidean distance per point and sub-space, (N, L) int64; blocks of rows, so that memory stays bounded.
 
-    Source: product quantisation (Jegou et al. 2011), the nearest row of each sub-space; differs: RPG looks up by inner product, this is the distance that
-    the rotation is learned for.
+    Source: product quantisation (Jegou et al. 2011), the nearest row of each sub-space; RPG's index searches by inner product, but codes its vectors so, too.
     """
     half_L1K = 0.5 * codebook_LKd.square().sum(2)[:, None]
     rows = max(1, CHUNK // (codebook_LKd.shape[0] * codebook_LKd.shape[1]))

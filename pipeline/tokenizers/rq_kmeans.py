@@ -69,6 +69,8 @@ class RqKmeans:
 
     Args:
         settings: the [train_tokenizer.rq_kmeans] section.
+    Source: OneRec (arXiv 2502.18965), residual balanced k-means; differs: of the modalities at unit length side by side, there of one vector that was aligned
+    with behaviour first; even in the last third of the iterations alone (`quantize.balanced_codes`).
     """
 
     needs_history: ClassVar[bool] = False

@@ -25,11 +25,12 @@ BY_HAND = {"sid_rollback": {"tag": "d20260301", "reason": "a bad file"}}  # para
 
 @pytest.fixture(scope="module")
 def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """The private Airflow of a throw-away home."""
+    """The private Airflow of a throw-away home, whose first start was killed: its database is an empty file."""
     from jobs import airflow_home
 
     before, handlers = dict(os.environ), list(logging.getLogger().handlers)
     home = Home(tmp_path_factory.mktemp("home"))
+    (home.folder("airflow") / "airflow.db").touch()
     airflow_home.prepare(home)
     yield home
     os.environ.clear()
@@ -80,8 +81,11 @@ def test_parameters_are_typed_titled_and_pass_their_own_defaults(bag: Any, dag_i
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("date", "2026-13-01"), ("date", "soon"), ("reason", ""), ("overrides", "seed=1"), ("release", "latest"), ("release", "d2026"), ("profile", None)],
-)
+    [
+        ("date", "2026-13-01"), ("date", "soon"), ("reason", ""), ("overrides", "seed=1"), ("overrides", [1]), ("release", "latest"), ("release", "d2026"),
+        ("profile", None),
+    ],
+)  # fmt: skip
 def test_a_bad_parameter_is_refused_before_anything_runs(bag: Any, name: str, bad: Any) -> None:
     from airflow.sdk.exceptions import ParamValidationError
 
@@ -189,9 +193,9 @@ def test_an_error_fails_for_good_or_asks_for_a_retry_as_its_class_says(kind: typ
 
     error = kind("it did not work", expected="a", found="b", where="c", next_command="sid releases")
     with pytest.raises(AirflowException if error.retry else AirflowFailException) as caught:
-        execute("ingest", context(), monkeypatch, error)
+        execute("ingest", context(params={"overrides": ["seed=3"]}), monkeypatch, error)
     assert isinstance(caught.value, AirflowFailException) is not error.retry
-    assert str(caught.value) == error.message("tiny"), "the log ends in what to type next, for the profile of the run"
+    assert str(caught.value).endswith("sid releases --profile tiny --set seed=3"), "the log ends in what to type next, with the run's settings"
     assert caught.value.__cause__ is error
 
 

@@ -374,6 +374,23 @@ def test_files_that_cannot_be_used_name_what_is_wrong_and_what_to_do(files):
         files.judge()
 
 
+def test_a_file_that_is_written_again_while_it_is_read_is_refused(files, monkeypatch):
+    """Its rows would stand in the lake under the digest of other bytes, and no rerun would look at it again."""
+    files.events(event())
+    files.items(["a", "A", "", "", ""])
+    count = ingest.tally
+
+    def late(judged, kind):
+        found = count(judged, kind)
+        files.events(event(), event(user="u2"))
+        return found
+
+    monkeypatch.setattr(ingest, "tally", late)
+    with pytest.raises(ContractError, match="changed after") as caught:
+        files.judge()
+    assert caught.value.where.endswith(f"{D}.csv")
+
+
 def test_the_same_files_give_the_same_rows(files):
     files.events(*(event(user=f"u{number % 7}", item=f"i{number % 3}", value=str(number % 5)) for number in range(60)))
     files.items(["i0", "A", "", "", ""])

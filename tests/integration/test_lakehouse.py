@@ -83,6 +83,23 @@ def test_a_tag_beside_a_release_may_be_put_elsewhere(spark, lake_home):
         assert lakehouse.references(spark, TABLE)["d20260101"] == snapshot_id
 
 
+def test_a_change_of_references_that_meets_another_commit_may_be_tried_again(spark, lake_home, monkeypatch):
+    """On a catalog server nothing keeps a night from publishing while housekeeping drops a tag, or while somebody pins one."""
+    first, check, second = put(spark, D1, {"a": 1}, "audit_1", "d20260101"), lakehouse._checked_reference, []
+
+    def meanwhile(name: str) -> str:
+        monkeypatch.setattr(lakehouse, "_checked_reference", check)
+        second.append(put(spark, D2, {"b": 2}, "audit_2"))
+        return name
+
+    monkeypatch.setattr(lakehouse, "_checked_reference", meanwhile)
+    with pytest.raises(PublishConflict, match="while its references were changed"):
+        lakehouse.drop_references(spark, TABLE, tags=["d20260101"])
+    assert lakehouse.references(spark, TABLE) == {"main": second[0], "d20260101": first}
+    lakehouse.drop_references(spark, TABLE, tags=["d20260101"])
+    assert lakehouse.references(spark, TABLE) == {"main": second[0]}
+
+
 def test_an_existing_tag_is_never_moved(spark, lake_home):
     first = put(spark, D1, {"a": 1}, "audit_1", "d20260101")
     with pytest.raises(ContractError, match="never moved"):

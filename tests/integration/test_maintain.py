@@ -128,14 +128,17 @@ def _looked_at_again(spark: Any, home: Home, known: set[str]) -> None:
 def test_vectors_stay_while_a_live_revision_that_main_replaced_refers_to_them(spark: Any, lake_home: Home, shelf: Any) -> None:
     shelf.put(TRAINED, [(D0, "i00", 1, [1.0, 2.0], 1.0, 8, 3)], [D0])
     shelf.put(FEATURE, manifest({D1: D0}), [D1], tag="d20260105")
+    shelf.put(FEATURE, manifest({D1: D1}), [D1], tag="d20260105_r2")
     shelf.put(FEATURE, manifest({D1: D1}), [D1])
     for table in (TRAINED, FEATURE):
         shelf.age(table, 20)
-    releases = [{"tag": tag, "logical_date": D1, "revision": number} for number, tag in ((1, "d20260105"), (2, "d20260105_r2"))]
+    tags = ("d20260105", "d20260105_r2", "d20260105_r3")
+    releases = [{"tag": tag, "logical_date": D1, "revision": number} for number, tag in enumerate(tags, 1)]
     histories = {table: lakehouse.history(lake_home, TINY.lake, table) for table in (TRAINED, FEATURE)}
-    newest = {"d20260105_r2"}
+    newest = set(tags[2:])
     assert maintain.retention(spark, context(lake_home), releases, newest, newest, histories) == {TRAINED: [D0]}
-    assert maintain.retention(spark, context(lake_home), releases, newest, {*newest, "d20260105"}, histories) == {}, "a rollback to it would need them"
+    assert maintain.retention(spark, context(lake_home), releases, newest, set(tags[1:]), histories) == {TRAINED: [D0]}
+    assert maintain.retention(spark, context(lake_home), releases, newest, set(tags), histories) == {}, "a rollback to the first would need them"
 
 
 def _later(spark: Any, home: Home, shelf: Any, parquet: Parquet, pinned: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.inputs import Inputs
 from pipeline import lakehouse
 from pipeline.config import Lake
 from pipeline.context import Home
@@ -59,6 +61,18 @@ def test_an_old_table_becomes_the_new_one_and_its_rows_stay_readable(spark: Any,
     lakehouse.create_tables(spark)
     assert columns(spark) == migrated, "a new table has the same columns"
     assert lakehouse.is_ready(lake_home, Lake(), TABLE)
+
+
+def test_rows_that_were_pinned_before_a_migration_have_the_columns_of_now(spark: Any, lake_home: Home, folder: Path) -> None:
+    """The night after it writes some tables from their own earlier rows; a frame without the new columns would be refused every time."""
+    lakehouse.create_tables(spark)
+    spark.sql(f"INSERT INTO lake.{TABLE} VALUES (DATE'2026-01-01', 'a')")
+    inputs = Inputs(lake_home, Lake(), {TABLE: lakehouse.current_snapshot(lake_home, Lake(), TABLE)}, spark)
+    (folder / "migrations" / "001_weight.sql").write_text(FIRST)
+    (folder / "migrations" / "002_tags_and_size.sql").write_text(SECOND)
+    lakehouse.create_tables(spark)
+    frame = lakehouse.check_columns(inputs.frame(TABLE), spark, TABLE)
+    assert [row.asDict() for row in frame.collect()] == [{"day": date(2026, 1, 1), "name": "a", "weight": None, "tags": None, "size": None}]
 
 
 def test_a_kill_between_the_statement_and_its_note_is_met(spark: Any, folder: Path) -> None:

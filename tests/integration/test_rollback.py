@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs import derived, item_feature, pins, plan_night, runner, views
+from jobs import derived, item_feature, pins, plan_night, report_page, runner, views
 from jobs.inputs import Inputs
 from pipeline import config, lakehouse, tracking
 from pipeline.context import ROOT, Context, Home, read_json
@@ -75,7 +75,7 @@ def manifest(shelf: Any, day: date, bucket: int) -> None:
     """The night's item_feature behind a release of the shelf; `bucket` tells the rows of two revisions apart."""
     shelf.put(
         plan_night.MANIFEST,
-        [(day, f"i{row:02d}", 1, "c", "h", None, "enc", None, day, 8, bucket, 0.5, 0.5, 1.0, "head", "live", day, None) for row in range(6)],
+        [(day, f"i{row:02d}", 1, "c", "h", None, "enc", None, day, 8, bucket, 0.5, bucket / 10, 1.0, "head", "live", day, None) for row in range(6)],
         [day],
     )
 
@@ -87,6 +87,13 @@ def buckets(spark: Any, home: Home, parent: Any, at: int | None) -> list[set[int
     rows = item_feature.parent_rows(inputs, plan).collect()
     arrow = inputs.arrow(plan_night.MANIFEST, columns=("evidence_bucket",), where=f"logical_date == '{D1}' and generation == 1", at=at)
     return [{row.evidence_bucket for row in rows}, set(arrow["evidence_bucket"].to_pylist())]
+
+
+def strengths(lake: tuple[Home, config.Config], release: dict[str, Any]) -> list[float] | None:
+    """Lower edges of the filled bins of the report's strength figure; None when there is no figure."""
+    found = report_page.lake_figures(lake, release, lakehouse.read_release(lake[0], lake[1].lake, release["tag"]), {"slots": ["text_0", "text_1"]})
+    data = found[0]["data"] if found else None
+    return data and [round(edge, 2) for edge, items in zip(data["edges"], data["counts"]["head"], strict=False) if items]
 
 
 @pytest.mark.usefixtures("without_mlflow")
@@ -120,8 +127,11 @@ def test_the_night_after_a_rollback_copies_from_the_manifest_of_the_restored_rev
     assert buckets(spark, lake_home, parent, plan_night.manifest_of(lake, releases, first)) == [{3}, {3}]
     assert buckets(spark, lake_home, parent, plan_night.manifest_of(lake, releases, second)) == [{5}, {5}], "main is the last revision's"
 
+    assert [strengths(lake, row) for row in releases] == [[0.3], [0.5]], "the page of a release shows its own"
+
     lakehouse.drop_references(spark, plan_night.MANIFEST, tags=[first])  # a lake of before
     assert plan_night.manifest_of(lake, releases, first) is None
+    assert [strengths(lake, row) for row in releases] == [None, [0.5]]
     lakehouse.delete_partitions(spark, plan_night.MANIFEST, [D1], {})
     assert plan_night.manifest_of(lake, releases, second) is None
 

@@ -19,7 +19,7 @@ from jobs import launchers, plan_night, runner, views
 from pipeline import config, lakehouse, tracking
 from pipeline.context import Context, Home, read_json, write_json
 from pipeline.datasets import dataset
-from pipeline.errors import ContractError, GateFailed, PublishConflict, ResourceLost, StageFailed, UpstreamMissing
+from pipeline.errors import ContractError, GateFailed, PublishConflict, ResourceLost, SidError, StageFailed, UpstreamMissing
 from pipeline.stages import BY_NAME, StageResult, Write
 
 pytestmark = pytest.mark.spark
@@ -353,6 +353,35 @@ def test_under_torchrun_the_first_process_speaks_for_all(home: Home, data: Path,
         run(home, "plan_night", day)
     assert caught.value.next_command == f"sid run plan_night --date {day} --run-id night"
     assert read_json(home.folder("staging") / "night" / "plan_night.json")["error"]["class"] == "ContractError"
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (PublishConflict("main moved"), "sid run assign_sid --date 2026-03-02 --run-id night"),
+        (ResourceLost("the catalog cannot be reached"), "sid run assign_sid --date 2026-03-02 --run-id night"),
+        (ContractError("a file lacks columns"), ""),
+        (UpstreamMissing("no file", next_command="sid run ingest --date 2026-03-01"), "sid run ingest --date 2026-03-01"),
+    ],
+)
+def test_an_error_that_another_try_may_mend_names_the_stage_where_it_names_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: SidError, shown: str
+) -> None:
+    monkeypatch.setattr(runner, "_track", lambda *given: None)
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="assign_sid", logical_date=date(2026, 3, 2), run_id="night")
+    runner._failed(BY_NAME["assign_sid"], ctx, 0.0, runner.Ledger(), {}, error)
+    assert error.next_command == read_json(ctx.staging / "assign_sid.json")["error"]["next_command"] == shown
+
+
+def test_a_plan_that_reuses_a_release_does_not_replace_the_one_it_was_made_by(tmp_path: Path) -> None:
+    ctx = Context(config=TINY, home=Home(tmp_path), stage="plan_night", logical_date=date(2026, 3, 2), run_id="night")
+    facts = {"tag": "d20260302", "revision": 1, "generation": 1, "start": "", "reason": "frozen", "parent": None, "files": [], "input_fingerprint": "f"}
+    outputs = {**facts, "logical_date": "2026-03-02", "config_hash": "c", "seed": 1}
+    for seconds, reuse in ((1.0, ""), (2.0, "d20260302")):
+        outcome = {"status": "done", "seconds": seconds, "outputs": {**outputs, "reuse": reuse}}
+        write_json(ctx.staging / "plan_night.json", outcome)
+        runner._remember(BY_NAME["plan_night"], ctx, outcome)
+    assert read_json(ctx.home.folder("reports") / "d20260302" / "plan_night.json")["seconds"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_somebody_is_told_which_table_branch_and_expectation_failed_and_what_to_
     assert alert["table"] == "raw.source_file"
     assert alert["audit_branch"].startswith("audit_ingest_20260302_")
     assert any("rejected_share" in expectation and "observed" in expectation for expectation in alert["failed_expectations"])
-    assert alert["next_command"] == f"sid inspect {alert['audit_branch']} --profile tiny"
+    assert alert["next_command"] == f"sid inspect {alert['audit_branch']} --profile tiny --set ingest.max_rejected_share=0.0"
     assert any("from ingest.max_rejected_share" in expectation for expectation in alert["failed_expectations"]), "the setting to change is named"
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs import runner, train_tokenizer
 from pipeline import tracking
 from pipeline.config import Config
 from pipeline.context import Context, Home, write_json
 from pipeline.errors import ContractError, GateFailed, UpstreamMissing
-from pipeline.stages import FigureData, ModelBundle, StageResult
+from pipeline.stages import BY_NAME, FigureData, ModelBundle, StageResult
 
 DAY = date(1998, 4, 2)
 
@@ -87,6 +88,7 @@ def test_importing_tracking_and_recording_need_no_heavy_library(tmp_path: Path) 
 import sys
 from datetime import date
 from pathlib import Path
+from jobs import runner, train_tokenizer
 from pipeline import tracking
 from pipeline.config import Config
 from pipeline.context import Context, Home
@@ -345,6 +347,15 @@ def test_without_mlflow_the_record_waits_and_flush_may_be_retried(tmp_path: Path
     assert caught.value.next_command
     assert (record.folder / tracking.RECORD).is_file()
     assert not (record.folder / tracking.FLUSHED).exists()
+
+
+def test_nothing_is_trained_while_mlflow_cannot_take_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = context(Home(tmp_path / "home"), "down", "train_tokenizer")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}")
+    recorded(context(ctx.home, "down", "item_feature"))  # what an earlier stage of the night could not send either
+    monkeypatch.setattr(train_tokenizer, "run", lambda *given: pytest.fail("hours of training, and every try again"))
+    with pytest.raises(UpstreamMissing, match="cannot be reached"):
+        runner._once(BY_NAME["train_tokenizer"], ctx, {}, runner.Ledger())
 
 
 def test_a_server_that_does_not_answer_is_upstream_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -87,6 +89,12 @@ def test_a_failed_gate_says_table_branch_expectations_and_what_to_type(home: Hom
     }  # fmt: skip
 
 
+def test_the_command_to_type_goes_on_with_the_overrides_of_the_run(home: Home) -> None:
+    write_json(home.run_folder(f"{RUN}__sid_refresh") / "ingest.json", {"status": "failed", "error": GATE.fields()})
+    found = alerts.failure(context(params={"profile": "tiny", "overrides": ["source.path=/data"]}))
+    assert found["next_command"] == f"{GATE.next_command} --profile tiny --set source.path=/data"
+
+
 def test_without_a_document_the_exception_speaks(home: Home) -> None:
     found = alerts.failure(context())
     assert (found["class"], found["headline"], found["failed_expectations"]) == ("ValueError", "first", [])
@@ -120,6 +128,17 @@ def test_a_receiver_that_refuses_or_redirects_is_only_logged(receiver: Receiver,
     assert alerts.deliver({"a": 1}) is False
     assert len(receiver.received) == 1, "a redirection is not followed"
     assert "alert not sent" in caplog.text
+
+
+def test_a_home_on_a_full_disk_is_still_told_about(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuses(path: Path, mode: int = 0o777) -> None:
+        raise full
+
+    monkeypatch.setattr(os, "mkdir", refuses)
+    alerts.on_failure(context(exception=full))
+    assert [(alert["task"], alert["headline"]) for alert in receiver.received] == [("ingest", "[Errno 28] No space left on device")]
 
 
 def test_nobody_listening_is_only_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from datetime import date
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from jobs import backfill, maintain, pins
 from pipeline import catalog, config, lakehouse, spark
 from pipeline.config import Lake, Launch
 from pipeline.context import Context, Home
-from pipeline.errors import ConfigError, ResourceLost, UpstreamMissing
+from pipeline.errors import ConfigError, ResourceLost, SidError, UpstreamMissing
 
 CANARY = "c4n4ry/with+odd=chars&more"
 
@@ -104,7 +107,10 @@ def test_a_table_of_a_server_is_found_or_missing_and_nothing_is_made_by_looking(
     with pytest.raises(UpstreamMissing, match="does not exist yet"):
         lakehouse.open_table(home, lake, "sid.release")
     rows = pa.table({"tag": ["d20260301"], "logical_date": ["2026-03-01"], "revision": [1]})
-    maker.create_table("sid.release", rows.schema).append(rows)
+    table = maker.create_table("sid.release", rows.schema)
+    assert not lakehouse.is_ready(home, lake, "sid.release"), "a kill left it without its first snapshot, and so without a main to branch from"
+    table.append(rows)
+    assert lakehouse.is_ready(home, lake, "sid.release")
     assert lakehouse.read_releases(home, lake)["tag"].to_pylist() == ["d20260301"]
     maker.engine.dispose()
 
@@ -158,3 +164,57 @@ def test_a_server_that_does_not_answer_is_told_from_a_table_or_a_lake_that_is_no
         with pytest.raises(ResourceLost, match=lakehouse.UNREACHABLE) as caught:
             look()
         assert CANARY not in str(caught.value) + str(caught.value.__cause__)
+
+
+@pytest.fixture
+def rest(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A REST catalog on loopback that answers everything with `status`."""
+    said: dict[str, Any] = {"status": 500}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"error": {"message": "in the words of the server", "type": "Thrown", "code": 0}}'
+            self.send_response(said["status"])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: Any) -> None:
+            """Silent."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("SID_CATALOG_URI", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("SID_WAREHOUSE", "prod")
+    yield said
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(("status", "kind"), [(500, ResourceLost), (429, ResourceLost), (401, ConfigError), (403, ConfigError)])
+def test_a_rest_catalog_in_trouble_may_be_tried_again_and_one_that_refuses_may_not(
+    tmp_path: Path, rest: dict[str, Any], status: int, kind: type[SidError]
+) -> None:
+    rest["status"] = status
+    with pytest.raises(kind) as caught:
+        lakehouse.open_table(Home(tmp_path), Lake(catalog="rest"), "sid.release")
+    assert "in the words of the server" in caught.value.found
+
+
+@pytest.mark.parametrize(("kind", "known"), [("UndefinedTable", UpstreamMissing), ("InsufficientPrivilege", ConfigError), ("DeadlockDetected", ResourceLost)])
+def test_only_a_catalog_without_tables_of_its_own_counts_as_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, known: type[SidError]) -> None:
+    """PostgreSQL's driver calls a table that is not there and one that may not be read the same kind of error."""
+    import psycopg2.errors
+    from sqlalchemy.exc import DBAPIError
+
+    thrown = DBAPIError.instance("SELECT", {}, getattr(psycopg2.errors, kind)("iceberg_tables"), psycopg2.Error)
+
+    def refuses(properties: Any) -> Any:
+        raise thrown
+
+    monkeypatch.setenv("SID_CATALOG_URI", "jdbc:postgresql://db/lake")
+    monkeypatch.setattr(lakehouse, "_server", refuses)
+    with pytest.raises(known, match="does not exist yet" if known is UpstreamMissing else None):
+        lakehouse.open_table(Home(tmp_path), Lake(catalog="jdbc"), "sid.release")

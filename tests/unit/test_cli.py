@@ -132,8 +132,12 @@ def test_equations_as_json_name_source_and_function(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "arguments", [["show", "50", "--json"], ["diff", "d20260301", "d20260302", "--json"], ["report", "d20260301"], ["export", "d20260301"]]
-)
+    "arguments",
+    [
+        ["show", "50", "--json"], ["diff", "d20260301", "d20260302", "--json"], ["report", "d20260301"], ["export", "d20260301"],
+        ["inspect", "audit_ingest_20260301_1a2b3c4d"],
+    ],
+)  # fmt: skip
 def test_a_release_that_is_not_there_may_come_later(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended([*arguments, "--profile", "tiny"], monkeypatch) == 75
     shown = capsys.readouterr()
@@ -167,6 +171,14 @@ def test_a_mistake_is_explained_and_not_retried(
     for words in said:
         assert words in shown
     assert not home.exists(), "a mistake leaves nothing behind"
+
+
+def test_a_mistyped_profile_suggests_no_run_with_another_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would load the demo's films into whatever lake the home has."""
+    assert ended(["rollback", "--to", "d20260301", "--reason", "why", "--profile", "nigthly"], monkeypatch) == 64
+    said = capsys.readouterr().err
+    assert "nightly" in said
+    assert "sid run" not in said
 
 
 def test_a_missing_option_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,9 +350,19 @@ def test_what_cannot_be_undone_is_refused_with_a_profile_of_the_environment_that
     assert launched(monkeypatch, ["run", "maintenance", "--date", "2026-03-01"])
 
 
-def test_the_next_command_of_an_error_carries_the_profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_next_command_of_an_error_carries_the_profile_and_the_overrides(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(["show", "50", "--profile", "tiny"], monkeypatch) == 75
-    assert "next      sid releases --profile tiny" in capsys.readouterr().err
+    assert "next      sid releases --profile tiny\n" in capsys.readouterr().err
+    assert ended(["show", "50", "--profile", "tiny", "--set", "seed=3"], monkeypatch) == 75
+    assert "next      sid releases --profile tiny --set seed=3\n" in capsys.readouterr().err
+
+    def fails(ctx: Context, request: Request) -> dict[str, Any]:
+        raise ContractError("no such day", next_command="sid run ingest --date 2026-03-01")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(launchers, "launch", fails)
+        assert ended(["run", "ingest", "--date", "2026-03-01", "-p", "tiny", "-s", "source.path=/data"], patched) == 64
+    assert "next      sid run ingest --date 2026-03-01 --profile tiny --set source.path=/data\n" in capsys.readouterr().err
     assert ended(["show", "50"], monkeypatch) == 75
     assert "--profile" not in capsys.readouterr().err
 
@@ -362,6 +384,8 @@ def test_a_rollback_that_is_run_again_after_a_kill_still_says_how_its_readers_st
     words = ["rollback", "--to", "d20260301", "--reason", "why", "-p", "tiny"]
     assert ended(words, monkeypatch) == 0
     assert """airflow dags trigger rank_training --conf '{"release": "d20260301", "profile": "tiny"}'""" in capsys.readouterr().err
+    assert ended([*words, "--set", "seed=3"], monkeypatch) == 0
+    assert """'{"release": "d20260301", "profile": "tiny", "overrides": ["seed=3"]}'""" in capsys.readouterr().err
     assert ended([*words, "--dry-run"], monkeypatch) == 0
     assert "airflow" not in capsys.readouterr().err
 

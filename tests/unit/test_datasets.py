@@ -160,12 +160,14 @@ def test_prepared_folder_is_made_once_and_notices_changes(tmp_path: Path):
         calls.append(folder)
         (folder / "a.csv").write_text("x\n1\n")
 
-    folder = prepared_folder(tmp_path, "key", make)
-    assert prepared_folder(tmp_path, "key", make) == folder
+    root = tmp_path / "my data"
+    folder = prepared_folder(root, "key", make)
+    assert prepared_folder(root, "key", make) == folder
     assert len(calls) == 1
     (folder / "a.csv").write_text("x\n2\n")
-    with pytest.raises(ContractError, match=r"first a\.csv"):
-        prepared_folder(tmp_path, "key", make)
+    with pytest.raises(ContractError, match=r"first a\.csv") as caught:
+        prepared_folder(root, "key", make)
+    assert caught.value.next_command == f"rm -r '{folder}'", "typed without quotes it would take another folder away"
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path):
@@ -311,6 +313,9 @@ def test_after_a_finished_set_every_day_is_missing(ratings_folder: Path, tmp_pat
         (b"", "csv", "empty"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF", "csv", "NUL bytes"),
         (b"caf\xe9,sku,when\n", "csv", "not UTF-8"),
+        (b"who,sku,when\n" + b"1,2,3\n" * 20_000 + b"caf\xe9,2,3\n", "csv", "0xe9 in line 20002"),
+        (b"who,sku,when\n" + b"x" * (base.BLOCK_BYTES - 15) + b"\n\xc3\n", "csv", "0xc3 in line 3"),
+        (b'{"who": 1, "sku": 2, "when": "3"}\n\xc3', "jsonl", "0xc3 in line 2"),
         (b"{'who': 1}\n", "jsonl", "not JSON Lines"),
         (b"[1, 2]\n", "jsonl", "a list"),
         (b'{"who": 1, "sku": 2}\n', "jsonl", "lacks columns: when"),
@@ -329,7 +334,7 @@ def test_headers_that_are_accepted(tmp_path: Path):
     path = tmp_path / "day"
     path.write_bytes(b'\xef\xbb\xbf"who",more,"a, b"\r\n')
     assert check_header(path, "csv", wanted) is None
-    path.write_bytes(b'who,"a, b"\n' + "\u00e9".encode() * 40_000)  # the checked block ends inside a character
+    path.write_bytes(b'who,"a, b"\n' + "\u00e9".encode() * 40_000)  # a checked block ends inside a character
     assert check_header(path, "csv", wanted) is None
     path.write_bytes(b"")
     assert check_header(path, "jsonl", wanted) is None

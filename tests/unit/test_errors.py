@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 
 import pytest
 
 from pipeline import errors
+from pipeline.context import ROOT
 from pipeline.errors import (
     ConfigError,
     ContractError,
@@ -112,6 +114,9 @@ def caused(error: Exception, by: Exception) -> Exception:
             "IOException: No space left on device",
         ),
         (caused(ValueError("cannot read"), ConnectionResetError("peer")), ResourceLost, "ValueError: cannot read"),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), ResourceLost, "OSError: AWS Error NETWORK_CONNECTION during HeadObject"),
+        (OSError("AWS Error NO_SUCH_BUCKET during HeadObject"), StageFailed, "OSError: AWS Error NO_SUCH_BUCKET during HeadObject"),
+        (RuntimeError("calling o1.load\n: java.net.UnknownHostException: db"), ResourceLost, "java.net.UnknownHostException: db"),
         (Speechless(), StageFailed, "test_errors.Speechless: <exception str() failed>"),
     ],
 )
@@ -150,6 +155,27 @@ def test_the_next_command_is_one_for_the_profile(command: str, shown: str) -> No
     assert for_profile(command, "demo") == for_profile(command, "") == command
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("sid run ingest --date D  (or close days)", "sid run ingest --date D --set 'source.path=a b' --set plan_night.policy=warm  (or close days)"),
+        ("sid run refresh --date D --set plan_night.policy=cold", "sid run refresh --date D --set plan_night.policy=cold --set 'source.path=a b'"),
+        ("sid inspect audit_x", "sid inspect audit_x --set 'source.path=a b' --set plan_night.policy=warm"),
+        ("sid stages", "sid stages"),
+        ("", ""),
+    ],
+)
+def test_the_next_command_goes_on_with_the_settings_that_met_the_error_but_for_those_it_changes(command: str, shown: str) -> None:
+    overrides = ("source.path=a b", "plan_night.policy=warm")
+    assert for_profile(command, "demo", overrides) == shown
+    assert example(GateFailed).message("tiny", overrides[1:]).splitlines()[-1].endswith("sid releases --profile tiny --set plan_night.policy=warm")
+
+
 def test_a_message_names_the_profile_and_a_path_with_a_space_is_quoted() -> None:
     assert example(GateFailed).message("my nights.toml").splitlines()[-1].endswith("sid releases --profile 'my nights.toml'")
     assert str(example(GateFailed)).endswith("sid releases")
+
+
+def test_no_next_command_names_a_path_without_quotes() -> None:
+    sources = [path for folder in ("jobs", "pipeline") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path.name for path in sources if re.search(r'next_command=f"(?:rm|cat|tail)\b', path.read_text(encoding="utf-8"))]

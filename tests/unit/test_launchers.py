@@ -208,6 +208,12 @@ def test_the_same_stage_run_again_by_hand_makes_another_job(tmp_path: Path) -> N
     assert made == [job_name(ctx, number) for number in (1, 2, 3)]
 
 
+def test_a_machine_without_kubectl_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="kubectl is not installed"):
+        launch(context(tmp_path, "maintain", "launch.kind=kubernetes", "launch.image=sidmill:1.2", "launch.volume_claim=home"), Request(profile="tiny"))
+
+
 # ---------------------------------------------------------------- outcomes
 
 

@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
-from jobs.plan_night import LEDGER, RAW, check_finished, check_held, check_manifest, last_revision, make_plan, parent_release, planned, tag_name, unfinished
+from jobs.plan_night import (
+    LEDGER,
+    RAW,
+    check_finished,
+    check_held,
+    check_manifest,
+    last_revision,
+    make_plan,
+    parent_release,
+    planned,
+    run,
+    tag_name,
+    unfinished,
+)
 from pipeline import config
 from pipeline.context import Context, Home, Plan, PlannedFile
 from pipeline.datasets.base import EVENT_COLUMNS, SourceSpec, file_digest
@@ -288,6 +301,13 @@ def test_a_snapshot_catalogue_may_not_be_silent(tmp_path: Path) -> None:
 def test_a_date_before_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="before the data"):
         planned(a_source(tmp_path), context(tmp_path, day=date(2026, 1, 1)), [])
+
+
+def test_a_date_to_come_is_refused(tmp_path: Path) -> None:
+    """A mistyped year: where absent files are declared empty, nothing else would keep its release from being the newest."""
+    ctx = context(tmp_path, day=date(2999, 1, 1))
+    with pytest.raises(ContractError, match="not come yet"):
+        run(None, ctx.config.plan_night, ctx)  # type: ignore[arg-type]
 
 
 def test_a_file_of_a_later_day_changes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from datetime import date
@@ -25,6 +26,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("form", [CANARY, "c4n4ry%2Fwith%2Bodd%3Dchars%26more"])
 def test_a_secret_is_blotted_out_in_every_form(form: str) -> None:
     assert redact.scrub(f"before {form} after") == "before *** after"
+
+
+def test_a_secret_is_blotted_out_of_a_json_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An alert is scrubbed as the text that is sent: there quotes, backslashes and umlauts look otherwise."""
+    monkeypatch.setenv("SID_CATALOG_PASSWORD", 'c4n"4ry\\w\u00f6rd')
+    assert redact.scrub(json.dumps({"found": 'login c4n"4ry\\w\u00f6rd'})) == '{"found": "login ***"}'
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_list_marks_the_newest_and_what_was_made_from_superseded_rows():
 def test_diff_counts_moves_apart_from_first_unmaskings():
     old = sid_table([item("a", (1, 1, 1), popularity=3.0), item("b", (2, 2, 10), stratum="tail"), item("c", (3, 3, 3)), item("gone", (4, 4, 4))])
     new = sid_table([item("new", (9, 9, 9)), item("c", (3, 3, 3)), item("b", (2, 2, 5), stratum="head"), item("a", (1, 7, 7))])
-    rows = {(row["scope"], row["name"]): row for row in releases.diff_rows(old, new, SIZES)}
+    rows = {(row["scope"], row["name"]): row for row in releases.diff_rows(old, new, SIZES, SIZES)}
     overall = rows["overall", "all items"]
     assert (overall["items"], overall["changed"], overall["unmasked"]) == (3, 1, 1)
     assert overall["churn"] == pytest.approx(1 / 3)
@@ -79,9 +79,19 @@ def test_diff_counts_moves_apart_from_first_unmaskings():
     assert rows["items", "new items"]["items"] == rows["items", "gone items"]["items"] == 1
 
 
+def test_diff_knows_a_masked_slot_by_the_codebook_sizes_of_its_own_release():
+    old = sid_table([item("masked", (1, 1, 10)), item("first code", (2, 2, 10)), item("code", (10, 3, 3)), item("same", (4, 4, 4))])
+    new = sid_table([item("masked", (1, 1, 20)), item("first code", (2, 2, 10)), item("code", (5, 3, 3)), item("same", (4, 4, 4))])
+    overall = releases.diff_rows(old, new, (20, 10, 10), (20, 20, 20))[0]
+    assert (overall["items"], overall["changed"], overall["unmasked"]) == (4, 1, 1)
+
+
 def test_diff_refuses_releases_of_another_length():
+    one = sid_table([item("a", (1, 1, 1))])
     with pytest.raises(ContractError, match="another length"):
-        releases.diff_rows(sid_table([item("a", (1, 1, 1))]), sid_table([item("a", (1, 1, 1))]), (10, 10))
+        releases.diff_rows(one, one, (10, 10), (10, 10))
+    with pytest.raises(ContractError, match="another number of positions"):
+        releases.diff_rows(one, one, (10, 10), SIZES)
 
 
 def test_show_orders_neighbours_by_shared_codes_and_never_counts_masked_slots():
@@ -180,6 +190,15 @@ def test_a_run_without_a_held_branch_is_told_what_to_do():
     with pytest.raises(ContractError, match="no audited branch") as caught:
         publish_release.held_branch({"tag": "x"})
     assert caught.value.next_command.startswith("sid run assign_sid")
+
+
+def test_a_run_whose_audited_branch_was_swept_away_is_told_to_make_it_again():
+    publish, reused = (publish_release.Decision(action=action, tag="d20260105", revision=1) for action in ("publish", "reused"))
+    publish_release.check_branch(publish, "audit_a", {"main": 1, "audit_a": 2})
+    publish_release.check_branch(reused, "audit_a", {"main": 1})
+    with pytest.raises(ContractError, match="branch is gone") as caught:
+        publish_release.check_branch(publish, "audit_a", {"main": 1})
+    assert caught.value.next_command == "sid run assign_sid --date D"
 
 
 # ---------------------------------------------------------------- titles

@@ -7,6 +7,7 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ def test_the_commands_of_a_page_hold_no_password(tmp_path: Path, monkeypatch: py
     assert "postgresql://mlflow:***@db/mlflow" in shown
 
 
-def test_the_facts_of_a_page_name_the_commit_that_made_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever upgraded meanwhile writes the page with another one."""
+def test_the_facts_of_a_page_name_the_commit_and_the_policy_that_made_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever upgraded or changed the profile meanwhile writes the page with other ones."""
     monkeypatch.setenv("SID_GIT_SHA", "of-the-page")
     written = {4: {"sid.git_sha": "of-the-rows", "sid.run_id": "night"}}
     monkeypatch.setattr(lakehouse, "origin", lambda home, lake, table, snapshot_id: written.get(snapshot_id, {}))
@@ -109,9 +110,30 @@ def test_the_facts_of_a_page_name_the_commit_that_made_the_rows(tmp_path: Path, 
     release = dict.fromkeys(columns, "x") | {"snapshot_id": 4}
     rows = pa.table({"is_new": [True], "changed_from_parent": [False], "status": ["live"]})
     lake = (Home(tmp_path), config.load("tiny"))
-    shown = report_page.facts(lake, release, rows, {"tokenizer": "opq"}, {})
-    assert (shown["git_sha"], shown["run_id"]) == ("of-the-rows", "night")
-    assert report_page.facts(lake, release | {"snapshot_id": 5}, rows, {"tokenizer": "opq"}, {})["git_sha"] == "unknown", "swept away"
+    found = report_page.facts(lake, release | {"reason": "refit due, anchored"}, rows, {"tokenizer": "opq"})
+    assert (found["git_sha"], found["run_id"], found["policy"]) == ("of-the-rows", "night", "refit due, anchored")
+    assert report_page.facts(lake, release | {"snapshot_id": 5}, rows, {"tokenizer": "opq"})["git_sha"] == "unknown", "swept away"
+
+
+def test_the_examples_of_a_page_ask_the_catalogue_for_what_they_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, asked = [f"i{number:02d}" for number in range(20)], []
+    facts = {"disambiguator": 0, "popularity_stratum": "head", "first_seen": date(2026, 1, 5), "changed_from_parent": False, "status": "live"}
+    rows = [{"item_id": name, "codes": [at % 10, 3], "weights": [1.0, 0.0], "popularity": float(at)} | facts for at, name in enumerate(names)]
+
+    def titles(lake: Any, day: date, item_ids: list[str]) -> pa.Table:
+        """Titles of all but one item."""
+        asked.append(item_ids)
+        return pa.table({"item_id": item_ids, "title": [None if name == "i09" else name.upper() for name in item_ids], "image_uri": [None] * len(item_ids)})
+
+    monkeypatch.setattr(report_page.views, "titles", titles)
+    monkeypatch.setattr(report_page, "_image_root", lambda lake: "")
+    lake = (Home(tmp_path), config.load("tiny"))
+    shown = report_page.examples(lake, {"logical_date": date(2026, 1, 5)}, pa.Table.from_pylist(rows), (10, 10))
+    assert [item["item_id"] for item in shown] == ["i19", "i18", "i17", "i16", "i15", "i14"]
+    assert [near["title"] for item in shown for near in item["neighbours"]] == ["i09", "I08", "I07", "I06", "I05", "I04"]
+    assert [near["positions"] for item in shown for near in item["neighbours"]] == [[0]] * 6, "the second slot is switched off"
+    assert (shown[1]["title"], shown[1]["codes"], shown[1]["weights"], shown[1]["stratum"]) == ("I18", [8, 3], [1.0, 0.0], "head")
+    assert asked == [[f"i{number:02d}" for number in (4, 5, 6, 7, 8, 9, 14, 15, 16, 17, 18, 19)]]
 
 
 def test_a_stage_is_shown_with_its_mlflow_run_and_not_with_the_tag() -> None:

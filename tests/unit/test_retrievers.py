@@ -11,7 +11,7 @@ from draws import rand
 
 from pipeline import retrievers
 from pipeline.config import DiscRec, Parallel, Sequential, Tiger, TrainRetriever
-from pipeline.encoders.sasrec import Sequences, next_baskets
+from pipeline.encoders.sasrec import Sequences, holdout, next_baskets
 from pipeline.errors import ConfigError, ContractError, VersionMismatch
 from pipeline.evaluation import Packed
 from pipeline.retrievers import base, parallel, search, tiger, training
@@ -393,6 +393,22 @@ def test_same_seed_same_bits_and_validation_users_are_not_trained_on(name: str) 
     assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
     assert runs[0].metrics["valid_users"] == 40
     assert len(runs[0].curves["valid_ndcg@50"]) == 1
+
+
+def test_validation_leaves_the_whole_history_out_of_the_ranking() -> None:
+    shelf, draw = catalogue(), np.random.default_rng(1)
+    bought = np.stack([draw.permutation(12)[:9] for _ in range(30)])
+    whole = Sequences(torch.arange(0, 9 * 30 + 1, 9), torch.from_numpy(bought.flatten()))
+    rest, questions = holdout(whole, 20, SMALL.max_history, 0, new=True)
+    model = model_of("parallel", shelf)
+    found = training._validate(model, rest, questions, SMALL.model_copy(update={"mask_history": True}), shelf.constraint())
+    gains = []
+    for user in questions.users.tolist():
+        score_N = model.scores(torch.from_numpy(bought[user, 4:8])[None])[0]  # it reads the latest four
+        rivals = score_N[[item for item in range(12) if item not in bought[user]]]  # and none of the eight is a rival
+        own = score_N[bought[user, 8]]
+        gains.append(1 / math.log2(2 + float((rivals > own).sum() + 0.5 * (rivals == own).sum())))
+    assert found["ndcg@10"] == pytest.approx(np.mean(gains))
 
 
 @pytest.mark.parametrize("name", ["parallel", "tiger"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -329,6 +330,22 @@ def test_no_held_item_is_a_hard_negative() -> None:
     drawn = torch.cat([rows_NH[rows_NH >= 0] for rows_NH in hard.values()]).unique()
     assert len(drawn) > 10
     assert not held()[drawn].any()
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_the_nearer_half_of_the_sources_goes_on(count: int, kept: int) -> None:
+    content, (first, second), *_ = shop()
+    names = ["category", "words", "session", "sequence"][:count]
+    sets = [replace((first, second)[at % 2].take(torch.arange(at, len(first) // 2, at + 1)), name=name) for at, name in enumerate(names)]
+    chosen = settings(sources=names, target="content")
+    recipe = sail.Recipe(content, sail.lessons(content, sets, None, {}, held(20), chosen, 1), chosen, seed=0)
+    views = recipe._views()
+    whole, nearest = (recipe._weights(phase, views, 0) for phase in ("all", "nearest"))
+    assert (whole > 0).all()
+    assert torch.nonzero(nearest).flatten().tolist() == whole.argsort(descending=True)[:kept].sort().values.tolist()
+    assert float(nearest.sum()) == pytest.approx(1.0)
+    alike = sail.Recipe(content, recipe.given, settings(sources=names, weights="uniform"), seed=0)
+    assert (alike._weights("nearest", views, 0) == 1 / count).all(), "none of them is nearer"
 
 
 def test_the_whole_recipe_runs_every_phase_and_draws_pairs_together() -> None:

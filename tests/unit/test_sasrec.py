@@ -48,6 +48,15 @@ def test_holdout_takes_the_whole_last_basket_and_asks_for_one_of_it() -> None:
     assert [rest.items[a:b].tolist() for a, b in zip(questions.start, questions.stop, strict=True)] == [[0, 1], [4, 5]]
 
 
+def test_holdout_may_ask_for_new_items_alone() -> None:
+    data = sequences([[0, 1, 0], [0, 1, 2], [], [5, 5, 5, 6], [3, 4, 3, 4], [7, 8, 9]], [[0, 1, 2], [0, 1, 2], [], [0, 1, 2, 3], [0, 1, 2, 2], [0, 1, 2]])
+    rest, questions = sasrec.holdout(data, 10, 6, seed=0, new=True)
+    assert questions.users.tolist() == [1, 3, 5]
+    assert questions.targets.tolist() == [2, 6, 9]
+    assert rest.users(torch.tensor([0, 4])).items.tolist() == [0, 1, 0, 3, 4, 3, 4]  # who is not asked is learnt from whole
+    assert sasrec.holdout(data, 10, 6, seed=0)[1].users.tolist() == [0, 1, 3, 4, 5]
+
+
 def test_holdout_asks_at_most_the_users_it_may() -> None:
     _, questions = sasrec.holdout(cycles(30, 9, 8), 7, 4, seed=3)
     assert questions.users.numel() == 7

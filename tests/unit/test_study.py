@@ -7,6 +7,7 @@ import operator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -385,11 +386,26 @@ def test_influence_is_the_derivative_for_means_aucs_and_rank_correlations() -> N
         slope = [(statistic(1 + 1e-6 * (users == user)) - statistic(np.ones(rows))) / 1e-6 for user in range(30)]
         np.testing.assert_allclose(effect.influence_SU[0], slope, atol=1e-5)
         assert effect.influence_SU.sum() == pytest.approx(0, abs=1e-12)
-    ranked = intervals.spearman_effect(a, b, truth)
-    assert ranked.theta_S[0] == pytest.approx(evaluation.spearman(a, truth) - evaluation.spearman(b, truth))
-    difference = lambda count: weighted_rho(a, truth, count) - weighted_rho(b, truth, count)  # noqa: E731
+    other = rng.normal(size=rows)
+    ranked = intervals.spearman_effect(a, b, truth, other)
+    assert ranked.theta_S[0] == pytest.approx(evaluation.spearman(a, truth) - evaluation.spearman(b, other))
+    difference = lambda count: weighted_rho(a, truth, count) - weighted_rho(b, other, count)  # noqa: E731
     slope = [(difference(1 + 1e-6 * (np.arange(rows) == row)) - difference(np.ones(rows))) / 1e-6 for row in range(rows)]
     np.testing.assert_allclose(ranked.influence_SU[0], slope, atol=1e-5)
+
+
+def test_richness_of_each_recipe_is_judged_by_its_own_overlap(tmp_path: Path) -> None:
+    rng, store = np.random.default_rng(4), study_cells.Store(tmp_path)
+    known = {key: {"overlap_N": rng.random(40), "richness/rank": rng.random(40), "richness/norm": rng.random(40)} for key in ("minilm", "tied")}
+    known["tied"]["overlap_N"][3] = np.nan
+    for key, arrays in known.items():
+        store.keep(key, arrays)
+    claim = Claim(title="t", arm="minilm", control="tied", reader="features", metric="richness_spearman/rank", control_metric="richness_spearman/norm")
+    left, right = ([(SimpleNamespace(key=key, seed=0), {})] for key in ("minilm", "tied"))
+    found = command._richness_effect(SimpleNamespace(store=store), claim, left, right)
+    kept = np.isfinite(known["tied"]["overlap_N"])
+    rho = [evaluation.spearman(known[key][f"richness/{kind}"][kept], known[key]["overlap_N"][kept]) for key, kind in (("minilm", "rank"), ("tied", "norm"))]
+    assert found.theta_S[0] == pytest.approx(rho[0] - rho[1])
 
 
 def test_worlds_and_seeds_of_single_numbers() -> None:
@@ -410,6 +426,9 @@ def test_holm() -> None:
     assert intervals.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert intervals.holm([0.9, 0.8]) == [1.0, 1.0]
     assert intervals.holm([]) == []
+    one_class = intervals.auc_effect(np.ones(30), *np.random.default_rng(0).random((2, 2, 30)), np.arange(30))
+    assert np.isnan(one_class.theta_S).all()
+    assert intervals.estimate(one_class, resamples=100).p == 1.0, "a claim that cannot be measured makes no other one more likely"
 
 
 def test_intervals_decide_for_a_better_arm_and_not_for_equal_ones_or_without_rows() -> None:

@@ -130,8 +130,14 @@ def test_sequences_and_questions_equal_slow_loops(tmp_path) -> None:
     assert sequences.items.tolist() == [item for row in tables.events for item in row[:KNOWN] if item != 59]
     rows = sorted((row for row in tables.examples.to_pylist() if row["split"] == "test" and row["label"]), key=lambda row: (row["event_ts"], row["user_id"]))
     live = set(shelf.item_ids.to_pylist())
-    good = [row for row in rows if row["item_id"] in live and live & set(row["history"])]
-    assert questions.left_out == {"item_not_in_release": 2, "no_history": 1}
+    asked = [row for row in rows if row["item_id"] in live and live & set(row["history"])]
+    trained = [{f"i{item:02d}" for item in row[:KNOWN]} for row in tables.events]
+    good = [row for row in asked if row["item_id"] not in {*row["history"], *trained[int(row["user_id"][1:])]}]
+    assert questions.left_out == {"item_not_in_release": 2, "no_history": 1, "had_before": len(asked) - len(good)}
+    assert len(good) < len(asked)
+    open_to_all = read(tables, context(tmp_path), mask_history=False)[2]
+    assert [f"i{item:02d}" for item in open_to_all.targets] == [row["item_id"] for row in asked], "what is not masked may be asked for"
+    assert open_to_all.left_out["had_before"] == 0
     assert [f"i{item:02d}" for item in questions.targets] == [row["item_id"] for row in good]
     assert questions.users.tolist() == [row["user_id"] for row in good]
     for number, row in enumerate(good):
