@@ -4,7 +4,7 @@ SUITABLE := "import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12))
 BIN := .venv/bin
 SETTLED := .venv/.installed
 
-.PHONY: help demo test test-unit test-services study-smoke study-cpu lint format clean chaos stability
+.PHONY: help demo test test-unit test-services study-smoke study-cpu bench lint format clean chaos stability
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from datetime import date, timedelta
@@ -18,7 +17,6 @@ from jobs import alerts, profiles
 from pipeline.context import Home
 from pipeline.stages import Stage, group, upstream
 
-logger = logging.getLogger(__name__)
 RELEASE = Asset(name="sid_release", uri="sid://release", extra={"table": "sid.item_sid"})
 NEW_RELEASE = AssetAlias("new_sid_release")  # an alias, because only a release that becomes the newest one makes an event
 ANNOUNCING = ("publish_release", "rollback")

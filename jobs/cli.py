@@ -318,7 +318,7 @@ def maintain(dry_run: DryRun = False, as_json: AsJson = False, reason: Reason = 
 @app.command(epilog="sid export d19980421 --out codes.arrow")
 def export(
     tag: Annotated[str, typer.Argument(help="A release tag; empty = the newest current release.")] = "",
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the file; empty = exports/<tag>.arrow of the home.")] = None,
     profile: Profile = "",
     sets: Sets = None,
 ) -> None:
@@ -331,7 +331,7 @@ def export(
 @app.command(epilog="sid report d19980421")
 def report(
     tag: Annotated[str, typer.Argument(help="A release tag; empty = the newest current release.")] = "",
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page; empty = reports/<tag>.html of the home.")] = None,
     profile: Profile = "",
     sets: Sets = None,
 ) -> None:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ from pipeline.redact import scrub
 if TYPE_CHECKING:
     from pipeline.datasets.base import SourceSpec
 
-logger = logging.getLogger(__name__)
 PROFILES = {"movielens": "demo", "shop": "tiny", "online_retail": "online_retail"}
 FAMOUS = ("Star Wars (1977)", "Toy Story (1995)", "The Godfather (1972)", "Fargo (1996)")
 STRATA = {"all": "AUC", "head": "head", "torso": "torso", "tail": "tail", "evidence_0": "0 events", "evidence_1_4": "1-4 events"}
@@ -135,7 +134,7 @@ def _evaluation_day(story: Story, day: date) -> None:
     story.say(f"evaluation day {day}: each user's last ratings arrive")
     base = Context(config=story.loaded, home=story.home, stage="plan_night", logical_date=day, run_id=f"evaluation__{day}", reason="demo")
     for stage in ("plan_night", "ingest"):
-        launchers.launch(Context(**{**vars(base), "stage": stage}), launchers.Request(profile=story.profile, overrides=story.overrides))
+        launchers.launch(replace(base, stage=stage), launchers.Request(profile=story.profile, overrides=story.overrides))
 
 
 def _consumers(story: Story) -> None:

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import itertools
 import json
-import logging
 import os
 import re
 from collections import defaultdict
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
     from pipeline.datasets.base import Kind, SourceSpec
 
-logger = logging.getLogger(__name__)
 CORRUPT = "_corrupt_record"
 EVENT_TYPES = {"user_id": "string", "item_id": "string", "event_ts": "timestamp", "event_type": "string", "value": "double", "session_id": "string"}
 ITEM_TYPES = {

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,7 +273,7 @@ def stale_staging(ctx: Context, days: int) -> dict[Path, int]:
 def _with_days(ctx: Context, sweep: Sweep, history: History, days: Sequence[date]) -> Sweep:
     names = {str(day) for day in days}
     stored = _main_files(ctx, sweep.table, history).values() if days else ()
-    return Sweep(**{**vars(sweep), "days": tuple(days), "day_bytes": sum(file.bytes for file in stored if file.partition[0] in names)})
+    return replace(sweep, days=tuple(days), day_bytes=sum(file.bytes for file in stored if file.partition[0] in names))
 
 
 def _history(ctx: Context, table: str) -> History | None:

@@ -247,7 +247,7 @@ def recut(spark: SparkSession, audited: int, again: str, plan: Plan) -> int:
     rows = lakehouse.read_release_frame(spark, audited, plan.logical_date).localCheckpoint()
     properties = snapshot_properties(spark, audited)
     lakehouse.cut_branch(spark, TABLE, again)
-    lakehouse.replace(spark, rows, TABLE, again, dates=(plan.logical_date,), equal={}, properties=properties)
+    lakehouse.replace(rows, TABLE, again, dates=(plan.logical_date,), equal={}, properties=properties)
     written = lakehouse.snapshot(spark, TABLE, again)
     assert written is not None, "it was written a moment ago"
     return written

@@ -55,6 +55,7 @@ def content(lake: Lake, release: Row) -> ReportContent:
     outcomes = read_outcomes(home, release["tag"])
     vocabulary = views.generation(lake, release["generation"])
     rows = lakehouse.read_release(home, config.lake, release["tag"])
+    tables = lineage(lake, release["tag"])
     return ReportContent(
         release=facts(lake, release, rows, vocabulary),
         gates=gates(outcomes, config),
@@ -63,8 +64,8 @@ def content(lake: Lake, release: Row) -> ReportContent:
         codebook_sizes=vocabulary["codebook_sizes"],
         examples=examples(lake, release, rows, vocabulary["codebook_sizes"]),
         ranker=ranker(outcomes),
-        stages=[{"stage": name, "seconds": outcome["seconds"], "status": outcome["status"], "run": release["tag"]} for name, outcome in outcomes.items()],
-        lineage=lineage(lake, release["tag"]),
+        stages=stages(outcomes, tables),
+        lineage=tables,
         commands=commands(home, release["tag"]),
         notes=notes(release, outcomes),
     )
@@ -81,6 +82,7 @@ def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> Row:
     import pyarrow.compute as pc
 
     home, config = lake
+    written = lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"])
     kept = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason")
     counted = {
         "new_items": pc.sum(rows["is_new"]).as_py() or 0,
@@ -91,7 +93,8 @@ def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> Row:
         "policy": release["reason"],
         "dataset": config.source.dataset,
         "tokenizer": vocabulary["tokenizer"],
-        "git_sha": lakehouse.origin(home, config.lake, "sid.item_sid", release["snapshot_id"]).get("sid.git_sha", "unknown"),
+        "git_sha": written.get("sid.git_sha", "unknown"),
+        "run_id": written.get("sid.run_id", ""),
         "rows_digest": release["rows_digest"],
     }
     return {**{name: release[name] for name in kept}, **counted, **origin}
@@ -121,9 +124,9 @@ def gates(outcomes: Mapping[str, Row], config: Config) -> list[Row]:
 def figures(outcomes: Mapping[str, Row]) -> list[Row]:
     """Every figure the run made, in the order of the stages."""
     return [
-        {"kind": figure["kind"], "data": figure["data"], "title": name.replace("_", " "), "caption": ""}
-        for outcome in outcomes.values()
-        for name, figure in outcome.get("figures", {}).items()
+        {"kind": figure["kind"], "data": figure["data"], "stage": stage}
+        for stage, outcome in outcomes.items()
+        for figure in outcome.get("figures", {}).values()
     ]
 
 
@@ -211,11 +214,16 @@ def lineage(lake: Lake, tag: str) -> list[Row]:
             "direction": row["side"].removesuffix("s"),
             "table": row["table"],
             "snapshot_id": row["snapshot"],
-            "tag": "",
             "run": row["mlflow_run"],
         }
         for row in views.lineage(lake, tag)
     ]
+
+
+def stages(outcomes: Mapping[str, Row], tables: Sequence[Row]) -> list[Row]:
+    """How each stage ended, in how many seconds, and its MLflow run where the lineage knows it."""
+    runs = {row["stage"]: row["run"] for row in tables}
+    return [{"stage": name, "seconds": outcome["seconds"], "status": outcome["status"], "run": runs.get(name, "")} for name, outcome in outcomes.items()]
 
 
 def commands(home: Home, tag: str) -> list[dict[str, str]]:
@@ -259,16 +267,15 @@ def _image_root(lake: Lake) -> str:
 
 
 def _example(item: Row, codes: Mapping[str, Row], seen: Mapping[str, Row]) -> Row:
-    own, *near = [{**codes[row["item_id"]], **seen[row["item_id"]]} for row in (item, *item["neighbours"])]
-    return {**own, "stratum": item["popularity_stratum"], "neighbours": near}
+    near = [{**codes[row["item_id"]], **seen[row["item_id"]], "positions": row["positions"]} for row in item["neighbours"]]
+    return {**codes[item["item_id"]], **seen[item["item_id"]], "stratum": item["popularity_stratum"], "neighbours": near}
 
 
 def _ranker_row(arm: str, stratum: str, values: Mapping[str, Any], delta: Mapping[str, Any]) -> Row:
-    shown: Sequence[str] = ("rows", "auc", "low", "high", "gauc", "logloss")
     return {
         "arm": arm,
         "stratum": stratum,
-        **{name: values.get(name) for name in shown},
+        **{name: values.get(name) for name in ("rows", "auc", "gauc", "logloss")},
         "delta": delta.get("mean"),
         "delta_low": delta.get("low"),
         "delta_high": delta.get("high"),

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ def run_stage(ctx: Context) -> dict[str, Any]:
     if stage.name in ("publish_release", "rollback"):
         _align(ctx)
     _remember(stage, ctx, outcome)
-    _track(stage, ctx, result, result.status, outcome, None)
+    _track(ctx, result, result.status, outcome, None)
     logger.info("stage end name=%s status=%s seconds=%.1f", stage.name, result.status, outcome["seconds"])
     return outcome
 
@@ -115,7 +115,7 @@ def _failed(stage: Stage, ctx: Context, started: float, ledger: Ledger, snapshot
     outcome = _outcome(stage, "failed", started, found, ledger, snapshots) | {"branch": ctx.branch, "error": error.fields(), "retry": error.retry}
     try:
         write_json(ctx.staging / f"{stage.name}.json", outcome)
-        _track(stage, ctx, found, "failed", outcome, error)
+        _track(ctx, found, "failed", outcome, error)
     except OSError as full:  # say what stopped the stage, not that it could not be written down
         logger.error("the failure could not be written down: %s", full)
 
@@ -197,7 +197,7 @@ def _effects(stage: Stage, ctx: Context, spark: SparkSession | None, result: Sta
     if result.model is not None:
         uri = tracking.log_model(ctx, result.model)
         step(ctx, "after_model")
-        result = StageResult(**{**vars(result), "outputs": {**result.outputs, "model_uri": uri}})
+        result = replace(result, outputs={**result.outputs, "model_uri": uri})
     return result
 
 
@@ -231,11 +231,11 @@ def _write_and_audit(spark: SparkSession, ctx: Context, write: Write, snapshots:
         raise PublishConflict(f"main of {write.table} moved since the stage began", expected=str(snapshots[write.table]), found=str(base), where=write.table)
     properties = _properties(ctx)
     if write.whole:
-        lakehouse.replace_all(spark, frame, write.table, ctx.branch, properties)
+        lakehouse.replace_all(frame, write.table, ctx.branch, properties)
     elif write.appends:
-        lakehouse.append(spark, frame, write.table, ctx.branch, properties)
+        lakehouse.append(frame, write.table, ctx.branch, properties)
     else:
-        lakehouse.replace(spark, frame, write.table, ctx.branch, dates=write.dates, equal=write.slice, properties=properties)
+        lakehouse.replace(frame, write.table, ctx.branch, dates=write.dates, equal=write.slice, properties=properties)
     step(ctx, "after_write")
     head = lakehouse.snapshot(spark, write.table, ctx.branch)
     if head is None or base is None or head == base:  # a write always makes a snapshot
@@ -363,9 +363,9 @@ def _remember(stage: Stage, ctx: Context, outcome: Mapping[str, Any]) -> None:
         write_json(folder / f"{stage.name}.json", outcome)
 
 
-def _track(stage: Stage, ctx: Context, result: StageResult | None, status: str, outcome: Mapping[str, Any], error: SidError | None) -> None:
+def _track(ctx: Context, result: StageResult, status: str, outcome: Mapping[str, Any], error: SidError | None) -> None:
     """Buffer the record, then try to hand it to MLflow; a Spark stage does not depend on MLflow being there."""
-    full = None if result is None else StageResult(**{**vars(result), "metrics": outcome["metrics"]})
+    full = replace(result, metrics=outcome["metrics"])
     tracking.record(ctx, full, status=status, seconds=outcome["seconds"], inputs=outcome["read"], outputs=lineage.written(outcome), error=error)
     try:
         tracking.flush(ctx.home, ctx.staging)

@@ -78,7 +78,7 @@ def plan(name: str, *, sets: Sequence[str] = (), only: str = "", part: Part = "v
     labels = {label: (data, world) for label, data, world in study.worlds(page) if part != "confirm" or page.data[data].kind in HAVE_CONFIRM}
     wanted = study.selected(study.grid(page, dict.fromkeys(labels, "")), only)
     used = {(cell.data, cell.world) for cell in wanted}
-    digests = {label: data_digest(page.data[data], data, world, home) for label, (data, world) in labels.items() if (data, world) in used}
+    digests = {label: data_digest(page.data[data], data, world) for label, (data, world) in labels.items() if (data, world) in used}
     cells = study.selected(study.grid(page, digests, part), only)
     return Plan(page, cells, digests, part, home, command or f"sid study {name}")
 

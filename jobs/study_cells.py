@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from pipeline.retrievers.base import Catalogue
     from pipeline.tokenizers.base import ItemBatch, Tokenizer
 
-logger = logging.getLogger(__name__)
 Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
 Wanted = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # rows of items (B,) -> which items each of them wants, (B, N)

@@ -10,7 +10,6 @@ Not here: vectors (jobs/study_cells.py). Legend: T events sorted by user and tim
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from pipeline.errors import ConfigError, ContractError
 from pipeline.popularity import strata
 from pipeline.study import NEEDS_PATH, DataSet, Part
 
-logger = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -183,7 +181,7 @@ def files_of(data: DataSet, name: str) -> list[Path]:
     return found
 
 
-def data_digest(data: DataSet, name: str, world: int, home: Home) -> str:
+def data_digest(data: DataSet, name: str, world: int) -> str:
     """12 hex digits of what the data set is made of: its files, or its options where it is generated or fetched with a known digest."""
     from pipeline.datasets.movielens import WHEEL_SHA256, read_origin
 

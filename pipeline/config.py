@@ -88,9 +88,11 @@ class Source(Section):
     event_columns: dict[str, str] = Field(
         {}, description="folder: our column -> theirs (user_id, item_id, event_ts, event_type, value, session_id); empty = same names"
     )
-    item_columns: dict[str, str] = Field({}, description="folder: our column -> theirs (item_id, title, text, category, image_uri); empty = same names")
+    item_columns: dict[str, str] = Field(
+        {}, description="folder: our column -> theirs (item_id, title, text, category, image_uri, text_vector, image_vector); empty = same names"
+    )
     image_root: str = Field("", description="folder or fsspec URI that image_uri values are joined to; a complete URI must begin with it")
-    options: dict[str, int | float | str | bool] = Field({}, description="options of the data set itself, e.g. items and seed of `shop`")
+    options: dict[str, int | float | str | bool] = Field({}, description="options of the data set itself, e.g. time_format of `folder`, items of `shop`")
 
 
 class PlanNight(Section):
@@ -154,7 +156,7 @@ class ContentCre(Section):
         ["fused-fused", "text-text", "image-image", "text-image", "image-text"],
         description="query-target patterns over text | image | fused; a pair counts in those that it has the vectors for",
     )
-    sources: list[str] = Field(["category", "words", "session", "sequence"], description="pair sets in use: category | words | session | sequence")
+    sources: list[Literal["category", "words", "session", "sequence"]] = Field(["category", "words", "session", "sequence"], description="pair sets in use")
     target: Literal["content", "collaborative"] = Field("collaborative", description="whose held-out pairs the sources are weighed against")
     pairs_per_item: int = Field(20, ge=1, description="pairs of one source that an item brings at most")
     min_together: int = Field(2, ge=1, description="sessions, or neighbourhoods in sequences, that two items must share")

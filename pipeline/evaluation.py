@@ -202,12 +202,6 @@ def logloss(labels: ArrayLike, probabilities: ArrayLike) -> float:
     return float(loss_B.mean()) if loss_B.size else float("nan")
 
 
-def by_slice(slices: ArrayLike, metric: Callable[[Ints], float]) -> dict[str, float]:
-    """Slice name -> metric(row numbers of the slice), names in order; e.g. popularity strata."""
-    names, inverse = np.unique(np.asarray(slices), return_inverse=True)
-    return {str(name): metric(np.flatnonzero(inverse == number)) for number, name in enumerate(names)}
-
-
 def strata(stratum_B: NDArray[np.str_], evidence_B: ArrayLike) -> dict[str, NDArray[np.bool_]]:
     """Slice -> mask of its rows, empty ones left out: all, by popularity, and cold items (0 and 1-4 events at the cutoff).
 
@@ -288,27 +282,6 @@ def difference(effect: intervals.Effect, resamples: int, seed: int) -> dict[str,
     found = intervals.estimate(effect, resamples=resamples, seed=seed)
     values = {"mean": found.difference, "low": found.low, "high": found.high, "seed_sd": found.seed_sd}
     return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()} | {"seeds": found.seeds}
-
-
-# ---------------------------------------------------------------- a table of ids
-
-
-def id_table(codes_NL: ArrayLike) -> dict[str, Any]:
-    """Facts of a table of semantic IDs as JSON: items, distinct, colliding (items that share their tuple), largest (group), perplexity and used codes by level.
-
-    Perplexity is exp of the entropy of code use, so it does not depend on the codebook's nominal size.
-    """
-    table_NL = np.asarray(codes_NL)
-    sizes_G = np.unique(table_NL, axis=0, return_counts=True)[1]
-    shares = [np.unique(code_N, return_counts=True)[1] / len(table_NL) for code_N in table_NL.T]
-    return {
-        "items": len(table_NL),
-        "distinct": int(sizes_G.size),
-        "colliding": int(sizes_G[sizes_G > 1].sum()),
-        "largest": int(sizes_G.max(initial=0)),
-        "perplexity": [float(np.exp(-(share_K * np.log(share_K)).sum())) for share_K in shares],
-        "used": [int(share_K.size) for share_K in shares],
-    }
 
 
 # ---------------------------------------------------------------- vectors and ranks

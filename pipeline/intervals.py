@@ -129,11 +129,6 @@ class Estimate:
     units: int
     rows: int
 
-    @property
-    def decides(self) -> bool:
-        """Whether 0 lies outside the interval."""
-        return self.low > 0 or self.high < 0
-
 
 def estimate(effect: Effect, *, null: float = 0.0, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
     """The mean over seeds with its two-way interval: seeds are drawn with replacement and units are counted anew (Poisson) in every resample.

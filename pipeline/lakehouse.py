@@ -281,9 +281,7 @@ def check_columns(frame: DataFrame, spark: SparkSession, table: str) -> DataFram
     return frame.select(*declared)
 
 
-def replace(
-    spark: SparkSession, frame: DataFrame, table: str, branch: str, *, dates: Sequence[date], equal: Mapping[str, str | int], properties: Mapping[str, str]
-) -> None:
+def replace(frame: DataFrame, table: str, branch: str, *, dates: Sequence[date], equal: Mapping[str, str | int], properties: Mapping[str, str]) -> None:
     """Replace the partitions `dates` (and `equal`, or `equal` alone) of a branch by the frame's rows; an empty frame empties them.
 
     Raises: ContractError when a row carries another date: it would be written beside the partitions that were replaced.
@@ -312,14 +310,14 @@ def replace(
         ) from error
 
 
-def replace_all(spark: SparkSession, frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> None:
+def replace_all(frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> None:
     """Replace every row of a branch in one commit."""
     from pyspark.sql import functions as F
 
     _writer(frame, table, branch, properties).overwrite(F.lit(True))
 
 
-def append(spark: SparkSession, frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> None:
+def append(frame: DataFrame, table: str, branch: str, properties: Mapping[str, str]) -> None:
     """Append the frame's rows to a branch."""
     _writer(frame, table, branch, properties).append()
 

@@ -6,7 +6,6 @@ Tensor suffixes: B batch, N item rows (row 0 = padding), T history, L positions,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +27,6 @@ from pipeline.rankers import network
 from pipeline.rankers.base import ItemTable, Network, Widths, equal_budget
 from pipeline.release_file import matrix
 
-logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 

@@ -1,18 +1,17 @@
 """What people look at: figures from plain numbers, and one self-contained HTML page about a release.
 
 `FIGURES[kind](**data)` draws; `draw(kind, data, footer=...)` is the tolerant front door; `write_report(path, ReportContent(...))` writes the page.
-Not here: tables, Spark, MLflow. `pipeline/tracking.py` saves the pictures beside their numbers, `jobs/cli.py` fills `ReportContent`.
+Not here: tables, Spark, MLflow. `pipeline/tracking.py` saves the pictures beside their numbers, `jobs/report_page.py` fills `ReportContent`.
 """
 
 from __future__ import annotations
 
-import base64
 import inspect
 import io
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,16 +64,14 @@ def code_usage(*, usage: Mapping[str, Sequence[float]] | None = None, slots: Seq
     return figure
 
 
-def collisions_by_decile(*, rate: Sequence[float] | None = None, deciles: Sequence[float] | None = None, collision_rate: Sequence[float] = ()) -> Figure:
+def collisions_by_decile(*, collision_rate: Sequence[float]) -> Figure:
     """Bars of the share of items that share their codes, by popularity decile (0 = least popular).
 
     Args:
-        rate: share in [0, 1], one per decile; `collision_rate` is the same.
-        deciles: 0 .. 9 when left out.
+        collision_rate: share in [0, 1], one per decile.
     """
-    rate = collision_rate if rate is None else rate
     figure, axes = _canvas()
-    axes.bar([str(int(decile)) for decile in deciles or range(len(rate))], rate, color=COLOURS[0], width=0.75)
+    axes.bar([str(decile) for decile in range(len(collision_rate))], collision_rate, color=COLOURS[0], width=0.75)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _dress(axes, "popularity decile (9 = most popular)", "items sharing their codes")
     return figure
@@ -97,34 +94,6 @@ def strength_by_stratum(*, edges: Sequence[float], counts: Mapping[str, Sequence
     return figure
 
 
-def router_by_richness(
-    *,
-    richness: Sequence[float],
-    active: Sequence[float] | None = None,
-    weight: Sequence[float] | None = None,
-    target: Sequence[float] | None = None,
-    axis: str = "richness",
-) -> Figure:
-    """Behaviour router against richness (or popularity): share of gates on, their mean weight, and the target share.
-
-    Args:
-        richness: centre of each bucket; with axis = "popularity" a decayed count in events (log axis).
-        active: share of behaviour gates on, in [0, 1].
-        weight: mean router weight.
-        target: share of gates that the sparsity controller aims at.
-        axis: "richness" or "popularity".
-    """
-    figure, axes = _canvas()
-    lines = [("gates on", active, "-", "o", COLOURS[0]), ("mean weight", weight, "-", "s", COLOURS[1]), ("target", target, "--", "", INK)]
-    for label, values, style, marker, colour in lines:
-        if values is not None:
-            axes.plot(richness, values, style, marker=marker or None, color=colour, label=label, linewidth=2, markersize=5)
-    _popularity_axis(axes, axis)
-    axes.set_ylim(bottom=0)
-    _dress(axes, "popularity (decayed events)" if axis == "popularity" else "information richness N (bucket centre)", "behaviour router", legend=True)
-    return figure
-
-
 def weight_by_popularity(*, popularity: Sequence[float], series: Mapping[str, Sequence[float]], label: str = "mean value") -> Figure:
     """Lines over popularity on a log axis, e.g. mean w and mean router weight by popularity bucket.
 
@@ -136,7 +105,9 @@ def weight_by_popularity(*, popularity: Sequence[float], series: Mapping[str, Se
     figure, axes = _canvas()
     for index, (name, values) in enumerate(series.items()):
         axes.plot(popularity, values, marker="o", markersize=4, linewidth=2, color=COLOURS[index % len(COLOURS)], label=name)
-    _popularity_axis(axes, "popularity")
+    axes.set_xscale("symlog", linthresh=1.0)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _dress(axes, "popularity (decayed events)", label, legend=True)
     return figure
 
@@ -182,70 +153,6 @@ def churn(*, by_position: Mapping[str, float] | None = None, by_stratum: Mapping
     return figure
 
 
-def ranker_auc(
-    *,
-    arms: Mapping[str, Mapping[str, float]],
-    low: Mapping[str, Mapping[str, float]] | None = None,
-    high: Mapping[str, Mapping[str, float]] | None = None,
-    rows: Mapping[str, int] | None = None,
-) -> Figure:
-    """AUC of each ranker arm by stratum, with intervals where given; strata under 1,000 rows are grey.
-
-    Args:
-        arms: arm -> stratum -> AUC.
-        low / high: the ends of the interval, same shape.
-        rows: stratum -> labelled test rows.
-    """
-    strata = list(dict.fromkeys(stratum for values in arms.values() for stratum in values))
-    figure, axes = _canvas(width=7.0, height=1.3 + 0.2 * max(len(arms) * len(strata), 4))
-    for index, (arm, values) in enumerate(arms.items()):
-        shown = [stratum for stratum in strata if values.get(stratum) is not None and math.isfinite(values[stratum])]
-        places = [strata.index(stratum) + (index - (len(arms) - 1) / 2) * 0.7 / max(len(arms), 1) for stratum in shown]
-        points = [values[stratum] for stratum in shown]
-        spread = [_distance(points, low, arm, shown), _distance(points, high, arm, shown)]
-        axes.errorbar(points, places, xerr=spread, fmt="o", color=COLOURS[index % len(COLOURS)], label=arm, markersize=6, capsize=3, linewidth=1.5)
-    axes.axvline(0.5, color=INK, linewidth=1, linestyle=":", alpha=0.6)
-    axes.set_yticks(range(len(strata)), [f"{stratum} (n={rows[stratum]:,})" if rows and stratum in rows else stratum for stratum in strata])
-    axes.invert_yaxis()
-    _dress(axes, "AUC (0.5 = guessing)", "", legend=True)
-    for label, stratum in zip(axes.get_yticklabels(), strata, strict=True):
-        label.set_alpha(0.45 if rows and rows.get(stratum, MIN_ROWS) < MIN_ROWS else 1.0)
-    return figure
-
-
-def recall_by_decile(*, deciles: Sequence[float], recall: Mapping[str, Sequence[float]] | Sequence[float], k: int = 10) -> Figure:
-    """Recall@k by popularity decile of the target item, one line per model.
-
-    Args:
-        deciles: 0 .. 9, 9 = most popular.
-        recall: model -> recall per decile, or one bare list.
-        k: cut-off.
-    """
-    figure, axes = _canvas()
-    series = recall if isinstance(recall, Mapping) else {"model": recall}
-    for index, (name, values) in enumerate(series.items()):
-        axes.plot(deciles, values, marker="o", markersize=4, linewidth=2, color=COLOURS[index % len(COLOURS)], label=name)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _dress(axes, "popularity decile of the target (9 = most popular)", f"recall@{k}", legend=len(series) > 1)
-    return figure
-
-
-def stage_seconds(*, seconds: Mapping[str, float]) -> Figure:
-    """Bars of the wall time of each stage, in seconds, in the order in which they ran.
-
-    Args:
-        seconds: stage -> seconds.
-    """
-    figure, axes = _canvas(width=7.0, height=0.9 + 0.27 * max(len(seconds), 1))
-    bars = axes.barh(list(seconds), list(seconds.values()), color=COLOURS[0], height=0.65)
-    axes.bar_label(bars, [f"{value:.1f} s" for value in seconds.values()], padding=4, color=INK, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.14)
-    _dress(axes, "wall time (seconds)", "")
-    return figure
-
-
 def differences(*, rows: Sequence[Mapping[str, Any]], label: str = "difference") -> Figure:
     """Paired differences with their intervals, one row each, in the colour of their verdict; 0 is the control.
 
@@ -275,6 +182,25 @@ def by_stratum(*, arms: Mapping[str, Mapping[str, float | None]], rows: Mapping[
         rows: stratum -> questions.
         label: what the value is, with its unit.
     """
+    figure = _dots(arms, rows, label)
+    figure.axes[0].set_xlim(left=0)
+    return figure
+
+
+def ranker_auc(*, arms: Mapping[str, Mapping[str, float | None]], rows: Mapping[str, int] | None = None) -> Figure:
+    """AUC of each ranker arm by stratum; strata under 1,000 rows are grey.
+
+    Args:
+        arms: arm -> stratum -> AUC.
+        rows: stratum -> labelled test rows.
+    """
+    figure = _dots(arms, rows, "AUC (0.5 = guessing)")
+    figure.axes[0].axvline(0.5, color=INK, linewidth=1, linestyle=":", alpha=0.6)
+    return figure
+
+
+def _dots(arms: Mapping[str, Mapping[str, float | None]], rows: Mapping[str, int] | None, label: str) -> Figure:
+    """A value of each arm by stratum, one line of dots per stratum."""
     strata = list(dict.fromkeys(stratum for values in arms.values() for stratum in values))
     figure, axes = _canvas(width=7.0, height=1.3 + 0.2 * max(len(arms) * len(strata), 4))
     for index, (arm, values) in enumerate(arms.items()):
@@ -282,9 +208,8 @@ def by_stratum(*, arms: Mapping[str, Mapping[str, float | None]], rows: Mapping[
         places = [strata.index(stratum) + (index - (len(arms) - 1) / 2) * 0.7 / max(len(arms), 1) for stratum in shown]
         marker = "osD^v"[index // len(COLOURS) % 5]
         axes.plot([_or(values[stratum], math.nan) for stratum in shown], places, marker, color=COLOURS[index % len(COLOURS)], label=arm, markersize=5)
-    axes.set_xlim(left=0)
     axes.set_yticks(range(len(strata)), [f"{stratum} (n={rows[stratum]:,})" if rows and stratum in rows else stratum for stratum in strata])
-    axes.set_ylim(len(strata) - 0.5, -0.5)
+    axes.set_ylim(max(len(strata), 1) - 0.5, -0.5)
     _dress(axes, label, "", legend=True)
     for text, stratum in zip(axes.get_yticklabels(), strata, strict=True):
         text.set_alpha(0.45 if rows and rows.get(stratum, MIN_ROWS) < MIN_ROWS else 1.0)
@@ -329,13 +254,10 @@ FIGURES: dict[str, Callable[..., Figure]] = {
     "code_usage": code_usage,
     "collisions_by_decile": collisions_by_decile,
     "strength_by_stratum": strength_by_stratum,
-    "router_by_richness": router_by_richness,
     "weight_by_popularity": weight_by_popularity,
     "loss_curves": loss_curves,
     "churn": churn,
     "ranker_auc": ranker_auc,
-    "recall_by_decile": recall_by_decile,
-    "stage_seconds": stage_seconds,
     "embedding_report": embedding_report,
     "differences": differences,
     "by_stratum": by_stratum,
@@ -403,20 +325,8 @@ def _dress(axes: Axes, xlabel: str, ylabel: str, *, legend: bool = False, grid: 
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
-def _popularity_axis(axes: Axes, axis: str) -> None:
-    if axis == "popularity":
-        axes.set_xscale("symlog", linthresh=1.0)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
 def _stratum_colour(stratum: str, index: int) -> str:
     return STRATA.get(stratum, COLOURS[(index + 3) % len(COLOURS)])
-
-
-def _distance(points: list[float], ends: Mapping[str, Mapping[str, float]] | None, arm: str, strata: list[str]) -> list[float]:
-    given = (ends or {}).get(arm, {})
-    return [abs(given.get(stratum, point) - point) for point, stratum in zip(points, strata, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ page
@@ -430,14 +340,14 @@ class ReportContent:
         release: facts of the release: tag, logical_date, generation, parent_tag, policy, items, new_items, moved_items, retired_items,
             codebook_digest, git_sha, run_id, dataset, tokenizer, reason, status; unknown keys are shown too.
         gates: {"name", "value", "min" and/or "max", "severity": fail | warn, "meaning"}.
-        figures: {"kind", "data", "title", "caption"}; `kind` is a key of FIGURES and decides the section.
+        figures: {"kind", "data"} and, where they are known, "title", "caption", "stage" (that made it); `kind` is a key of FIGURES and decides the section.
         slots: name of each position, in order of the codes.
         codebook_sizes: K of each position; code K means masked.
         examples: {"item_id", "title", "picture" (data URI or empty), "stratum", "codes", "weights",
-            "neighbours": [{"item_id", "title", "picture", "codes", "weights"}]}.
-        ranker: {"arm", "stratum", "rows", "auc", "low", "high", "gauc", "logloss", "delta", "delta_low", "delta_high"}, deltas against the arm `id`.
+            "neighbours": [{"item_id", "title", "picture", "codes", "weights", "positions" (of the codes that count as shared)}], most shared first}.
+        ranker: {"arm", "stratum", "rows", "auc", "gauc", "logloss", "delta", "delta_low", "delta_high"}, deltas against the arm `id`.
         stages: {"stage", "seconds", "status", "run"}.
-        lineage: {"stage", "direction": input | output, "table", "snapshot_id", "tag", "run"}.
+        lineage: {"stage", "direction": input | output, "table", "snapshot_id", "run"}.
         commands: {"what", "command"}: how to open MLflow, how to show an item, how to roll back.
         notes: sentences shown under the header, e.g. what falls short.
     """
@@ -457,18 +367,15 @@ class ReportContent:
 
 SECTIONS = {
     "codes": ("code_usage", "collisions_by_decile"),
-    "popularity": ("strength_by_stratum", "router_by_richness", "weight_by_popularity"),
+    "popularity": ("strength_by_stratum", "weight_by_popularity"),
     "churn": ("churn",),
-    "training": ("loss_curves", "recall_by_decile", "embedding_report"),
+    "training": ("loss_curves", "embedding_report"),
     "ranker": ("ranker_auc",),
-}  # stage_seconds is for MLflow: the page has a table with bars; differences and by_stratum are for studies
+}  # differences and by_stratum are for studies
 HEADINGS = {
     "collisions_by_decile": "Collisions by popularity",
     "strength_by_stratum": "Alignment strength by stratum",
-    "router_by_richness": "Behaviour router by richness",
-    "weight_by_popularity": "Weights by popularity",
     "ranker_auc": "AUC by stratum",
-    "recall_by_decile": "Recall by popularity",
     "embedding_report": "Content vectors, six ways",
 }
 
@@ -487,7 +394,7 @@ def write_report(path: Path, content: ReportContent) -> Path:
         "ranker": [_ranker_row(row) for row in content.ranker],
         "longest": max((stage["seconds"] for stage in content.stages), default=1.0) or 1.0,
     }
-    return write_html(path, "report.html", shown, {"number": _number, "percent": _percent, "picture": _picture, "short": _short})
+    return write_html(path, "report.html", shown, {"number": _number, "picture": _picture, "short": _short})
 
 
 def write_html(path: Path, template: str, shown: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]]) -> Path:
@@ -524,12 +431,6 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :].replace(INK, "currentColor").replace('width="', 'data-width="', 1).replace('height="', 'data-height="', 1)
 
 
-def picture_uri(path: Path) -> str:
-    """A picture file as a data URI that can stand in the page."""
-    kinds = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}
-    return f"data:{kinds.get(path.suffix.lower(), 'image/png')};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def _section_figures(content: ReportContent, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
     chosen = [figure for kind in kinds for figure in content.figures if figure["kind"] == kind]
     return [_figure_card(figure, index, content.release) for index, figure in enumerate(chosen)]
@@ -538,8 +439,9 @@ def _section_figures(content: ReportContent, kinds: tuple[str, ...]) -> list[dic
 def _figure_card(figure: Mapping[str, Any], index: int, release: Mapping[str, Any]) -> dict[str, Any]:
     """Title, caption and inline SVG of one figure; numbers that cannot be drawn cost their picture, not the page."""
     kind = figure["kind"]
-    title = figure.get("title") or HEADINGS.get(kind, kind.replace("_", " "))
-    card = {"title": title[:1].upper() + title[1:], "caption": figure.get("caption") or (inspect.getdoc(FIGURES[kind]) or "").splitlines()[0]}
+    title = figure.get("title") or HEADINGS.get(kind, kind.replace("_", " ").capitalize())
+    said = figure.get("caption") or (inspect.getdoc(FIGURES[kind]) or "").splitlines()[0]
+    card = {"title": ", ".join(filter(None, (title, figure.get("stage")))), "caption": said}
     footer = ", ".join(str(release[name]) for name in ("tag", "run_id") if release.get(name))
     try:
         drawn = draw(kind, figure["data"], footer=footer)
@@ -570,25 +472,16 @@ def _verdict(gates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _example(example: Mapping[str, Any], content: ReportContent) -> dict[str, Any]:
-    codes = list(example["codes"])
-    neighbours = [dict(each) | {"chips": _chips(each, content, codes), "shared": _shared(each["codes"], codes, content)} for each in example["neighbours"]]
-    return dict(example) | {"chips": _chips(example, content, None), "neighbours": sorted(neighbours, key=lambda each: -each["shared"])}
-
-
-def _shared(codes: Sequence[int], reference: Sequence[int], content: ReportContent) -> int:
-    return sum(_same(code, reference, position, content) for position, code in enumerate(codes))
-
-
-def _same(code: int, reference: Sequence[int], position: int, content: ReportContent) -> bool:
-    return position < len(reference) and code == reference[position] and not _masked(code, position, content)
+    neighbours = [dict(each) | {"chips": _chips(each, content, each["positions"]), "shared": len(each["positions"])} for each in example["neighbours"]]
+    return dict(example) | {"chips": _chips(example, content, range(len(example["codes"]))), "neighbours": neighbours}
 
 
 def _masked(code: int, position: int, content: ReportContent) -> bool:
     return position < len(content.codebook_sizes) and code >= content.codebook_sizes[position]
 
 
-def _chips(item: Mapping[str, Any], content: ReportContent, reference: Sequence[int] | None) -> list[dict[str, Any]]:
-    """One coloured chip per position: slot, code, weight, and whether the code is the reference item's."""
+def _chips(item: Mapping[str, Any], content: ReportContent, shared: Container[int]) -> list[dict[str, Any]]:
+    """One coloured chip per position: slot, code, weight, and whether the code is among the shared ones."""
     weights = list(item.get("weights") or [1.0] * len(item["codes"]))
     top = max([1.0, *weights])
     return [
@@ -599,7 +492,7 @@ def _chips(item: Mapping[str, Any], content: ReportContent, reference: Sequence[
             "weight": f"{weights[position]:.2f}",
             "height": round(100 * max(0.0, min(1.0, weights[position] / top))),
             "masked": _masked(code, position, content),
-            "same": reference is None or _same(code, reference, position, content),
+            "same": position in shared,
         }
         for position, code in enumerate(item["codes"])
     ]
@@ -611,7 +504,7 @@ def _hue(slot: str) -> int:
 
 def _ranker_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with every optional number present, its thinness, and a verdict only where its interval leaves zero."""
-    full = dict.fromkeys(("rows", "auc", "low", "high", "gauc", "logloss", "delta", "delta_low", "delta_high")) | dict(row)
+    full = dict.fromkeys(("rows", "auc", "gauc", "logloss", "delta", "delta_low", "delta_high")) | dict(row)
     thin = full["rows"] is not None and full["rows"] < MIN_ROWS
     low, high = full["delta_low"], full["delta_high"]
     verdict = ""
@@ -627,10 +520,6 @@ def _number(value: Any, digits: int = 3) -> str:
     if isinstance(value, float) and not value.is_integer():
         return f"{value:,.{digits}f}" if abs(value) >= 10.0**-digits else f"{value:.2g}"
     return f"{int(value):,}" if isinstance(value, int | float) else str(value)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _short(text: Any) -> str:

@@ -31,7 +31,7 @@ def session(home: Home, lake: Lake, launch: Launch) -> SparkSession:
 
     active = SparkSession.getActiveSession()
     if active is not None:
-        _point_catalog(active, home, lake)
+        _check_warehouse(active, home)
         return active
     _prepare_environment()
     builder = SparkSession.builder.appName("sidmill")
@@ -131,7 +131,7 @@ def _settings(launch: Launch) -> dict[str, str]:
     }
 
 
-def _point_catalog(spark: SparkSession, home: Home, lake: Lake) -> None:
+def _check_warehouse(spark: SparkSession, home: Home) -> None:
     """Refuse to reuse a session that points at another warehouse: two homes in one process would mix their rows."""
     known = spark.conf.get(f"spark.sql.catalog.{CATALOG}.warehouse", "")
     if known != home.warehouse:

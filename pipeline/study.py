@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.config import Section, TrainBehaviorEncoder, TrainRanker, TrainRetriever, TrainTokenizer, read_toml
@@ -24,7 +23,6 @@ from pipeline.errors import ConfigError
 from pipeline.intervals import Estimate
 
 PAGES = Path(__file__).parent / "studies"
-Floats = NDArray[np.float64]
 Model = TypeVar("Model", bound=BaseModel)
 Option = int | float | str | bool
 Part = Literal["valid", "test", "confirm"]
@@ -44,7 +42,7 @@ class DataSet(Section):
 
     kind: Literal["amazon_beauty", "movielens", "online_retail", "shop"] = Field("shop", description="which data set")
     path: str = Field("", description="folder of the user's own copy, or a folder that holds it under the kind's name")
-    options: dict[str, Option] = Field({}, description="movielens: holdout; shop: fields of pipeline.synthetic.World")
+    options: dict[str, Option] = Field({}, description="shop: fields of pipeline.synthetic.World; other kinds have none")
     inputs: str = Field("", description="a key of [inputs] for the arms that name none; empty = the first")
     train_tokenizer: dict[str, Any] = Field({}, description="changes to the page's section of that name, before an arm's: positions of an absent modality")
     worlds: int = Field(1, ge=1, description="shop: worlds, the seed of world w is options.seed + w; a world is then the unit of the statistics")
@@ -56,6 +54,13 @@ class DataSet(Section):
     threshold: float = Field(4.0, description="ranker: smallest rating that is a positive label, where there are ratings")
     head_share: float = Field(0.2, gt=0, lt=1, description="share of items in the head, by training events")
     tail_share: float = Field(0.5, gt=0, lt=1, description="share of items in the tail")
+
+    @model_validator(mode="after")
+    def known_options(self) -> Self:
+        """The data set; what is not generated is split one way, so an option would say nothing."""
+        if self.options and self.kind != "shop":
+            raise ValueError(f"{self.kind} has no options, found {', '.join(self.options)}")
+        return self
 
 
 class Inputs(Section):

@@ -93,24 +93,22 @@ def record_key(ctx: Context) -> str:
 
 def record(
     ctx: Context,
-    result: StageResult | None,
+    result: StageResult,
     *,
     status: str,
     seconds: float,
     inputs: Mapping[str, int | None],
     outputs: Mapping[str, int],
     error: SidError | None = None,
-    files: Sequence[Path] = (),
 ) -> Record:
-    """The try, written to staging with its parameters, numbers, curves, figures and files; needs no MLflow and no matplotlib.
+    """The try, written to staging with its parameters, numbers, curves and figures; needs no MLflow and no matplotlib.
 
     Args:
-        result: what the job returned; None when it failed.
+        result: what the job returned; when it failed, what it had found by then.
         status: done | reused | skipped | failed.
         seconds: wall time of the stage.
         inputs: table -> pinned snapshot id, None for a table without rows.
         outputs: table -> snapshot id.
-        files: further files to keep with the run.
     """
     folder = _slot(ctx)
     ended = time.time()
@@ -121,11 +119,11 @@ def record(
         "seconds": float(seconds),
         "inputs": {table: _reference(value) for table, value in inputs.items()},
         "outputs": {table: _reference(value) for table, value in outputs.items()},
-        "release": str(result.outputs.get("tag") or "") if result else "",
+        "release": str(result.outputs.get("tag") or ""),
         "error": error.fields() if error else {},
         **_numbers(result),
     }
-    _stage_artifacts(folder / "artifacts", ctx, result, files)
+    _stage_artifacts(folder / "artifacts", ctx, result)
     write_json(folder / RECORD, document)  # last: a folder without it is no record
     return Record(key=document["record_key"], stage=ctx.stage, status=status, folder=folder)
 
@@ -190,9 +188,7 @@ def _header(ctx: Context) -> dict[str, Any]:
     }
 
 
-def _numbers(result: StageResult | None) -> dict[str, Any]:
-    if result is None:
-        return {"metrics": {}, "curves": {}, "figures": {}}
+def _numbers(result: StageResult) -> dict[str, Any]:
     return {
         "metrics": {name: float(value) for name, value in result.metrics.items()},
         "curves": {name: [float(value) for value in values] for name, values in result.curves.items()},
@@ -200,15 +196,12 @@ def _numbers(result: StageResult | None) -> dict[str, Any]:
     }
 
 
-def _stage_artifacts(folder: Path, ctx: Context, result: StageResult | None, files: Sequence[Path]) -> None:
+def _stage_artifacts(folder: Path, ctx: Context, result: StageResult) -> None:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, ctx.config.model_dump(mode="json"))
-    if result is not None:
-        write_json(folder / "outputs.json", _plain(result.outputs))
-        for name, figure in result.figures.items():
-            write_json(folder / "figures" / f"{_filename(name)}.json", {"kind": figure.kind, "data": _plain(figure.data)})
-    for path in files:
-        shutil.copy2(path, folder / path.name)
+    write_json(folder / "outputs.json", _plain(result.outputs))
+    for name, figure in result.figures.items():
+        write_json(folder / "figures" / f"{_filename(name)}.json", {"kind": figure.kind, "data": _plain(figure.data)})
 
 
 def _plain(value: Any) -> Any:
@@ -248,19 +241,6 @@ def flush(home: Home, staging: Path) -> int:
             _push(client, home, folder, read_json(folder / RECORD))
     logger.info("flushed records=%d mlflow=%s", len(pending), home.tracking_uri)
     return len(pending)
-
-
-def attach(home: Home, run_id: str, path: Path, *, folder: str = "report") -> str:
-    """MLflow id of the run's parent, which now holds the file (the HTML report) under `folder`.
-
-    Raises: UpstreamMissing if MLflow cannot be reached or holds no such run.
-    """
-    with _session(home) as client:
-        found = _search(client, _sid_experiments(client), {"sid.run_id": _quotable(run_id), "sid.kind": "run"})
-        if not found:
-            raise UpstreamMissing(f"MLflow holds no run {run_id}", expected="a flushed run", found="none", where=home.tracking_uri, next_command="sid repair")
-        client.log_artifact(found[0].info.run_id, str(path), folder)
-        return str(found[0].info.run_id)
 
 
 def _records(staging: Path) -> list[Path]:

@@ -172,11 +172,6 @@ def planned_file(spec: SourceSpec, source: config.Source, day: date, kind: Kind)
     return PlannedFile(file_date=day, kind=kind, path=str(path), sha256=file_digest(path), bytes=path.stat().st_size, status=status)
 
 
-def planned_files(spec: SourceSpec, source: config.Source, day: date) -> tuple[PlannedFile, ...]:
-    """All files of one day: events, then items where the data set has catalogue files."""
-    return tuple(planned_file(spec, source, day, kind) for kind in spec.kinds)
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits, read in blocks."""
     with path.open("rb") as stream:

@@ -75,7 +75,7 @@ def source_root(source: config.Source) -> Path:
         raise ConfigError(
             f"data set {source.dataset} needs a folder",
             expected="an existing folder",
-            found=source.path or "nothing",
+            found=str(root.resolve()) if source.path else "nothing",
             where="source.path",
             next_command="sid run refresh --date D --set source.path=FOLDER",
         )

@@ -26,7 +26,7 @@ class Shop:
     def prepare(self, source: config.Source, data_folder: Path, seed: int) -> SourceSpec:
         """Day files under `data_folder`/shop; the world depends on option `seed` alone, so that a run's `seed` may vary over one world.
 
-        truth.parquet lies beside the day folders, see `truth_path`.
+        truth.parquet lies beside the day folders.
         Raises: ConfigError for an option that does not exist or is out of range.
         """
         world = world_of(source)
@@ -44,11 +44,6 @@ def world_of(source: config.Source) -> World:
         return World(**options)
     except ValueError as error:
         raise ConfigError("the shop cannot be built", expected="see pipeline.synthetic.World", found=str(error), where="source.options") from error
-
-
-def truth_path(spec: SourceSpec) -> Path:
-    """Where the known truth of a prepared shop lies."""
-    return Path(spec.image_root) / "truth.parquet"
 
 
 def describe(folder: Path, world: World) -> SourceSpec:

@@ -34,18 +34,6 @@ def info_nce(users_BD: Tensor, items_BD: Tensor, negatives_SD: Tensor, hit_BS: T
     return torch.logsumexp(torch.cat([positive_B1, negative_BS], 1), 1) - positive_B1[:, 0]
 
 
-def mix_intent(users_BD: Tensor, intents_BD: Tensor, share: float) -> Tensor:
-    """Users leaning towards what they say they want [B, D], (1 - share) * user + share * intent, both of unit length.
-
-    Source: AlphaRec, 2025, user intent capture. differs: both sides are normalised first, because a propagated user and a mapped text differ in length.
-
-    Args:
-        intents_BD: mapped vectors of the query texts, as `mapped` gives them.
-        share: 0 = the user alone, 1 = the query alone.
-    """
-    return (1 - share) * F.normalize(users_BD, dim=1) + share * F.normalize(intents_BD, dim=1)
-
-
 class TextMap(nn.Module):
     """The shared map: two linear layers with an activation between them, or a single one without bias."""
 
@@ -65,7 +53,7 @@ class TextMap(nn.Module):
 
 
 def mapped(state: Mapping[str, Tensor], content_BC: Tensor, params: Params) -> Tensor:
-    """The mapped vectors [B, D] of text vectors under a trained encoder's state: cold items, or queries for `mix_intent`."""
+    """The mapped vectors [B, D] of text vectors, or of means of them, under a trained encoder's state."""
     text_map = TextMap(content_BC.shape[1], params)
     text_map.load_state_dict({name.removeprefix("map."): tensor for name, tensor in state.items() if name.startswith("map.")}, strict=True)
     with torch.no_grad():

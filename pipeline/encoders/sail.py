@@ -353,7 +353,8 @@ def lessons(
     """
     known_N = torch.stack(list(content.shown.values())).any(0)
     usable_N = known_N & ~held_N
-    chosen = {part.name: sail_pairs.split(part, usable_N, known_N & held_N) for part in pairs if part.name in settings.sources}
+    wanted = [part for part in pairs if part.name in settings.sources]
+    chosen = {part.name: sail_pairs.split(part, usable_N, known_N & held_N) for part in wanted}
     train = {name: parts[0] for name, parts in chosen.items() if len(parts[0]) > 1}
     if not train:
         raise ValueError("no source has pairs of trained items")

@@ -15,7 +15,7 @@ from pipeline.retrievers.parallel import Parallel
 from pipeline.retrievers.sequential import Sequential
 from pipeline.retrievers.tiger import Tiger, TigerSettings
 
-AnyRetriever = Parallel | Tiger | Sequential
+AnyRetriever = Parallel | Tiger | Sequential  # `every_position`: one pass predicts the item after every event, else only the one after the last
 
 
 def _tiger_settings(settings: TrainRetriever) -> TigerSettings:

@@ -160,15 +160,6 @@ class Memory:
     padding_BM: Tensor
 
 
-class Retriever(Protocol):
-    """A network over histories (B, T) of item numbers."""
-
-    every_position: bool  # one pass predicts the item after every event; else only the one after the last
-
-    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> Prediction:
-        """The prediction of `targets`, the items that followed each event."""
-
-
 class Generator(Protocol):
     """A retriever that writes an item token by token.
 

@@ -40,7 +40,7 @@ class View:
 def view(h_BD: Tensor, mask_B: Tensor, world: World) -> View:
     """A modality's projections, gathered from all processes with their gradient."""
     all_C = world.gather(mask_B.to(h_BD.dtype)[:, None])[:, 0] > 0
-    return View(h_BD, mask_B, world.gather(h_BD), all_C, world.first_row(len(mask_B)))
+    return View(h_BD, mask_B, world.gather(h_BD), all_C, world.first_row())
 
 
 def inner_products(a_BD: Tensor, b_CD: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class Candidates:
 
 def candidates(key_B: Tensor, world: World) -> Candidates:
     """The rows of all processes as candidates; two rows of one key are no negatives of each other."""
-    first = world.first_row(len(key_B))
+    first = world.first_row()
     key_C = world.gather(key_B.double()[:, None])[:, 0].long()
     return Candidates(torch.arange(first, first + len(key_B), device=key_B.device), key_B[:, None] != key_C, key_C)
 

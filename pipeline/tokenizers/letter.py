@@ -150,7 +150,7 @@ class Training:
 
     def _collaborative(self, batch: ItemBatch, quantized_BD: Tensor, world: World) -> Tensor:
         assert batch.behavior_ND is not None
-        first = world.first_row(len(batch))
+        first = world.first_row()
         known_B = self._known(batch)
         known_C = world.gather(known_B.float()[:, None])[:, 0] > 0
         behavior_CD = world.gather(batch.behavior_ND)

@@ -40,14 +40,6 @@ def behavior_router(logit_BE: Tensor, richness_B: Tensor) -> Tensor:
     return torch.sigmoid(richness_B)[:, None] * torch.relu(torch.tanh(logit_BE))
 
 
-def zero_share(weight_BE: Tensor) -> Tensor:
-    """Share of behaviour experts that are off per item, (B,) in [0, 1].
-
-    Source: ADA-SID (V2) eq. (21)
-    """
-    return 1.0 - (weight_BE > 0).to(weight_BE.dtype).mean(1)
-
-
 def sparsity_target(richness_B: Tensor, theta: float) -> Tensor:
     """Share of behaviour experts that shall be off, (B,): 0 for the richest items, `theta` for the poorest.
 
@@ -156,7 +148,10 @@ class SparsityController(nn.Module):
         return (self.log_lambda_Q + (GAIN * too_many_on_Q).clamp(max=GAIN_MOST)).clamp(max=math.log(self.most)).exp()
 
     def _count(self, weight_BE: Tensor, due_BE: Tensor, bucket_B: Tensor, mask_B: Tensor, world: World) -> tuple[Tensor, ...]:
-        """Over all processes: items per expert that switch it on, items shown, and per bucket items shown and the sums of their shares on and due to be off."""
+        """Over all processes: items per expert that switch it on, items shown, and per bucket items shown and the sums of their shares on and due to be off.
+
+        Source: ADA-SID (V2) eq. (21); differs: the share that is on, summed by richness bucket.
+        """
         shown_B1 = mask_B[:, None].to(weight_BE.dtype)
         on_BE = (weight_BE > 0) * shown_B1
         member_BQ = torch.nn.functional.one_hot(bucket_B, self.buckets).to(weight_BE.dtype) * shown_B1

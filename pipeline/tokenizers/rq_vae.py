@@ -86,7 +86,7 @@ def even_codes(points_BD: Tensor, codebook_KD: Tensor, *, epsilon: float, rounds
     """
     everyone_CD = world.gather(points_BD)
     plan_CK = sinkhorn(torch.cdist(everyone_CD, codebook_KD).square(), epsilon=epsilon, rounds=rounds)
-    first = world.first_row(len(points_BD))
+    first = world.first_row()
     return plan_CK.argmax(1)[first : first + len(points_BD)]
 
 

@@ -51,9 +51,9 @@ class World:
         self._bounds = [start, len(batch)]
         return parts[self.rank]
 
-    def first_row(self, rows: int) -> int:
+    def first_row(self) -> int:
         """Row of the whole batch that is this process's row 0."""
-        return self._bounds[0] if self.size > 1 else 0
+        return self._bounds[0]
 
     def gather(self, rows_BD: Tensor) -> Tensor:
         """The rows of all processes, (C, D), with gradient."""

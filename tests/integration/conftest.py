@@ -1,15 +1,16 @@
-"""Releases made by hand: rows of sid.item_sid under a tag, rows of sid.release, older snapshots; no model is trained."""
+"""Releases made by hand (rows of sid.item_sid under a tag, rows of sid.release, older snapshots; no model is trained), and stages that need no MLflow."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import lakehouse
+from pipeline import lakehouse, tracking
 from pipeline.context import Home
 
 Row = dict[str, Any]
@@ -35,9 +36,9 @@ class Shelf:
 
     def _write(self, table: str, frame: Any, days: Sequence[date]) -> None:
         if days:
-            lakehouse.replace(self.spark, frame, table, "fill", dates=days, equal={}, properties={})
+            lakehouse.replace(frame, table, "fill", dates=days, equal={}, properties={})
         else:
-            lakehouse.append(self.spark, frame, table, "fill", {})
+            lakehouse.append(frame, table, "fill", {})
 
     def release(self, day: date, *, revision: int = 1, generation: int = 1, items: int = 6, files: int = 1) -> str:
         """Tag of a new release; `save` writes its row."""
@@ -57,7 +58,7 @@ class Shelf:
         schema = self.spark.table("lake.sid.release").schema
         frame = self.spark.createDataFrame([tuple(row[name] for name in schema.names) for row in self.rows], schema).coalesce(1)
         lakehouse.cut_branch(self.spark, "sid.release", "fill")
-        lakehouse.replace_all(self.spark, frame, "sid.release", "fill", {})
+        lakehouse.replace_all(frame, "sid.release", "fill", {})
         lakehouse.publish(self.spark, "sid.release", "fill")
 
     def status(self) -> Mapping[str, str]:
@@ -79,6 +80,19 @@ class Shelf:
 def shelf(spark: Any, lake_home: Home) -> Shelf:
     """An empty lake that releases can be put into by hand."""
     return Shelf(spark, lake_home)
+
+
+@pytest.fixture
+def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is recorded and nothing sent."""
+    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
+    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def models_in_folders(without_mlflow: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same, and a model goes to a folder."""
+    monkeypatch.setattr(tracking, "log_model", lambda ctx, bundle: str(tracking.save_bundle(tmp_path / f"{bundle.name}_{ctx.run_id}", bundle)))
 
 
 @pytest.fixture

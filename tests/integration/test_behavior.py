@@ -365,14 +365,6 @@ def test_the_newest_text_of_an_item_counts(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- through the runner, on Iceberg
 
 
-@pytest.fixture
-def _without_mlflow(monkeypatch, tmp_path):
-    """Records stay in staging, models go to a folder."""
-    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
-    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
-    monkeypatch.setattr(tracking, "log_model", lambda ctx, bundle: str(tracking.save_bundle(tmp_path / ctx.run_id, bundle)))
-
-
 def append(spark, name: str, rows: pa.Table) -> None:
     """Rows of some of a table's columns; the others are null."""
     fields = spark.table(f"lake.{name}").schema.fields
@@ -397,7 +389,7 @@ def vectors_of(spark, day: date) -> dict[str, tuple]:
 
 
 @pytest.mark.spark
-@pytest.mark.usefixtures("_without_mlflow")
+@pytest.mark.usefixtures("models_in_folders")
 def test_two_nights_on_the_lake_and_an_empty_one_in_place_of_a_full_one(spark, lake_home: Home, config: profile.Config) -> None:
     fill(spark, D1, walks())
     assert stages(lake_home, config, plan(D1), "night1") == ["done", "done"]
@@ -427,7 +419,7 @@ def test_two_nights_on_the_lake_and_an_empty_one_in_place_of_a_full_one(spark, l
 
 
 @pytest.mark.spark
-@pytest.mark.usefixtures("_without_mlflow")
+@pytest.mark.usefixtures("models_in_folders")
 def test_a_row_from_text_alone_passes_the_audit_with_no_evidence(spark, lake_home: Home, tmp_path: Path) -> None:
     config = with_encoder("alpharec", cold_items=True)
     fill(spark, D1, walks())
@@ -445,7 +437,7 @@ def test_a_row_from_text_alone_passes_the_audit_with_no_evidence(spark, lake_hom
 
 
 @pytest.mark.spark
-@pytest.mark.usefixtures("_without_mlflow")
+@pytest.mark.usefixtures("models_in_folders")
 def test_bad_vectors_leave_the_table_as_it_was(spark, lake_home: Home, config: profile.Config, tmp_path: Path) -> None:
     fill(spark, D1, walks())
     stages(lake_home, config, plan(D1), "night1")

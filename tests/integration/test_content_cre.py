@@ -13,27 +13,16 @@ import pytest
 
 from jobs import content_cre, runner
 from pipeline import config as profile
-from pipeline import tracking
 from pipeline.context import Context, Home, Plan, Release, write_json
 from pipeline.errors import ContractError, UpstreamMissing
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("models_in_folders")]
 D1, D2 = date(2026, 1, 5), date(2026, 1, 6)
 ITEMS = 40
 SECTION = {
     "enabled": True, "widths": [4, 8], "hidden_dim": 16, "steps": 4, "sequence_steps": 2, "identity_steps": 2, "round_steps": 2, "batch_size": 8, "sample": 64,
     "clusters": 4, "held_share": 0.25, "min_together": 1, "cluster_sizes": [4], "quantise_levels": 2, "min_peak": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _models_in_folders(monkeypatch, tmp_path):
-    def log_model(ctx, bundle):
-        return str(tracking.save_bundle(tmp_path / f"{bundle.name}_{ctx.run_id}", bundle))
-
-    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
-    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
-    monkeypatch.setattr(tracking, "log_model", log_model)
 
 
 def settings(**changes):

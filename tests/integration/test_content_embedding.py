@@ -16,22 +16,15 @@ from PIL import Image
 from jobs import content_embedding as job
 from jobs import runner
 from pipeline import config as profile
-from pipeline import tracking
 from pipeline.context import Context, Plan, write_json
 from pipeline.errors import GateFailed
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("without_mlflow")]
 D1, D2, D3 = date(2026, 1, 5), date(2026, 1, 6), date(2026, 1, 7)
 ITEM = (
     "file_date date, item_id string, title string, text string, category string, image_uri string, text_hash string, image_hash string, "
     "content_hash string, text_vector array<float>, image_vector array<float>"
 )
-
-
-@pytest.fixture(autouse=True)
-def _without_mlflow(monkeypatch):
-    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
-    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

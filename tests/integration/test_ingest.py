@@ -76,7 +76,7 @@ class Nights:
         """Context of a night that reads the files of `days` (default D)."""
         source = self.config.source
         spec = dataset(source.dataset).prepare(source, self.home.folder("data"), 0)
-        files = [file for day in days or (D,) for file in base.planned_files(spec, source, day) if file.kind in kinds]
+        files = [base.planned_file(spec, source, day, kind) for day in days or (D,) for kind in spec.kinds if kind in kinds]
         files = [file.model_copy(update=changed or {}) for file in files]
         last = max(days or (D,))
         night = Plan(

@@ -22,7 +22,7 @@ def rows(spark, day: date, counts: dict[str, int]):
 
 def put(spark, day: date, counts: dict[str, int], branch: str, tag: str = "") -> int:
     lakehouse.cut_branch(spark, TABLE, branch)
-    lakehouse.replace(spark, rows(spark, day, counts), TABLE, branch, dates=[day], equal={}, properties={"run": "r"})
+    lakehouse.replace(rows(spark, day, counts), TABLE, branch, dates=[day], equal={}, properties={"run": "r"})
     return lakehouse.publish(spark, TABLE, branch, tag)
 
 
@@ -41,7 +41,7 @@ def test_partition_replaced_by_rows_then_by_nothing_then_by_rows(spark, lake_hom
 
 def test_main_is_untouched_until_publish_and_the_branch_is_gone_after(spark, lake_home):
     lakehouse.cut_branch(spark, TABLE, "audit_x")
-    lakehouse.replace(spark, rows(spark, D1, {"a": 1}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
+    lakehouse.replace(rows(spark, D1, {"a": 1}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
     assert main(spark) == {}
     assert lakehouse.read_branch(spark, TABLE, "audit_x").count() == 1
     found = lakehouse.publish(spark, TABLE, "audit_x", "d20260101")
@@ -51,7 +51,7 @@ def test_main_is_untouched_until_publish_and_the_branch_is_gone_after(spark, lak
 def test_two_branches_of_one_main_never_lose_a_day(spark, lake_home):
     for branch, day in (("audit_a", D1), ("audit_b", D2)):
         lakehouse.cut_branch(spark, TABLE, branch)
-        lakehouse.replace(spark, rows(spark, day, {"a": 1}), TABLE, branch, dates=[day], equal={}, properties={})
+        lakehouse.replace(rows(spark, day, {"a": 1}), TABLE, branch, dates=[day], equal={}, properties={})
     lakehouse.publish(spark, TABLE, "audit_a")
     before = lakehouse.references(spark, TABLE)
     with pytest.raises(PublishConflict):
@@ -63,16 +63,16 @@ def test_two_branches_of_one_main_never_lose_a_day(spark, lake_home):
 
 def test_only_the_audited_snapshot_is_published(spark, lake_home):
     base = lakehouse.cut_branch(spark, TABLE, "audit_x")
-    lakehouse.replace(spark, rows(spark, D1, {"a": 1}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
+    lakehouse.replace(rows(spark, D1, {"a": 1}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
     audited = lakehouse.snapshot(spark, TABLE, "audit_x")
     lakehouse.cut_branch(spark, TABLE, "audit_x")  # another try of the same run: the name now shows main, which publishes without a word
     with pytest.raises(PublishConflict, match="moved since it was audited"):
         lakehouse.publish(spark, TABLE, "audit_x", "d20260101", expect=audited)
     assert lakehouse.references(spark, TABLE) == {"main": base, "audit_x": base}
-    lakehouse.append(spark, rows(spark, D1, {}), TABLE, "audit_x", {})
+    lakehouse.append(rows(spark, D1, {}), TABLE, "audit_x", {})
     appended = lakehouse.snapshot(spark, TABLE, "audit_x")
     assert appended != base, "an empty write is a snapshot of its own"
-    lakehouse.replace(spark, rows(spark, D1, {}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
+    lakehouse.replace(rows(spark, D1, {}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
     assert lakehouse.snapshot(spark, TABLE, "audit_x") not in (base, appended)
 
 
@@ -111,7 +111,7 @@ def test_an_existing_tag_is_never_moved(spark, lake_home):
 def test_a_row_of_another_date_is_refused(spark, lake_home):
     lakehouse.cut_branch(spark, TABLE, "audit_x")
     with pytest.raises(ContractError, match="another date"):
-        lakehouse.replace(spark, rows(spark, D2, {"a": 1}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
+        lakehouse.replace(rows(spark, D2, {"a": 1}), TABLE, "audit_x", dates=[D1], equal={}, properties={})
     assert main(spark) == {}
 
 

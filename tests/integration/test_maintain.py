@@ -169,7 +169,7 @@ def test_old_branches_orphans_and_small_files(spark: Any, lake_home: Home, shelf
     for branch in ("audit_old", "audit_young"):
         lakehouse.cut_branch(spark, POPULARITY, branch)
         frame = spark.createDataFrame([(D1, branch, 1.0, 0.5, 5, "head", 8, D1, 0, "s")], spark.table(f"lake.{POPULARITY}").schema)
-        lakehouse.replace(spark, frame, POPULARITY, branch, dates=[D1], equal={}, properties={})
+        lakehouse.replace(frame, POPULARITY, branch, dates=[D1], equal={}, properties={})
     shelf.age(POPULARITY, 20, but=[lakehouse.references(spark, POPULARITY)["audit_young"]])
     folder = lake_home.folder("lake") / "sid" / "item_sid" / "data"
     for name, days in (("old", 4), ("young", 1)):

@@ -23,16 +23,10 @@ from pipeline.tokenizers.base import FitOptions, History, codebook_digest, items
 from pipeline.tokenizers.das import Das
 from pipeline.tokenizers.rq_kmeans import RqKmeans
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.usefixtures("without_mlflow")]
 D1, D2 = date(2026, 1, 5), date(2026, 1, 6)
 ITEMS, WIDTH = 24, 6
 LOOSE = {"max_collision_rate": 1.0, "min_perplexity_share": 0.0, "max_dead_share": 1.0, "max_shared_mass": 1.0, "max_churn": 0.2, "max_head_churn": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def _without_mlflow(monkeypatch):
-    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
-    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
@@ -82,9 +76,9 @@ def run(home, config, stage, plan, model, run_id):
 def put(spark, table, frame, dates=()):
     lakehouse.cut_branch(spark, table, "fill")
     if dates:
-        lakehouse.replace(spark, lakehouse.check_columns(frame, spark, table), table, "fill", dates=dates, equal={}, properties={})
+        lakehouse.replace(lakehouse.check_columns(frame, spark, table), table, "fill", dates=dates, equal={}, properties={})
     else:
-        lakehouse.append(spark, lakehouse.check_columns(frame, spark, table), table, "fill", {})
+        lakehouse.append(lakehouse.check_columns(frame, spark, table), table, "fill", {})
     lakehouse.publish(spark, table, "fill")
 
 

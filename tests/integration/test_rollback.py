@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import date
 from typing import Any
 
@@ -23,12 +22,6 @@ TINY = config.load("tiny")
 D1, D2, D3, D4 = (date(2026, 1, day) for day in (5, 6, 7, 8))
 
 
-@pytest.fixture
-def _without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "flush", lambda home, staging: 0)
-    monkeypatch.setattr(tracking, "record", lambda *args, **kwargs: None)
-
-
 def back(home: Home, tag: str, day: date) -> dict[str, Any]:
     """The stage, as the command and the DAG launch it."""
     ctx = Context(config=TINY, home=home, stage="rollback", logical_date=day, run_id=f"rollback__{tag}", reason="a bad file", params=(("release", tag),))
@@ -42,7 +35,7 @@ def next_night(home: Home, day: date) -> Any:
     return plan_night.make_plan(ctx, TINY.plan_night, (), [], releases, [{"generation": 1, "input_fingerprint": "x"}], [row["tag"] for row in releases])
 
 
-@pytest.mark.usefixtures("_without_mlflow")
+@pytest.mark.usefixtures("without_mlflow")
 def test_one_commit_restores_a_release_and_no_reader_of_a_tag_notices(spark: Any, lake_home: Home, shelf: Any) -> None:
     for day in (D1, D2, D3):
         shelf.release(day)
@@ -56,9 +49,7 @@ def test_one_commit_restores_a_release_and_no_reader_of_a_tag_notices(spark: Any
     assert [row["becomes"] for row in views.rollback((lake_home, TINY), "d20260106")] == ["withdrawn"]
     assert shelf.status()["d20260107"] == "current", "looking changes nothing"
 
-    started = time.monotonic()
     done = back(lake_home, "d20260106", D2)
-    assert time.monotonic() - started < 60
     assert shelf.status() == {"d20260105": "superseded", "d20260105_r2": "current", "d20260106": "current", "d20260107": "withdrawn"}
     assert done["outputs"]["is_current_newest"]
     assert done["outputs"]["changes"] == [{"tag": "d20260107", "was": "current", "becomes": "withdrawn"}]
@@ -105,7 +96,7 @@ def strengths(lake: tuple[Home, config.Config], release: dict[str, Any]) -> list
     return data and [round(edge, 2) for edge, items in zip(data["edges"], data["counts"]["head"], strict=False) if items]
 
 
-@pytest.mark.usefixtures("_without_mlflow")
+@pytest.mark.usefixtures("without_mlflow")
 def test_the_night_after_a_rollback_copies_from_the_manifest_of_the_restored_revision(
     spark: Any, lake_home: Home, shelf: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

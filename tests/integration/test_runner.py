@@ -214,7 +214,7 @@ def test_rows_that_came_after_the_audit_are_not_published(spark: Any, home: Home
     ctx = Context(config=TINY, home=home, stage="item_popularity", logical_date=day, run_id="night")
 
     def audit(*args: Any, **kwargs: Any) -> Any:
-        lakehouse.append(spark, frame, table, ctx.branch, {})  # a try that was given up for dead writes on
+        lakehouse.append(frame, table, ctx.branch, {})  # a try that was given up for dead writes on
         return SimpleNamespace(metrics={})
 
     monkeypatch.setattr(runner.quality, "audit", audit)

@@ -178,7 +178,7 @@ def test_a_kill_in_the_middle_of_a_push_leaves_no_second_run(home: Home, monkeyp
 
 def test_a_retry_supersedes_the_failed_try(home: Home) -> None:
     first = context(home, "retry", attempt=1)
-    recorded(first, result=None, status="failed", outputs={}, error=GateFailed("too many collisions", found="0.4"))
+    recorded(first, result=StageResult(), status="failed", outputs={}, error=GateFailed("too many collisions", found="0.4"))
     tracking.flush(home, first.staging)
     parent, (child,) = runs(home, "retry")
     assert (parent.info.status, child.info.status) == ("FAILED", "FAILED")
@@ -315,19 +315,6 @@ def test_from_table_to_run_and_from_run_to_table(home: Home) -> None:
     assert tracking.tables_of_run(home, found.mlflow_run_id)["inputs"] == {"feature.item_feature": "11", "sid.item_sid": "none"}
     assert tracking.run_of_record(home, "lineage/nothing") is None
     assert {run.stage for run in tracking.runs_of(home, "lineage")} == {"assign_sid", "ingest"}
-
-
-def test_the_report_is_attached_to_the_parent(home: Home, tmp_path: Path) -> None:
-    ctx = context(home, "page")
-    recorded(ctx)
-    tracking.flush(home, ctx.staging)
-    page = tmp_path / "d19980402.html"
-    page.write_text("<html></html>")
-    parent, _ = runs(home, "page")
-    assert tracking.attach(home, "page", page) == parent.info.run_id
-    assert [entry.path for entry in client(home).list_artifacts(parent.info.run_id, "report")] == ["report/d19980402.html"]
-    with pytest.raises(UpstreamMissing, match="no run"):
-        tracking.attach(home, "never", page)
 
 
 def test_run_ids_with_quotes_and_colons_are_found_again(home: Home) -> None:

@@ -112,9 +112,3 @@ def test_the_probe_tells_texts_from_texts_dealt_out_at_random() -> None:
     assert found["probe_lift"] == pytest.approx(found["probe/recall@20"] / found["probe/dealt_recall@20"])
     assert found["probe/ndcg@20"] > found["probe/dealt_ndcg@20"] + 0.1
     assert alpharec.AlphaRec(SMALL.model_copy(update={"probe": False})).probe(sequences(lists()), ITEMS, seed=1, content=texts()) == {}
-
-
-def test_an_intent_turns_a_user_towards_it() -> None:
-    users, intents = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.5]])
-    torch.testing.assert_close(alpharec.mix_intent(users, intents, 0.25), torch.tensor([[0.75, 0.25]]))
-    torch.testing.assert_close(alpharec.mix_intent(users, intents, 0.0), F.normalize(users))

@@ -78,7 +78,9 @@ def test_every_secret_comes_from_the_environment_file_and_has_no_default() -> No
     known = set(re.findall(r"(?m)^([A-Z_]+)=", (FOLDER / "env.example").read_text(encoding="utf-8")))
     needed = set(re.findall(r"\$\{([A-Z_]+):\?", text))
     used = set(re.findall(r"\$\{([A-Z_]+)", text))
+    offered = set(re.findall(r"(?m)^# ([A-Z_]+)=", (FOLDER / "env.example").read_text(encoding="utf-8")))
     assert needed <= known
+    assert used == known - {"COMPOSE_PROJECT_NAME"} | offered
     assert {name for name in used if re.search("PASSWORD|SECRET|KEY|LOGIN", name)} <= needed
     assert not re.search(r"(?m)^[A-Z_]*(?:PASSWORD|SECRET|KEY|LOGIN)=\S", (FOLDER / "env.example").read_text(encoding="utf-8"))
     for service in SERVICES.values():

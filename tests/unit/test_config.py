@@ -84,6 +84,7 @@ def test_an_unknown_key_is_named_with_its_section_its_file_and_the_known_names(t
         ("[plan_night]\npolicy = 'thawed'\n", "plan_night", "policy"),
         ("[source]\nstart = '2026-01-01'\n", "source", "start"),  # TOML has dates
         ("[source.options]\nitems = [1]\n", "source.options.items", ""),
+        ("[content_cre]\nsources = ['sesion']\n", "content_cre.sources", "0"),  # it would train without these pairs
     ],
 )
 def test_a_value_of_the_wrong_type_is_named_with_what_was_found(tmp_path: Path, text: str, section: str, key: str) -> None:

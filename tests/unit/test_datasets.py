@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import config
 from pipeline.datasets import DATASETS, base, dataset, movielens, shop
-from pipeline.datasets.base import check_header, day_status, days, planned_files, prepared_folder
+from pipeline.datasets.base import check_header, day_status, days, planned_file, prepared_folder
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 
 DAY = 86_400
@@ -291,10 +291,10 @@ def test_calendar_refuses_dates_before_the_data_and_unknown_weekdays(user_folder
 def test_planned_files_carry_digest_size_and_status(user_folder: Path):
     source = user_source(user_folder)
     spec = folder_spec(source)
-    events, items = planned_files(spec, source, date(2026, 1, 5))
+    events, items = (planned_file(spec, source, date(2026, 1, 5), kind) for kind in spec.kinds)
     assert (events.kind, events.status, events.bytes) == ("events", "present", spec.path(date(2026, 1, 5), "events").stat().st_size)
     assert len(items.sha256) == 64
-    absent = planned_files(spec, source, date(2026, 1, 7))[0]
+    absent = planned_file(spec, source, date(2026, 1, 7), "events")
     assert (absent.status, absent.sha256, absent.bytes) == ("missing", "", 0)
 
 
@@ -363,6 +363,14 @@ def test_a_file_with_rows_is_told_from_one_with_a_header_only(tmp_path: Path):
         assert base.has_rows(path, "parquet") is bool(rows_there)
 
 
+def test_a_folder_that_is_not_there_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A relative path is read from where the process runs, and Airflow's tasks run elsewhere than the command that worked."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        dataset("folder").prepare(config.Source(dataset="folder", path="landing", events_pattern="{date}.csv", catalogue="from_events"), tmp_path, 1)
+    assert caught.value.found == str((tmp_path / "landing").resolve())
+
+
 def test_online_retail_reads_the_users_folder(tmp_path: Path):
     header = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country"
     for day in ("2010-12-01", "2010-12-03"):
@@ -387,7 +395,7 @@ def test_shop_is_prepared_once_whatever_the_runs_seed(tmp_path: Path):
     for kind in spec.kinds:
         check_header(spec.path(spec.last_date, kind), spec.format(kind), spec.columns(kind))
     assert (spec.last_date - spec.first_date).days == 9
-    assert pq.read_table(shop.truth_path(spec)).num_rows == 200 + 9 * 3
+    assert pq.read_table(Path(spec.image_root) / "truth.parquet").num_rows == 200 + 9 * 3
 
 
 def test_shop_refuses_options_it_does_not_have():

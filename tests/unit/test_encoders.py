@@ -48,8 +48,6 @@ TITLES = [
 ]
 
 
-CHANGES = ({"name": "n"}, {"batch": 8}, {"size": 32}, {"normalize": False})
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

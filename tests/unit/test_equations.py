@@ -138,12 +138,6 @@ def test_the_router_reads_richness_on_a_fixed_scale():
     close(router.router_feature(torch.tensor([0.0, 0.5, 1.0])), [[-2.0], [0.0], [2.0]])
 
 
-@equation("zero_share")
-def test_zero_share_counts_gates_that_are_off():
-    weights = torch.tensor([[0.0, 0.2, 0.0], [0.1, 0.2, 0.3], [0.0, 0.0, 0.0]])
-    close(router.zero_share(weights), [2 / 3, 0.0, 1.0])
-
-
 @equation("sparsity_target")
 def test_sparsity_target_falls_with_richness():
     close(router.sparsity_target(torch.tensor([0.0, 0.25, 1.0]), 0.4), [0.4, 0.3, 0.0])

@@ -89,11 +89,6 @@ def test_logloss_equals_its_formula_and_survives_certainty() -> None:
     assert ev.logloss([1, 0], [0.0, 1.0]) == pytest.approx(-math.log(1e-7))
 
 
-def test_slices_hand_over_their_rows() -> None:
-    values = np.array([1.0, 2, 3, 4])
-    assert ev.by_slice(["b", "a", "b", "a"], lambda rows: float(values[rows].sum())) == {"a": 6.0, "b": 4.0}
-
-
 def test_spearman_equals_the_library() -> None:
     from scipy.stats import spearmanr
 
@@ -223,17 +218,3 @@ def test_floors_can_be_fitted_on_other_events_than_they_are_asked_with() -> None
     for found, decay in ((decayed, 0.1), (flat, 1.0)):
         scores = weights[3] + decay * weights[0]
         assert found[0] == 1 + (scores > scores[target]).sum()
-
-
-def test_facts_of_an_id_table_equal_slow_loops() -> None:
-    codes = RNG.integers(0, 3, (40, 3))
-    rows = [tuple(row) for row in codes.tolist()]
-    facts = ev.id_table(codes)
-    assert facts["distinct"] == len(set(rows))
-    assert facts["colliding"] == sum(rows.count(row) > 1 for row in rows)
-    assert facts["largest"] == max(rows.count(row) for row in rows)
-    for level in range(3):
-        column = codes[:, level].tolist()
-        shares = [column.count(code) / 40 for code in set(column)]
-        assert facts["used"][level] == len(shares)
-        assert facts["perplexity"][level] == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))

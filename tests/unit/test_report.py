@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
@@ -37,21 +38,13 @@ def figure_data(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
     edges = np.linspace(0, 1, 21)
     strata = {"head": (8, 4, 336), "torso": (3, 4, 505), "tail": (1, 9, 841)}
     counts = {name: np.histogram(rng.beta(a, b, size), edges)[0].tolist() for name, (a, b, size) in strata.items()}
-    richness = (np.arange(8) + 0.5) / 8
     arms = {"id": (0.68, 0.71, 0.66, 0.5), "id_sid": (0.72, 0.73, 0.70, 0.61), "id_permuted": (0.69, 0.71, 0.66, 0.51)}
     auc = {arm: dict(zip(("all", "head", "tail", "0 events"), values, strict=True)) for arm, values in arms.items()}
-    width = {"all": 0.006, "head": 0.008, "tail": 0.02, "0 events": 0.07}
     epochs = np.arange(60)
     return {
         "code_usage": {"usage": usage},
-        "collisions_by_decile": {"deciles": list(range(10)), "rate": np.linspace(0.09, 0.01, 10).tolist()},
+        "collisions_by_decile": {"collision_rate": np.linspace(0.09, 0.01, 10).tolist()},
         "strength_by_stratum": {"edges": edges.tolist(), "counts": counts},
-        "router_by_richness": {
-            "richness": richness.tolist(),
-            "active": (0.6 * richness + rng.normal(0, 0.015, 8)).tolist(),
-            "weight": (0.4 * richness).tolist(),
-            "target": (0.6 * richness).tolist(),
-        },
         "weight_by_popularity": {
             "popularity": [0, 1, 3, 10, 30, 100, 300],
             "series": {"strength w": [0, 0.01, 0.05, 0.2, 0.5, 0.8, 0.9], "router weight": [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.45]},
@@ -61,17 +54,7 @@ def figure_data(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
             "curves": {name: (scale * np.exp(-epochs / 15) + floor).tolist() for name, scale, floor in (("total", 4, 1), ("reconstruction", 1, 0.4))}
         },
         "churn": {"by_position": dict(zip(SLOTS, rng.uniform(0, 0.03, 6).tolist(), strict=True)), "by_stratum": {"head": 0.004, "torso": 0.02, "tail": 0.031}},
-        "ranker_auc": {
-            "arms": auc,
-            "low": {arm: {name: value - width[name] for name, value in values.items()} for arm, values in auc.items()},
-            "high": {arm: {name: value + width[name] for name, value in values.items()} for arm, values in auc.items()},
-            "rows": {"all": 20000, "head": 14210, "tail": 1893, "0 events": 67},
-        },
-        "recall_by_decile": {
-            "deciles": list(range(10)),
-            "recall": {"sasrec": np.linspace(0.02, 0.21, 10).tolist(), "markov": np.linspace(0.0, 0.19, 10).tolist()},
-        },
-        "stage_seconds": {"seconds": {"ingest": 12.4, "item_popularity": 6.1, "train_tokenizer": 61.0}},
+        "ranker_auc": {"arms": auc, "rows": {"all": 20000, "head": 14210, "tail": 1893, "0 events": 67}},
         "embedding_report": {"columns": ["recall@50/content", "auc/collaborative"], "rows": {"base text": [0.4, 0.61], "cre fused": [0.48, None]}},
         "differences": {"rows": [{"name": "one", "difference": 0.01, "low": 0.002, "high": 0.02, "verdict": "kept"}], "label": "recall@50"},
         "by_stratum": {"arms": {"ada_sid": {"all": 0.13, "tail": 0.04}, "plain": {"all": 0.12, "tail": None}}, "rows": {"all": 9000, "tail": 800}},
@@ -121,14 +104,14 @@ def test_the_commands_of_a_page_hold_no_password(tmp_path: Path, monkeypatch: py
 def test_the_facts_of_a_page_name_the_commit_and_the_policy_that_made_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever upgraded or changed the profile meanwhile writes the page with other ones."""
     monkeypatch.setenv("SID_GIT_SHA", "of-the-page")
-    written = {4: {"sid.git_sha": "of-the-rows"}}
+    written = {4: {"sid.git_sha": "of-the-rows", "sid.run_id": "night"}}
     monkeypatch.setattr(lakehouse, "origin", lambda home, lake, table, snapshot_id: written.get(snapshot_id, {}))
     columns = ("tag", "logical_date", "generation", "parent_tag", "items", "status", "codebook_digest", "refit_due", "reason", "rows_digest")
     release = dict.fromkeys(columns, "x") | {"snapshot_id": 4}
     rows = pa.table({"is_new": [True], "changed_from_parent": [False], "status": ["live"]})
     lake = (Home(tmp_path), config.load("tiny"))
     found = report_page.facts(lake, release | {"reason": "refit due, anchored"}, rows, {"tokenizer": "opq"})
-    assert (found["git_sha"], found["policy"]) == ("of-the-rows", "refit due, anchored")
+    assert (found["git_sha"], found["run_id"], found["policy"]) == ("of-the-rows", "night", "refit due, anchored")
     assert report_page.facts(lake, release | {"snapshot_id": 5}, rows, {"tokenizer": "opq"})["git_sha"] == "unknown", "swept away"
 
 
@@ -150,6 +133,12 @@ def test_the_examples_of_a_page_ask_the_catalogue_for_what_they_show(tmp_path: P
     assert [near["title"] for item in shown for near in item["neighbours"]] == ["i09", "I08", "I07", "I06", "I05", "I04"]
     assert (shown[1]["title"], shown[1]["codes"], shown[1]["weights"], shown[1]["stratum"]) == ("I18", [8, 3], [1.0, 0.0], "head")
     assert asked == [[f"i{number:02d}" for number in (4, 5, 6, 7, 8, 9, 14, 15, 16, 17, 18, 19)]]
+
+
+def test_a_stage_is_shown_with_its_mlflow_run_and_not_with_the_tag() -> None:
+    outcomes = {"assign_sid": {"seconds": 2.0, "status": "done"}, "train_ranker": {"seconds": 1.0, "status": "done"}}
+    shown = report_page.stages(outcomes, [{"stage": "assign_sid", "table": "sid.item_sid", "run": "0f3c"}])
+    assert [(row["stage"], row["run"]) for row in shown] == [("assign_sid", "0f3c"), ("train_ranker", "")]
 
 
 def test_gates_are_shown_with_the_limits_they_were_judged_by() -> None:
@@ -183,9 +172,8 @@ def example(rng: np.random.Generator, index: int) -> dict[str, Any]:
         weight = list(weights)
         if number == 3:
             other[3], weight[3] = 100, 0.0
-        neighbours.append(
-            {"item_id": str(900 + number), "title": title, "picture": poster(rng) if number % 2 else "", "codes": other.tolist(), "weights": weight}
-        )
+        shown = {"item_id": str(900 + number), "title": title, "picture": poster(rng) if number % 2 else "", "codes": other.tolist(), "weights": weight}
+        neighbours.append(shown | {"positions": np.flatnonzero(other == codes).tolist()})
     stratum = "tail" if index == 3 else "head"
     return {
         "item_id": str(50 + index), "title": TITLES[index], "picture": poster(rng), "stratum": stratum, "codes": codes.tolist(), "weights": weights,
@@ -195,13 +183,12 @@ def example(rng: np.random.Generator, index: int) -> dict[str, Any]:
 
 def ranker_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
+    spread = {"all": 0.006, "head": 0.008, "tail": 0.02, "0 events": 0.07}
     for arm, values in data["arms"].items():
         for stratum, auc in values.items():
-            base = data["arms"]["id"][stratum]
-            spread = data["high"][arm][stratum] - auc
-            delta = {} if arm == "id" else {"delta": auc - base, "delta_low": auc - base - spread, "delta_high": auc - base + spread}
-            ends = {"low": auc - spread, "high": auc + spread}
-            rows.append({"arm": arm, "stratum": stratum, "rows": data["rows"][stratum], "auc": auc, "gauc": auc - 0.03, "logloss": 0.61, **ends, **delta})
+            gain = auc - data["arms"]["id"][stratum]
+            delta = {} if arm == "id" else {"delta": gain, "delta_low": gain - spread[stratum], "delta_high": gain + spread[stratum]}
+            rows.append({"arm": arm, "stratum": stratum, "rows": data["rows"][stratum], "auc": auc, "gauc": auc - 0.03, "logloss": 0.61, **delta})
     return rows
 
 
@@ -234,7 +221,7 @@ def sample() -> ReportContent:
             {"name": "perplexity share, worst position", "value": 0.61, "min": 0.3, "severity": "fail"},
             {"name": "agreement with co-occurrence", "value": None, "min": 0.3, "severity": "warn", "meaning": "needs seven days of events"},
         ],
-        figures=[{"kind": kind, "data": values} for kind, values in data.items() if kind not in ("stage_seconds", "differences", "by_stratum")],
+        figures=[{"kind": kind, "data": values} for kind, values in data.items() if kind not in ("differences", "by_stratum")],
         slots=SLOTS,
         codebook_sizes=[100] * 6,
         examples=[example(rng, index) for index in range(4)],
@@ -242,7 +229,7 @@ def sample() -> ReportContent:
         stages=[{"stage": name, "seconds": float(rng.uniform(2, 40)), "status": "done", "run": "0f3c" * 8} for name in stages],
         lineage=[
             {"stage": "assign_sid", "direction": "input", "table": "feature.item_feature", "snapshot_id": 6512345678901234567, "run": "0f3c" * 8},
-            {"stage": "assign_sid", "direction": "output", "table": "sid.item_sid", "snapshot_id": 8123456789012345678, "tag": "d19980402", "run": "0f3c" * 8},
+            {"stage": "assign_sid", "direction": "output", "table": "sid.item_sid", "snapshot_id": 8123456789012345678, "run": "0f3c" * 8},
         ],
         commands=[{"what": "Open MLflow", "command": "mlflow ui --backend-store-uri sqlite:///.sid/mlflow.db"}],
         notes=["MovieLens-100K is the demo set: about 190 events and 2 new films a night."],
@@ -318,7 +305,7 @@ def test_an_unknown_kind_names_the_known_ones() -> None:
 
 
 def test_keys_that_a_figure_does_not_know_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    draw("stage_seconds", {"seconds": {"ingest": 1.0}, "colour": "red"})
+    draw("collisions_by_decile", {"collision_rate": [0.1], "colour": "red"})
     assert "colour" in caplog.text
 
 
@@ -334,8 +321,8 @@ def test_keys_that_a_figure_does_not_know_are_left_out_with_a_warning(caplog: py
         ("loss_curves", {"curves": {"nan": [float("nan"), 1.0], "empty": []}}),
         ("ranker_auc", {"arms": {"id": {"all": 0.6, "tail": float("nan")}, "sid": {"head": 0.7}}}),
         ("ranker_auc", {"arms": {}}),
-        ("stage_seconds", {"seconds": {}}),
-        ("router_by_richness", {"richness": [0, 2, 2000], "active": [0, 0.2, 0.5], "axis": "popularity"}),
+        ("collisions_by_decile", {"collision_rate": []}),
+        ("weight_by_popularity", {"popularity": [0, 2, 2000], "series": {"weight": [0, 0.2, 0.5]}}),
     ],
 )
 def test_figures_bear_empty_and_odd_data(kind: str, data: dict[str, Any]) -> None:
@@ -419,6 +406,33 @@ def test_the_page_is_self_contained_and_well_formed(written: Path) -> None:
     assert text.count("<h1") == 1
 
 
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours as WCAG 2 defines it."""
+
+    def light(colour: str) -> float:
+        parts = [int(part * (2 if len(colour) == 4 else 1), 16) / 255 for part in re.findall("." if len(colour) == 4 else "..", colour[1:])]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    dark, bright = sorted((light(one), light(other)))
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_every_text_colour_can_be_read_in_both_themes(written: Path) -> None:
+    themes = [dict(re.findall(r"--([a-z]+):(#[0-9a-f]+)", rule)) for rule in re.findall(r":root\{(.*?)\}", written.read_text(encoding="utf-8"))]
+    assert len(themes) == 4, "light and dark, of all pages and of this one"
+    for colours in (themes[0] | themes[2], themes[1] | themes[3]):
+        for name in ("ink", "soft", "accent", "pass", "fail", "unknown", "near", "warn"):
+            assert min(contrast(colours[name], colours[ground]) for ground in ("card", "ground")) >= 4.5, (name, colours[name])
+
+
+def test_figures_of_one_kind_are_told_apart_by_their_stage(tmp_path: Path) -> None:
+    losses = {"kind": "loss_curves", "data": {"curves": {"loss": [2.0, 1.0]}}}
+    figures = report_page.figures({"train_tokenizer": {"figures": {"loss_curves": losses}}, "train_retriever": {"figures": {"loss_curves": losses}}})
+    page, _ = parsed(write_report(tmp_path / "page.html", ReportContent(release={"tag": "t", "logical_date": "d"}, figures=figures)))
+    assert re.findall("<h3>(Loss.*?)</h3>", page) == ["Loss curves, train_tokenizer", "Loss curves, train_retriever"]
+
+
 def test_the_page_says_what_the_release_is(written: Path) -> None:
     text, _ = parsed(written)
     for fact in ("d19980402", "1,682", "generation 1", "d19980401", "9f" * 32, "Star Wars (1977)", "Wallace &amp; Gromit", "8123456789012345678", "mlflow ui"):
@@ -435,13 +449,16 @@ def test_thin_strata_get_no_verdict(written: Path) -> None:
     assert ">better<" in text
 
 
-def test_neighbours_are_sorted_by_shared_codes_and_a_masked_slot_is_no_shared_code() -> None:
-    content = ReportContent(release={"tag": "t", "logical_date": "d"}, slots=["text_0", "behavior_0"], codebook_sizes=[10, 10])
-    item = {"item_id": "1", "title": "one", "codes": [3, 10], "weights": [1.0, 0.0]}
-    others = [{"item_id": "2", "title": "b", "codes": [4, 10]}, {"item_id": "3", "title": "c", "codes": [3, 10]}]
-    made = report._example(item | {"neighbours": others}, content)
-    assert [(other["title"], other["shared"]) for other in made["neighbours"]] == [("c", 1), ("b", 0)]
-    assert made["chips"][1]["masked"]
+def test_a_chip_is_filled_where_the_code_counts_as_shared(tmp_path: Path) -> None:
+    """Equal codes of a masked or a switched off slot count nowhere else (`releases.neighbours`), so they do not count here."""
+    content = ReportContent(release={"tag": "t", "logical_date": "d"}, slots=["text_0", "behavior_0", "behavior_1"], codebook_sizes=[10, 10, 10])
+    item = {"item_id": "1", "title": "one", "codes": [3, 10, 4], "weights": [1.0, 0.0, 0.0]}
+    made = report._example(item | {"neighbours": [item | {"item_id": "2", "positions": [0]}]}, content)
+    assert [chip["same"] for chip in made["neighbours"][0]["chips"]] == [True, False, False]
+    assert made["neighbours"][0]["shared"] == 1
+    assert [chip["masked"] for chip in made["chips"]] == [False, True, False]
+    page = write_report(tmp_path / "page.html", replace(content, examples=[item | {"neighbours": [item | {"item_id": "2", "positions": [0]}]}]))
+    assert "1 / 3</span>" in page.read_text(encoding="utf-8")
 
 
 def test_text_from_the_catalogue_cannot_become_markup(tmp_path: Path) -> None:
@@ -452,7 +469,7 @@ def test_text_from_the_catalogue_cannot_become_markup(tmp_path: Path) -> None:
         gates=[{"name": evil, "value": 1.0, "max": 2.0, "meaning": evil}],
         figures=[{"kind": "churn", "data": {"by_position": {evil: 0.1}}, "title": evil, "caption": evil}],
         slots=[evil],
-        examples=[item | {"neighbours": [item]}],
+        examples=[item | {"neighbours": [item | {"positions": [0]}]}],
         ranker=[{"arm": evil, "stratum": evil}],
         stages=[{"stage": evil, "seconds": 0.0, "status": evil, "run": evil}],
         lineage=[{"stage": evil, "direction": "input", "table": evil, "snapshot_id": None}],
@@ -479,9 +496,3 @@ def test_numbers_that_cannot_be_drawn_cost_their_picture_and_not_the_page(tmp_pa
 
 def test_small_numbers_do_not_become_zero() -> None:
     assert [report._number(value) for value in (0.25, 0.0004, 0.0, 12345, None, float("nan"))] == ["0.250", "0.0004", "0", "12,345", "-", "-"]
-
-
-def test_a_picture_file_becomes_a_data_uri(tmp_path: Path) -> None:
-    path = tmp_path / "x.jpg"
-    path.write_bytes(b"abc")
-    assert report.picture_uri(path) == "data:image/jpeg;base64,YWJj"
