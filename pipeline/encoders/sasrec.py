@@ -7,7 +7,8 @@ padded at the end, so causal attention needs no mask. The behaviour vector is th
 Order inside a basket: events of one basket have none; they arrive in an order that a hash deals out and any of them may be the next target, so no id order
 is learnt.
 Bit-deterministic for a seed on one machine and one number of threads.
-Tensor suffixes: B windows, T events end to end, L positions, D width, N items, P predicted positions, S sampled negatives, M moved items, U users, C columns.
+Tensor suffixes: B windows, T events end to end, L positions, D width, N items, P predicted positions, S sampled negatives or contexts, M moved items, U users,
+C columns, E own events that were drawn, K steps, W draws of an item and step.
 """
 
 # ruff: noqa: N815 - tensor fields carry shape suffixes
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +41,7 @@ ROW_LENGTH = 12  # events that a window predicts at most: many short windows tel
 ROW_NEGATIVES = 256  # competitors of a step, the same for all rows; a smaller catalogue competes whole
 NEIGHBOURS = 5  # events on either side that a new row starts from
 ROW_CONTEXTS = 4096  # places of the base's windows where a moved row competes to come next
+STEP_CONTEXTS = 1024  # of them in a step, by turns
 CONTEXT_WINDOWS = 1024  # windows that these places are drawn from
 ROW_RATE = 3.0  # first step size of a row, in units of learning_rate; it falls to nothing over row_steps
 
@@ -105,11 +108,13 @@ class Block(nn.Module):
         self.qkv, self.mix = nn.Linear(params.dim, 3 * params.dim), nn.Linear(params.dim, params.dim)
         self.feed = nn.Sequential(nn.Linear(params.dim, params.dim), nn.ReLU(), nn.Dropout(params.dropout), nn.Linear(params.dim, params.dim))
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """The block's output [B, L, D]."""
+    def forward(self, x_BLD: Tensor, at_P: tuple[Tensor, ...] | None = None) -> Tensor:
+        """The block's output [B, L, D], or at some (window, position) alone [P, D]."""
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm_attention(x_BLD)).chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BLD = x_BLD + F.dropout(self.mix(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        mixed_BLD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        if at_P is not None:
+            x_BLD, mixed_BLD = x_BLD[at_P], mixed_BLD[at_P]
+        x_BLD = x_BLD + F.dropout(self.mix(mixed_BLD), self.dropout, self.training)
         return x_BLD + F.dropout(self.feed(self.norm_feed(x_BLD)), self.dropout, self.training)
 
 
@@ -132,13 +137,14 @@ class SasRec(nn.Module):
         """Hidden state after each event [B, L, D]; its product with an output row is that item's logit of coming next."""
         return self.encode(self.input_rows(inputs_BL))
 
-    def encode(self, rows_BLD: Tensor) -> Tensor:
-        """Hidden states [B, L, D] from item rows [B, L, D] instead of item indices."""
+    def encode(self, rows_BLD: Tensor, at_P: tuple[Tensor, ...] | None = None) -> Tensor:
+        """Hidden states [B, L, D] from item rows [B, L, D] instead of item indices, or at some (window, position) alone [P, D]."""
         x_BLD = rows_BLD * self.scale + self.positions.weight[: rows_BLD.shape[1]]
         x_BLD = F.dropout(x_BLD, self.dropout, self.training)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BLD = block(x_BLD)
-        return self.norm(x_BLD)
+        return self.norm(last(x_BLD, at_P))
 
     def output_table(self) -> Tensor:
         """Output rows [N, D]; with tied tables the input rows without padding."""
@@ -595,13 +601,17 @@ class _RowTask:
     def __init__(
         self, model: SasRec, sequences: Sequences, moved_M: Tensor, events: OwnEvents, seeds_M: Tensor, params: Params, contexts: Contexts | None = None
     ) -> None:
-        self.model, self.sequences, self.moved_M, self.params = model, sequences, moved_M, params
+        self.model, self.sequences, self.params = model, sequences, params
         self.device = model.positions.weight.device
+        self.moved_M = moved_M.to(self.device)
         self.contexts = None if contexts is None else contexts.to(self.device)
         self.pad, self.own = model.num_items, model.num_items + 1
-        self.picks = events.drawn(seeds_M, params.row_steps * ROW_WINDOWS)
+        at_E, pick_MC = torch.unique(events.drawn(seeds_M, params.row_steps * ROW_WINDOWS), return_inverse=True)
+        self.tokens_EL = self.tokens(at_E, sequences.items[at_E]).to(self.device)
+        self.pick_MKW = pick_MC.unflatten(1, (params.row_steps, ROW_WINDOWS)).sort(2).values.to(self.device)
         if self.contexts is not None:
             self.others_SM, self.rarity_M = self.rivals(self.contexts, events.offsets_M.diff())
+            self.parts = max(1, len(self.others_SM) // STEP_CONTEXTS)
 
     def fit(self, start: Rows) -> tuple[Tensor, list[float]]:
         """(trained input rows [M, D], mean loss per step); the step size falls linearly to nothing."""
@@ -618,43 +628,52 @@ class _RowTask:
             curve.append(loss_M.detach().mean())
         return inputs_MD.detach().cpu(), torch.stack(curve).tolist()
 
+    def windows(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens [B, L + 1], whose they are, how often the step drew them) of the different windows of a step: rare items have few."""
+        pick_MW = self.pick_MKW[:, step]
+        first_MW = F.pad(pick_MW.diff(dim=1) != 0, (1, 0), value=True)
+        at_B = torch.nonzero(first_MW.flatten()).flatten()
+        times_B = F.pad(at_B, (0, 1), value=first_MW.numel()).diff()
+        return self.tokens_EL[pick_MW[first_MW]], at_B // ROW_WINDOWS, times_B
+
     def loss(self, step: int, inputs_MD: Tensor, outputs_MD: Tensor) -> Tensor:
         """Mean cross-entropy over the positions of each item's windows of this step, and `as_next` with contexts, nats [M]; 0 for an item without positions."""
-        slot_B = torch.arange(self.moved_M.numel()).repeat_interleave(ROW_WINDOWS)
-        at_B = self.picks[:, step * ROW_WINDOWS : (step + 1) * ROW_WINDOWS].flatten()
-        tokens_BL = self.tokens(at_B, self.moved_M[slot_B]).to(self.device)
-        slot_B, before_BL, after_BL = slot_B.to(self.device), tokens_BL[:, :-1], tokens_BL[:, 1:]
+        tokens_BL, slot_B, times_B = self.windows(step)
+        before_BL, after_BL = tokens_BL[:, :-1], tokens_BL[:, 1:]
         own_BL = before_BL == self.own
+        reads_BL = own_BL.cumsum(1) > 0  # attention is causal: nothing before reads the row
+        at_P = torch.nonzero((reads_BL & (after_BL != self.pad)) | (after_BL == self.own), as_tuple=True)
+        after_P, slot_P, times_P = after_BL[at_P], slot_B[at_P[0]], times_B[at_P[0]]
+        counts_P = times_P * reads_BL[at_P]
         base_BLD = self.model.input_rows(before_BL.clamp(max=self.pad))
-        hidden_BLD = self.model.encode(torch.where(own_BL[:, :, None], inputs_MD[slot_B][:, None, :], base_BLD))
-        counts_BL = (after_BL != self.pad) & (own_BL.cumsum(1) > 0)  # attention is causal: nothing before reads the row
-        slot_P = slot_B[:, None].expand_as(counts_BL)[counts_BL]
-        loss_P = self.cross_entropy(hidden_BLD[counts_BL], after_BL[counts_BL], slot_P, outputs_MD, step)
+        hidden_PD = self.model.encode(torch.where(own_BL[:, :, None], inputs_MD[slot_B][:, None, :], base_BLD), at_P)
         zeros_M = torch.zeros(self.moved_M.numel(), device=self.device)
-        total_M = zeros_M.index_add(0, slot_P, loss_P)
+        total_M = zeros_M.index_add(0, slot_P, counts_P * self.cross_entropy(hidden_PD, after_P, slot_P, outputs_MD, step))
         if self.contexts is not None:
-            is_next_BL = after_BL == self.own
-            total_M = total_M + self.as_next(self.contexts, hidden_BLD[is_next_BL].detach(), slot_B[:, None].expand_as(is_next_BL)[is_next_BL], inputs_MD)
-        return total_M / torch.bincount(slot_P, minlength=zeros_M.numel()).clamp(min=1)
+            is_next_P = after_P == self.own
+            total_M = total_M + self.as_next(self.contexts, step, hidden_PD[is_next_P].detach(), slot_P[is_next_P], times_P[is_next_P], inputs_MD)
+        return total_M / zeros_M.index_add(0, slot_P, counts_P.float()).clamp(min=1)
 
-    def as_next(self, contexts: Contexts, hidden_OD: Tensor, slot_O: Tensor, rows_MD: Tensor) -> Tensor:
+    def as_next(self, contexts: Contexts, step: int, hidden_OD: Tensor, slot_O: Tensor, times_O: Tensor, rows_MD: Tensor) -> Tensor:
         """What the moved rows add to the full softmax as next items, for as many events as these windows show of each, nats [M].
 
         Over all T places of the training a row r of an item with n events adds sum_t log(1 + exp(h_t r - log Z_t)) - sum_own h_t r, where Z_t is the base's sum
-        without the item: it is pulled where it came next and pushed everywhere. Here the first sum is T times its mean over the contexts; both count per own
-        event.
+        without the item: it is pulled where it came next and pushed everywhere. Here the first sum is T times its mean over the step's contexts; both count per
+        own event.
 
         Args:
-            hidden_OD, slot_O: hidden states before the own events of the windows, and whose they are.
+            hidden_OD, slot_O, times_O: hidden states before the own events of the windows, whose they are, and how often each counts.
         """
-        pull_M = torch.zeros(len(rows_MD), device=self.device).index_add(0, slot_O, (hidden_OD * rows_MD[slot_O]).sum(1))
-        push_M = self.rarity_M * F.softplus(contexts.hidden_SD @ rows_MD.T - self.others_SM).mean(0)
-        return torch.bincount(slot_O, minlength=len(rows_MD)) * push_M - pull_M
+        zeros_M = torch.zeros(len(rows_MD), device=self.device)
+        pull_M = zeros_M.index_add(0, slot_O, times_O * (hidden_OD * rows_MD[slot_O]).sum(1))
+        part = slice(step % self.parts, None, self.parts)
+        push_M = self.rarity_M * F.softplus(contexts.hidden_SD[part] @ rows_MD.T - self.others_SM[part]).mean(0)
+        return zeros_M.index_add(0, slot_O, times_O.float()) * push_M - pull_M
 
     def rivals(self, contexts: Contexts, count_M: Tensor) -> tuple[Tensor, Tensor]:
         """(log Z without the moved item at each context [S, M], events of the training per event of the item [M])."""
-        base_row_MD = self.model.output_table()[self.moved_M.clamp(max=self.pad - 1).to(self.device)]
-        share_SM = (contexts.hidden_SD @ base_row_MD.T - contexts.log_total_S[:, None]).exp() * (self.moved_M < self.pad).to(self.device)
+        base_row_MD = self.model.output_table()[self.moved_M.clamp(max=self.pad - 1)]
+        share_SM = (contexts.hidden_SD @ base_row_MD.T - contexts.log_total_S[:, None]).exp() * (self.moved_M < self.pad)
         others_SM = contexts.log_total_S[:, None] + torch.log1p(-share_SM.clamp(max=1 - 1e-6))
         return others_SM, (contexts.events / count_M.clamp(min=1)).to(self.device)
 
@@ -673,20 +692,51 @@ class _RowTask:
 
     def cross_entropy(self, hidden_PD: Tensor, after_P: Tensor, slot_P: Tensor, outputs_MD: Tensor, step: int) -> Tensor:
         """Negative log-likelihood of each next item, nats [P]; the moved item competes with its own row, the base items with theirs."""
-        table_ND, moved_P = self.model.output_table(), self.moved_M.to(self.device)[slot_P]
-        own_P1, is_own_P = (hidden_PD * outputs_MD[slot_P]).sum(1, keepdim=True), after_P == self.own
-        negatives_S = self.competitors(step)
-        target_P1 = (hidden_PD * table_ND[after_P.clamp(max=self.pad - 1)]).sum(1, keepdim=True).masked_fill(is_own_P[:, None], -torch.inf)
-        hit_PS = (negatives_S == after_P[:, None]) | (negatives_S == moved_P[:, None])  # the target once, and not the moved item's base row
-        negative_PS = hidden_PD @ table_ND[negatives_S].T + np.log(self.pad / negatives_S.numel())
-        logits = torch.cat([target_P1, negative_PS.masked_fill(hit_PS, -torch.inf), own_P1], 1)
-        return F.cross_entropy(logits, torch.where(is_own_P, logits.shape[1] - 1, 0), reduction="none")
+        table_ND, is_own_P = self.model.output_table(), after_P == self.own
+        item_S, weight_S = self.competitors(step)
+        hits = _found(item_S, torch.stack([after_P, self.moved_M[slot_P]]))  # the target competes once, the moved item not with its base row
+        others_P = _LogTotal.apply(hidden_PD, table_ND[item_S], weight_S, hits)
+        own_P = (hidden_PD * outputs_MD[slot_P]).sum(1)
+        target_P = (hidden_PD * table_ND[after_P.clamp(max=self.pad - 1)]).sum(1)
+        total_P = torch.logaddexp(torch.logaddexp(others_P, own_P), target_P.masked_fill(is_own_P, -torch.inf))
+        return total_P - torch.where(is_own_P, own_P, target_P)
 
-    def competitors(self, step: int) -> Tensor:
-        """Base items that a step's targets compete with [S]: all of a small catalogue, or a sample by the step alone."""
+    def competitors(self, step: int) -> tuple[Tensor, Tensor]:
+        """(base items that a step's targets compete with, log of how many items each stands for) [S], ascending: a small catalogue, or a sample by the step."""
         if self.pad <= ROW_NEGATIVES:
-            return torch.arange(self.pad, device=self.device)
-        return torch.randint(self.pad, (ROW_NEGATIVES,), generator=_generator(step)).to(self.device)
+            return torch.arange(self.pad, device=self.device), torch.zeros(self.pad, device=self.device)
+        item_S, times_S = torch.randint(self.pad, (ROW_NEGATIVES,), generator=_generator(step)).unique(return_counts=True)
+        return item_S.to(self.device), (times_S * (self.pad / ROW_NEGATIVES)).log().to(self.device)
+
+
+def _found(item_S: Tensor, wanted_KP: Tensor) -> tuple[Tensor, Tensor]:
+    """(places p, their s) of all k with item_S[s] = wanted_KP[k, p]; `item_S` ascends."""
+    at_KP = torch.searchsorted(item_S, wanted_KP).clamp(max=item_S.numel() - 1)
+    found_KP = item_S[at_KP] == wanted_KP
+    return torch.nonzero(found_KP)[:, 1], at_KP[found_KP]
+
+
+class _LogTotal(torch.autograd.Function):
+    """log sum_s exp(h_p t_s + w_s) without some pairs (p, s) [P].
+
+    Its gradient to h is the mean of the rows t by their shares of the sum, made of the same exponentials, so that only [P, D] is kept for the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_PD: Tensor, table_SD: Tensor, weight_S: Tensor, without: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum's log [P]; where every pair is taken out, the lowest number there is."""
+        score_PS = torch.addmm(weight_S, hidden_PD, table_SD.T)
+        score_PS[without] = -torch.inf
+        top_P1 = score_PS.amax(1, keepdim=True).clamp(min=torch.finfo(score_PS.dtype).min)
+        share_PS = score_PS.sub_(top_P1).exp_()
+        total_P1 = share_PS.sum(1, keepdim=True).clamp(min=1)  # the highest alone is 1
+        ctx.mean_PD = share_PS @ table_SD / total_P1
+        return (top_P1 + total_P1.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the hidden states; the base's rows have none."""
+        return gradients[0][:, None] * ctx.mean_PD, None, None, None
 
 
 def uniform(seeds_M: NDArray[np.int64], count: int) -> NDArray[np.float64]:

@@ -295,8 +295,25 @@ def test_as_next_item_a_row_adds_what_it_adds_to_the_full_softmax(base: tuple[sa
         return total - sum(float(place @ row) for place in own)
 
     rows = torch.randn(2, SMALL.dim)
-    found = [float(task.as_next(contexts, own, torch.zeros(count, dtype=torch.int64), row[None])) for row in rows]
+    found = [float(task.as_next(contexts, 0, own, torch.zeros(count, dtype=torch.int64), torch.ones(count), row[None])) for row in rows]
     assert found[0] - found[1] == pytest.approx(slow(rows[0]) - slow(rows[1]), rel=1e-4)
+
+
+def test_the_steps_take_all_contexts_by_turns(base: tuple[sasrec.SasRec, Params], state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = sasrec.Contexts.of(state)
+    assert contexts is not None
+
+    def losses(at_once: int) -> list[float]:
+        monkeypatch.setattr(sasrec, "STEP_CONTEXTS", at_once)
+        task = task_of(base[0], nightly(), 12, 1, base[1], contexts)
+        nowhere = torch.zeros(1, dtype=torch.int64)
+        return [float(task.as_next(contexts, step, torch.zeros(1, SMALL.dim), nowhere, nowhere + 1, base[0].input_table()[:1])) for step in range(10)]
+
+    total, parts = len(contexts.hidden_SD), losses(len(contexts.hidden_SD) // 5)
+    assert total % 5 == 0
+    assert parts[:5] == parts[5:]
+    assert len(set(parts)) == 5
+    assert np.mean(parts) == pytest.approx(losses(total)[0], rel=1e-5)
 
 
 def row_task(setting: tuple[sasrec.SasRec, Params], item: int) -> sasrec._RowTask:
@@ -322,6 +339,44 @@ def test_sampled_competitors_estimate_the_whole_catalogue(base: tuple[sasrec.Sas
     sampled = torch.stack([task.cross_entropy(hidden, after, slots, own, step) for step in range(400)])
     assert not torch.equal(sampled[0], sampled[1])
     torch.testing.assert_close(sampled.mean(0), whole, atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("item", [12, 5])
+@pytest.mark.parametrize("draws", [1, 3, 11])
+def test_a_sampled_softmax_is_the_one_written_out(base: tuple[sasrec.SasRec, Params], item: int, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow form: every draw stands for its share of the catalogue, a draw of the target or of the moved item's base row for none; and its gradient."""
+    monkeypatch.setattr(sasrec, "ROW_NEGATIVES", draws)
+    table, own, slots = base[0].output_table(), torch.randn(1, SMALL.dim), torch.zeros(5, dtype=torch.int64)
+    hidden, after = torch.randn(5, SMALL.dim, requires_grad=True), torch.tensor([0, 7, 13, 3, 11])  # 13 = `own` of a base of 12
+
+    def slow(at: int, drawn: list[int]) -> torch.Tensor:
+        target = int(after[at])
+        rivals = [hidden[at] @ table[other] + np.log(12 / draws) for other in drawn if other not in (target, item)]
+        chosen = hidden[at] @ (own[0] if target == 13 else table[target])
+        return torch.logsumexp(torch.stack([*rivals, hidden[at] @ own[0], *([] if target == 13 else [chosen])]), 0) - chosen
+
+    for step in range(6):
+        drawn = torch.randint(12, (draws,), generator=torch.Generator().manual_seed(step)).tolist()
+        found, expected = row_task(base, item).cross_entropy(hidden, after, slots, own, step), torch.stack([slow(at, drawn) for at in range(5)])
+        torch.testing.assert_close(found, expected)
+        ways = torch.randn(5)
+        torch.testing.assert_close(torch.autograd.grad(found, hidden, ways), torch.autograd.grad(expected, hidden, ways))
+
+
+def test_a_window_that_a_step_draws_again_counts_again(base: tuple[sasrec.SasRec, Params]) -> None:
+    data, moved, seeds = nightly(), torch.tensor([12, 13, 5]), torch.tensor([1, 2, 3])
+    events = sasrec.OwnEvents.of(data, moved)
+    task = sasrec._RowTask(base[0], data, moved, events, seeds, base[1])
+    drawn = events.drawn(seeds, base[1].row_steps * sasrec.ROW_WINDOWS).unflatten(1, (base[1].row_steps, sasrec.ROW_WINDOWS))
+    repeated = 0
+    for step in range(base[1].row_steps):
+        tokens, slots, times = task.windows(step)
+        repeated += int((times > 1).sum())
+        for slot, item in enumerate(moved):
+            each = tokens[slots == slot].repeat_interleave(times[slots == slot], 0)
+            expected = task.tokens(drawn[slot, step].sort().values, item.expand(sasrec.ROW_WINDOWS))
+            assert torch.equal(each, expected)
+    assert repeated
 
 
 def test_a_known_item_starts_from_its_row_and_a_new_one_from_its_neighbours(base: tuple[sasrec.SasRec, Params]) -> None:
