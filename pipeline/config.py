@@ -39,6 +39,14 @@ class Section(BaseModel):
             raise ValueError(f"num_heads must divide dim: {heads} heads, width {width}")
         return self
 
+    @model_validator(mode="after")
+    def strata_fit(self) -> Self:
+        """The section; where it has strata, head and tail are not more than all items."""
+        head, tail = getattr(self, "head_share", 0.0), getattr(self, "tail_share", 0.0)
+        if head + tail > 1:
+            raise ValueError(f"head_share and tail_share are more than all items together: {head:g} + {tail:g}")
+        return self
+
 
 class Lake(Section):
     """Where the tables live; addresses come from the environment."""

@@ -104,6 +104,12 @@ def test_attention_heads_must_share_the_width() -> None:
         config.load("demo", ("train_retriever.tiger.dim=128", "train_retriever.tiger.num_heads=6"))
 
 
+def test_head_and_tail_must_leave_no_item_in_both() -> None:
+    assert config.load("demo", ("item_popularity.head_share=0.5", "item_popularity.tail_share=0.5")).item_popularity.head_share == 0.5
+    with pytest.raises(ConfigError, match=r"0\.6 \+ 0\.5"):
+        config.load("demo", ("item_popularity.head_share=0.6", "item_popularity.tail_share=0.5"))
+
+
 def test_a_section_that_is_a_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ingest"):
         config.load(write_profile(tmp_path, "ingest = 3\n"))
