@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=sasrec.ROW_WINDOWS)
     parser.add_argument("--length", type=int, default=sasrec.ROW_LENGTH)
     parser.add_argument("--negatives", type=int, default=sasrec.ROW_NEGATIVES)
+    parser.add_argument("--contexts", type=int, default=sasrec.STEP_CONTEXTS, help="of a base with one table, in a step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     page, home = study.load(args.page, args.set), Home(Path(args.home))
@@ -63,7 +64,7 @@ def main() -> None:
     enough = torch.nonzero(count_N >= 4).flatten()
     moved_M = enough[torch.randperm(enough.numel(), generator=torch.Generator().manual_seed(0))[: args.items]].sort().values
     start = as_new(base, sequences, moved_M)
-    sasrec.ROW_WINDOWS, sasrec.ROW_LENGTH, sasrec.ROW_NEGATIVES = args.windows, args.length, args.negatives
+    sasrec.ROW_WINDOWS, sasrec.ROW_LENGTH, sasrec.ROW_NEGATIVES, sasrec.STEP_CONTEXTS = args.windows, args.length, args.negatives, args.contexts
     began = time.process_time()
     trained_MD, _ = sasrec.train_rows(base, sequences, moved_M, start, moved_M, params, contexts)
     spent, table_ND = time.process_time() - began, base.input_table()
