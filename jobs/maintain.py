@@ -26,7 +26,6 @@ from jobs.releases import newest_current
 from pipeline import lakehouse, tracking
 from pipeline.config import Maintain
 from pipeline.context import Context
-from pipeline.errors import UpstreamMissing
 from pipeline.lakehouse import History, StoredFile
 from pipeline.stages import StageResult
 
@@ -189,7 +188,7 @@ def survey(spark: SparkSession, params: Maintain, ctx: Context) -> Survey:
     check_come(ctx.logical_date)
     home, lake = ctx.home, ctx.config.lake
     releases = lakehouse.read_releases(home, lake).to_pylist()
-    histories = {table: history for table in lakehouse.table_names() if (history := _history(ctx, table)) is not None}
+    histories = lakehouse.histories(home, lake)
     sids = histories.get(SIDS, History(committed={}, branches={}, tags={}))
     published = published_at(sids)
     young, live = _living(ctx, params, releases, sids)
@@ -274,13 +273,6 @@ def _with_days(ctx: Context, sweep: Sweep, history: History, days: Sequence[date
     names = {str(day) for day in days}
     stored = _main_files(ctx, sweep.table, history).values() if days else ()
     return replace(sweep, days=tuple(days), day_bytes=sum(file.bytes for file in stored if file.partition[0] in names))
-
-
-def _history(ctx: Context, table: str) -> History | None:
-    try:
-        return lakehouse.history(ctx.home, ctx.config.lake, table)
-    except UpstreamMissing:
-        return None
 
 
 def _main_files(ctx: Context, table: str, history: History) -> dict[str, StoredFile]:

@@ -188,11 +188,12 @@ def read_questions(examples: pa.Table, shelf: Shelf, sequences: Sequences, users
     chosen = np.flatnonzero(known_B & asked_B & ~had_B)
     if params.max_questions and len(chosen) > params.max_questions:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, params.max_questions, replace=False))
+    asking = _take(histories, chosen)
     return Questions(
-        histories=_take(histories, chosen),
+        histories=asking,
         targets=target_B[chosen],
         users=np.asarray(rows["user_id"].to_pylist(), dtype=np.str_)[chosen],
-        seen=_joined(_take(histories, chosen), _take(trained, user_B[chosen])),
+        seen=_joined(asking, _take(trained, user_B[chosen])),
         stratum=np.asarray(rows["popularity_stratum"].to_pylist(), dtype=np.str_)[chosen],
         evidence=rows["evidence_count"].to_numpy().astype(np.int64)[chosen],
         left_out=left_out,

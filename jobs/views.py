@@ -16,6 +16,7 @@ from pipeline import lakehouse, tracking
 from pipeline.config import Config
 from pipeline.context import ROOT, Context, Home, read_json
 from pipeline.errors import UpstreamMissing
+from pipeline.lakehouse import History
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,10 +67,10 @@ def branch(lake: Lake, name: str) -> list[Row]:
     from pipeline import spark as gate
 
     home, config = lake
-    references = {table: _references(lake, table) for table in lakehouse.table_names()}
-    found = [table for table, names in references.items() if name in names]
+    histories = lakehouse.histories(home, config.lake)
+    found = [table for table, history in histories.items() if name in {*history.branches, *history.tags}]
     if not found:
-        known_names = {other for names in references.values() for other in names if other.startswith("audit_")}
+        known_names = {other for history in histories.values() for other in history.branches if other.startswith("audit_")}
         there = ", ".join(sorted(known_names)) or "none is left: every night was published"
         raise UpstreamMissing(
             f"no branch {name!r}", expected=f"an audit branch that was not published ({there})", found=name, where="lake", next_command="sid releases"
@@ -86,17 +87,8 @@ def branch(lake: Lake, name: str) -> list[Row]:
         known = {metric.removeprefix(f"{table}/"): value for metric, value in measured.items() if metric.startswith(f"{table}/")}
         for judgement in quality.observe(frame, table, dates=dates, config=config, known=known):
             rows.append({"table": table, "check": judgement.rule, "observed": judgement.observed, "holds": judgement.passed})
-        rows += _refused(frame, main, _changed_days(lake, table, name)) if table == REFUSED else []
+        rows += _refused(frame, main, _changed_days(lake, table, histories[table], name)) if table == REFUSED else []
     return rows
-
-
-def _references(lake: Lake, table: str) -> set[str]:
-    """Names of the table's branches and tags; none of a table that is not there (yet)."""
-    try:
-        history = lakehouse.history(lake[0], lake[1].lake, table)
-    except UpstreamMissing:
-        return set()
-    return {*history.branches, *history.tags}
 
 
 def _measured(home: Home, branch: str) -> dict[str, float]:
@@ -106,11 +98,10 @@ def _measured(home: Home, branch: str) -> dict[str, float]:
     return next((outcome["metrics"] for outcome in outcomes if outcome.get("branch") == branch), {})
 
 
-def _changed_days(lake: Lake, table: str, branch: str) -> list[date]:
+def _changed_days(lake: Lake, table: str, history: History, branch: str) -> list[date]:
     """Days in which the branch has files that main does not have: an ingest also replaces days before its own."""
     home, config = lake
-    heads = lakehouse.history(home, config.lake, table).branches
-    there, main = (lakehouse.files_at(home, config.lake, table, [heads[name]]) for name in (branch, "main"))
+    there, main = (lakehouse.files_at(home, config.lake, table, [history.branches[name]]) for name in (branch, "main"))
     return sorted({date.fromisoformat(file.partition[0]) for path, file in there.items() if path not in main})
 
 

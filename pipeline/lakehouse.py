@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import reduce
@@ -418,6 +418,15 @@ def history(home: Home, lake: Lake, table: str) -> History:
         kinds[str(reference.snapshot_ref_type.value)][name] = int(reference.snapshot_id)
     committed = {int(one.snapshot_id): datetime.fromtimestamp(one.timestamp_ms / 1000, UTC) for one in metadata.snapshots}
     return History(committed=committed, branches=kinds["branch"], tags=kinds["tag"])
+
+
+def histories(home: Home, lake: Lake) -> dict[str, History]:
+    """Table -> its history, of those tables of the house that are there."""
+    found = {}
+    for table in table_names():
+        with suppress(UpstreamMissing):
+            found[table] = history(home, lake, table)
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_BD: Tensor, height: int, start: int) -> Tensor:
+        """Rows (B, D) of this process, which begin at `start` of everyone's (height, D); returns everyone's."""
         ctx.rows = slice(start, start + len(rows_BD))
         everyone_CD = rows_BD.new_zeros((height, *rows_BD.shape[1:]))
         everyone_CD[ctx.rows] = rows_BD
@@ -26,6 +27,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient (B, D) of this process's rows, from every process's loss."""
         total_CD = gradients[0].contiguous().clone()
         dist.all_reduce(total_CD)
         return total_CD[ctx.rows], None, None

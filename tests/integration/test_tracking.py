@@ -88,7 +88,6 @@ def test_importing_tracking_and_recording_need_no_heavy_library(tmp_path: Path) 
 import sys
 from datetime import date
 from pathlib import Path
-from jobs import runner, train_tokenizer
 from pipeline import tracking
 from pipeline.config import Config
 from pipeline.context import Context, Home
