@@ -398,6 +398,9 @@ class AdaSid(Section):
     )
     tune_rate: float = Field(1.0, gt=0, description="step size while tuning, as a share of the learning rate")
     tune_keep: float = Field(1.0, ge=0, description="weight of the training's own loss while tuning")
+    tune_popularity: float = Field(
+        0.5, ge=0, le=1, description="how much of popularity the tuning learns: 1 = what a user takes next, 0 = what this user takes oftener than others do"
+    )
     soft_temperature: float = Field(0.1, gt=0, description="tau of the soft codes")
     max_history: int = Field(20, ge=1, description="latest items of the user's history")
 
@@ -475,6 +478,9 @@ class Mmq(Section):
     tune_rate: float = Field(1.0, gt=0, description="step size while tuning, as a share of the learning rate")
     tune_reconstruction: float = Field(0.5, ge=0, description="weight of the reconstruction while tuning")
     tune_auxiliary: float = Field(0.5, ge=0, description="weight of the auxiliary reconstruction while tuning")
+    tune_popularity: float = Field(
+        1.0, ge=0, le=1, description="how much of popularity the tuning learns: 1 = what a user takes next, 0 = what this user takes oftener than others do"
+    )
     soft_temperature: float = Field(0.1, gt=0, description="tau of the soft codes")
     temperature: float = Field(0.1, gt=0, description="tau of the next-item loss")
     max_history: int = Field(20, ge=1, description="latest items of the user's history")

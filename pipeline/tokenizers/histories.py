@@ -208,11 +208,12 @@ def next_item_loss(
     return F.cross_entropy(logit_BC.masked_fill(~allowed_BC, -torch.inf), asked.positive_B, reduction="none")
 
 
-def ask(events: Events, at_B: Tensor, look: Callable[[Tensor], Tensor], reader: Reader, *, temperature: float, world: World) -> Tensor:
+def ask(events: Events, at_B: Tensor, look: Callable[[Tensor], Tensor], reader: Reader, *, temperature: float, world: World, popularity: float = 1.0) -> Tensor:
     """Next-item loss of each question, nats, (B,); the distinct items of contexts and answers are looked at once.
 
     Args:
         look: item rows (R,) -> their vectors (R, D), with gradient.
+        popularity: the part of log-frequency that is taken off: with 1 scores learn log p(item | user), with 0 log p(item | user) / p(item).
     """
     rows_BT, shown_BT = events.context(at_B, len(reader.place_TD))
     answer_B = events.item_T[at_B]
@@ -222,7 +223,7 @@ def ask(events: Events, at_B: Tensor, look: Callable[[Tensor], Tensor], reader: 
     seen_XD, answer_BD = (F.embedding(at.to(device), vectors_RD) for at in back.split([rows_BT.numel(), len(at_B)]))
     wanted_BD = reader(seen_XD.unflatten(0, rows_BT.shape), shown_BT.to(device))
     asked = candidates(answer_B.to(device), world)
-    log_share_C = events.share_N.to(device)[asked.key_C].log()
+    log_share_C = popularity * events.share_N.to(device)[asked.key_C].log()
     return next_item_loss(wanted_BD, world.gather(answer_BD), asked, log_share_C, temperature=temperature)
 
 

@@ -108,6 +108,7 @@ class Tuning:
             self.network.reader,
             temperature=self.settings.temperature,
             world=world,
+            popularity=self.settings.tune_popularity,
         )
 
     def after_step(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from draws import rand
 from tokenizer_items import Interrupted, das_settings, mmq_settings, stop_after, tiny_history, tiny_items, training, unger_settings
 
 from pipeline.errors import ContractError
@@ -116,6 +117,23 @@ def test_next_item_loss_against_a_loop():
             if c == b or key[c] != key[b]:
                 cosine = float(wanted[b] @ answer[c] / (wanted[b].norm() * answer[c].norm()))
                 logits[c] = cosine / 0.2 + float(bias[b, c]) - math.log(float(share[c]))
+        assert float(found[b]) == pytest.approx(math.log(sum(map(math.exp, logits.values()))) - logits[b], rel=1e-4)
+
+
+@pytest.mark.parametrize("popularity", [0.0, 0.5, 1.0])
+def test_as_much_of_popularity_is_learnt_as_asked_for(popularity):
+    torch.manual_seed(0)
+    events, vectors, reader = histories.events(tiny_history(), 96, who="x"), rand(96, 4), histories.Reader(4, 5, 8)
+    at = events.train_P[:12]
+    found = histories.ask(events, at, lambda rows: vectors[rows], reader, temperature=0.2, world=histories.alone(), popularity=popularity).detach()
+    rows, shown = events.context(at, 5)
+    wanted, answers, share = reader(vectors[rows], shown).detach().numpy(), events.item_T[at].tolist(), events.share_N.tolist()
+    for b, answer in enumerate(answers):
+        logits = {}
+        for c, other in enumerate(answers):
+            if c == b or other != answer:
+                vector = vectors[other].numpy()
+                logits[c] = float(wanted[b] @ vector) / np.linalg.norm(wanted[b]) / np.linalg.norm(vector) / 0.2 - popularity * math.log(share[other])
         assert float(found[b]) == pytest.approx(math.log(sum(map(math.exp, logits.values()))) - logits[b], rel=1e-4)
 
 
