@@ -23,7 +23,7 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PARAMS_PER_BATCH, METRICS_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 100, 1000, 6000, 8000
-RECORD, FLUSHED = "record.json", "flushed.json"
+RECORD, FLUSHED, MARK = "record.json", "flushed.json", "named"
 TENSORS, CONFIG = "model.safetensors", "config.json"
 SERVING_NEEDS = ("mlflow", "numpy", "pyarrow", "pydantic", "safetensors", "torch")
 ENVIRONMENT = {
@@ -84,11 +84,13 @@ class RunRef:
 
 
 def record_key(ctx: Context) -> str:
-    """The name of this try, `<run_id>/<stage>-<attempt>`: fit for a snapshot property, known before any MLflow run exists.
+    """The name of this try, `<run_id>/<stage>-<attempt>~<mark>`: fit for a snapshot property, known before any MLflow run exists.
 
-    A finished try with the same attempt number (a rerun of the same run) gets `.1`, `.2`, ... so no try overwrites another.
+    A finished try with the same attempt number (a rerun of the same run) gets `.1`, `.2`, ... so no try overwrites another; the mark tells it from one of the
+    same name whose folder has been swept away since.
     """
-    return f"{_quotable(ctx.run_id)}/{_slot(ctx).name}"
+    slot = _slot(ctx)
+    return f"{_quotable(ctx.run_id)}/{slot.name}~{_mark(slot)}"
 
 
 def record(
@@ -165,6 +167,14 @@ def _slot(ctx: Context) -> Path:
     name = f"{ctx.stage}-{ctx.attempt}"
     names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
     return next(root / each for each in names if not (root / each / RECORD).is_file())
+
+
+def _mark(slot: Path) -> str:
+    """The instant at which a try was first named, which a kill does not change: that of an empty file, for a file's text could be read before it is written."""
+    slot.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (slot / MARK).touch(exist_ok=False)
+    return f"{(slot / MARK).stat().st_mtime_ns:x}"
 
 
 def _header(ctx: Context) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from jobs import maintain
+from pipeline import tracking
 from pipeline.config import Config
 from pipeline.context import Context, Home
 from pipeline.errors import ContractError
 from pipeline.lakehouse import History, StoredFile
+from pipeline.stages import StageResult
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 LIMIT = NOW - timedelta(days=90)
@@ -163,6 +165,19 @@ def test_what_a_kill_leaves_of_a_folder_holds_no_record(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         maintain._forget(tmp_path / "run")
     assert not record.exists()
+
+
+def test_a_run_that_is_made_again_after_its_folder_went_is_no_try_that_mlflow_knows(tmp_path: Path) -> None:
+    ctx = Context(config=Config(), home=Home(tmp_path), stage="ingest", logical_date=date(2026, 3, 1), run_id="cli__tiny__2026-03-01")
+
+    def tried() -> str:
+        return tracking.record(ctx, StageResult(), status="done", seconds=1.0, inputs={}, outputs={}).key
+
+    named = tracking.record_key(ctx)
+    assert tracking.record_key(ctx) == named, "a try that was killed goes on under its name"
+    assert tried() == named
+    maintain._forget(ctx.staging)
+    assert tried() != named, "its parameters may be others, and the snapshots of the first one still carry the name"
 
 
 def test_a_date_to_come_is_refused(tmp_path: Path) -> None:
