@@ -46,6 +46,9 @@ PARAMS_PER_BATCH, METRICS_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 100, 1000, 6000,
 RECORD, FLUSHED, MARK = "record.json", "flushed.json", "named"
 TENSORS, CONFIG = "model.safetensors", "config.json"
 SERVING_NEEDS = ("mlflow", "numpy", "pyarrow", "pydantic", "safetensors", "torch")
+# What its client says of a server that refuses the login or has another in its place, and of one that is down: none of them looked at what we asked.
+REFUSED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND"})
+AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}) | REFUSED
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -693,7 +696,7 @@ def _session(home: Home, *, locked: bool = True) -> Iterator[MlflowClient]:
     except (sqlalchemy.exc.OperationalError, RequestException) as error:
         raise _unreachable(home.tracking_uri, str(error)) from error
     except mlflow.exceptions.MlflowException as error:
-        if error.error_code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+        if error.error_code not in AWAY:
             raise
         raise _unreachable(home.tracking_uri, str(error)) from error
 

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import date
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +367,31 @@ def test_a_server_that_does_not_answer_is_upstream_missing(tmp_path: Path, monke
     recorded(ctx)
     with pytest.raises(UpstreamMissing, match="cannot be reached"):
         tracking.flush(ctx.home, ctx.staging)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_refuses_the_login_is_upstream_missing(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status, "log in, please")
+
+        def log_message(self, *words: Any) -> None:
+            """Silent."""
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    ctx = context(Home(tmp_path), "refused")
+    record = recorded(ctx)
+    try:
+        with pytest.raises(UpstreamMissing, match=f"error code {status}"):
+            tracking.flush(ctx.home, ctx.staging)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert not (record.folder / tracking.FLUSHED).exists(), "it waits for a login that is let in"
 
 
 def test_an_unfinished_record_is_not_pushed(home: Home) -> None:
