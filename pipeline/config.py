@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.redact import IN_ADDRESS
 
 PROFILES = Path(__file__).parent / "profiles"
 # Also a key of any kind (adls.auth.shared-key.account.key, s3.access-key-id) and a header that logs in.
@@ -101,6 +102,14 @@ class Source(Section):
     )
     image_root: str = Field("", description="folder or fsspec URI that image_uri values are joined to; a complete URI must begin with it")
     options: dict[str, int | float | str | bool] = Field({}, description="options of the data set itself, e.g. time_format of `folder`, items of `shop`")
+
+    @field_validator("image_root")
+    @classmethod
+    def no_password(cls, given: str) -> str:
+        """The address; a profile is logged, stored and shown, so none may carry a password."""
+        if IN_ADDRESS.search(given):
+            raise ValueError("an address without a password: stores take theirs from the environment (AWS's variables, or fsspec's FSSPEC_...)")
+        return given
 
 
 class PlanNight(Section):

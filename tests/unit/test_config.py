@@ -207,3 +207,12 @@ def test_the_flat_form_keeps_every_leaf() -> None:
     assert flat["train_tokenizer.ada_sid.codebook_size"] == 16
     assert flat["source.options.items"] == 200
     assert not any(isinstance(value, dict) and value for value in flat.values())
+
+
+@pytest.mark.parametrize("address", ["https://shop:hunter22@images.example/p", "s3://bucket/p?secret=hunter22"])
+def test_an_image_folder_whose_address_has_a_password_is_refused_without_repeating_it(address: str) -> None:
+    with pytest.raises(ConfigError, match="image_root") as caught:
+        config.load("tiny", (f"source.image_root={address}",))
+    assert "hunter22" not in str(caught.value)
+    plain = "https://images.example:8443/p"
+    assert config.load("tiny", (f"source.image_root={plain}",)).source.image_root == plain
