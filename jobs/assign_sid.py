@@ -94,8 +94,7 @@ def run(inputs: Inputs, params: AssignSid, ctx: Context) -> StageResult:
 def read_vocabulary(inputs: Inputs, ctx: Context, plan: Plan) -> Vocabulary:
     """The generation of the night: its row in sid.generation, or what train_tokenizer has just fitted.
 
-    Raises: UpstreamMissing when a frozen night's generation has no row, ContractError when the number is taken by another codebook: the same inputs were
-        fitted before and came out otherwise (another machine or number of threads), which another try would meet again; another seed takes another number.
+    Raises: UpstreamMissing when a frozen night's generation has no row; ContractError of `check_number`.
     """
     from pyspark.sql import functions as F
 
@@ -109,15 +108,36 @@ def read_vocabulary(inputs: Inputs, ctx: Context, plan: Plan) -> Vocabulary:
         return known
     outcome = ctx.outcome("train_tokenizer")["outputs"]
     fitted = _vocabulary({**outcome, "tokenizer_uri": outcome["model_uri"]}, plan.generation, recorded=known is not None)
-    if known is not None and known.codebook_digest != fitted.codebook_digest:
-        raise ContractError(
-            f"generation {plan.generation} exists with another codebook and is never rewritten",
-            expected=f"codebook_digest {known.codebook_digest}",
-            found=fitted.codebook_digest,
-            where="sid.generation",
-            next_command=f"sid run refresh --date {plan.logical_date} --set seed={plan.seed + 1}  (or where it was fitted first: same machine and threads)",
-        )
+    if known is not None:
+        check_number(found[0].asDict(), fitted, plan)
     return known or fitted
+
+
+def check_number(row: Mapping[str, Any], fitted: Vocabulary, plan: Plan) -> None:
+    """Nothing, when the generation on record is the one that was fitted.
+
+    Raises: ContractError for another codebook under the number. Of another night (a backfill, say) that was planned before this one was recorded: planned
+        again, this night gets a number of its own. Of the same inputs, which came out otherwise (another machine or number of threads) and would do so in
+        every try: another seed takes another number.
+    """
+    if row["codebook_digest"] == fitted.codebook_digest:
+        return
+    again = f"sid run refresh --date {plan.logical_date}"
+    if row["input_fingerprint"] != plan.input_fingerprint:
+        raise ContractError(
+            f"another night began generation {fitted.generation} while this one was fitted",
+            expected="a number that no other vocabulary has",
+            found=f"generation {fitted.generation} of the night {row['logical_date']}",
+            where="sid.generation",
+            next_command=f"{again}  (planned again it gets a number of its own)",
+        )
+    raise ContractError(
+        f"generation {fitted.generation} exists with another codebook and is never rewritten",
+        expected=f"codebook_digest {row['codebook_digest']}",
+        found=fitted.codebook_digest,
+        where="sid.generation",
+        next_command=f"{again} --set seed={plan.seed + 1}  (or where it was fitted first: same machine and threads)",
+    )
 
 
 def _vocabulary(row: Mapping[str, Any], generation: int, *, recorded: bool) -> Vocabulary:

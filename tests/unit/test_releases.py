@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import gate_drift, publish_release, releases, views
+from jobs import assign_sid, gate_drift, publish_release, releases, views
 from pipeline.config import Config, GateDrift
 from pipeline.context import Home, Plan, Release
 from pipeline.errors import ContractError, UpstreamMissing
@@ -199,6 +199,25 @@ def test_a_run_whose_audited_branch_was_swept_away_is_told_to_make_it_again():
     with pytest.raises(ContractError, match="branch is gone") as caught:
         publish_release.check_branch(publish, "audit_a", {"main": 1})
     assert caught.value.next_command == "sid run assign_sid --date D"
+
+
+# ---------------------------------------------------------------- assign_sid
+
+
+def test_a_generation_number_that_another_night_took_asks_for_a_new_plan_not_for_another_seed():
+    fitted = assign_sid.Vocabulary(
+        generation=1, tokenizer="rq_kmeans", codebook_sizes=SIZES, slots=("a", "b", "c"), codebook_digest="mine", tokenizer_uri="models:/t/2", recorded=True
+    )
+    row = {"codebook_digest": "mine", "input_fingerprint": "f", "logical_date": D}
+    assign_sid.check_number(row, fitted, plan())
+    with pytest.raises(ContractError, match="never rewritten") as caught:
+        assign_sid.check_number({**row, "codebook_digest": "other"}, fitted, plan())
+    assert "--set seed=2" in caught.value.next_command
+    backfilled = {"codebook_digest": "other", "input_fingerprint": "g", "logical_date": D - timedelta(days=30)}
+    with pytest.raises(ContractError, match="another night began generation 1") as caught:
+        assign_sid.check_number(backfilled, fitted, plan())
+    assert caught.value.next_command.startswith("sid run refresh --date 2026-01-05  (")
+    assert "2025-12-06" in caught.value.found
 
 
 # ---------------------------------------------------------------- titles
