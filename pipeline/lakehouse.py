@@ -528,9 +528,11 @@ def drop_references(spark: SparkSession, table: str, *, tags: Iterable[str] = ()
 
 
 @contextmanager
-def _meeting_nobody(table: str) -> Iterator[None]:
-    """A change of a table's references: Iceberg tries it once, and only an embedded lake has locks that keep others away.
+def _meeting_nobody(table: str, met: Container[str] = ("CommitFailedException",)) -> Iterator[None]:
+    """A change of a table that somebody else's commit ends: only an embedded lake has locks that keep others away.
 
+    Args:
+        met: Java exceptions that tell of somebody else; a change of references is tried once.
     Raises: PublishConflict when somebody else committed to the table at the same moment.
     """
     from py4j.protocol import Py4JJavaError
@@ -540,9 +542,9 @@ def _meeting_nobody(table: str) -> Iterator[None]:
         yield
     except (Py4JJavaError, PySparkException) as error:
         kinds, said = _java_causes(error)
-        if "CommitFailedException" not in kinds:
+        if not any(kind in met for kind in kinds):
             raise
-        raise PublishConflict(f"{table} was committed to while its references were changed", expected="nobody else", found=said, where=table) from error
+        raise PublishConflict(f"{table} was committed to while it was changed", expected="nobody else", found=said, where=table) from error
 
 
 def delete_partitions(spark: SparkSession, table: str, days: Sequence[date], properties: Mapping[str, str]) -> None:
@@ -575,8 +577,12 @@ def remove_orphans(spark: SparkSession, table: str, *, dry_run: bool) -> dict[st
 
 
 def compact(spark: SparkSession, table: str, from_files: int) -> int:
-    """Number of small files that were joined into larger ones, in partitions with at least `from_files` of them; the rows are the same."""
-    row = _call(spark, "rewrite_data_files", table, f"options => map('min-input-files', '{from_files:d}')")[0]
+    """Number of small files that were joined into larger ones, in partitions with at least `from_files` of them; the rows are the same.
+
+    Raises: PublishConflict when a day whose files were being joined was written anew meanwhile.
+    """
+    with _meeting_nobody(table, ("CommitFailedException", "ValidationException")):
+        row = _call(spark, "rewrite_data_files", table, f"options => map('min-input-files', '{from_files:d}')")[0]
     return int(row.rewritten_data_files_count)
 
 

@@ -93,7 +93,7 @@ def test_a_change_of_references_that_meets_another_commit_may_be_tried_again(spa
         return name
 
     monkeypatch.setattr(lakehouse, "_checked_reference", meanwhile)
-    with pytest.raises(PublishConflict, match="while its references were changed"):
+    with pytest.raises(PublishConflict, match="while it was changed"):
         lakehouse.drop_references(spark, TABLE, tags=["d20260101"])
     assert lakehouse.references(spark, TABLE) == {"main": second[0], "d20260101": first}
     lakehouse.drop_references(spark, TABLE, tags=["d20260101"])

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from py4j.protocol import Py4JJavaError
 
 from jobs import maintain
-from pipeline import tracking
+from pipeline import lakehouse, tracking
 from pipeline.config import Config
 from pipeline.context import Context, Home
-from pipeline.errors import ContractError
+from pipeline.errors import ContractError, PublishConflict
 from pipeline.lakehouse import History, StoredFile
 from pipeline.stages import StageResult
 
@@ -98,6 +100,41 @@ def test_small_files_count_by_partition() -> None:
 
     found = maintain.small_files([*files("a", 5, 10), *files("b", 4, 10), *files("c", 9, maintain.SMALL_BYTES)], 5)
     assert [file.partition for file in found] == [("a",)] * 5
+
+
+class Thrown:
+    """A Java exception as py4j shows it, by the names of its class and of its causes' classes."""
+
+    def __init__(self, *kinds: str) -> None:
+        self.kinds, self._target_id, self._gateway_client = kinds, "o1", None
+
+    def __str__(self) -> str:
+        return f"{self.kinds[0]}: it did not work"
+
+    def getClass(self) -> Any:
+        return SimpleNamespace(getSimpleName=lambda: self.kinds[0])
+
+    def getCause(self) -> Thrown | None:
+        return Thrown(*self.kinds[1:]) if self.kinds[1:] else None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "told"),
+    [
+        (("RuntimeException", "ValidationException"), PublishConflict),  # what the rewrite says when a day was written anew while its files were joined
+        (("RuntimeException", "CommitFailedException"), PublishConflict),
+        (("SparkException", "OutOfMemoryError"), Py4JJavaError),
+    ],
+)
+def test_files_that_were_written_anew_while_they_were_joined_ask_for_another_try(
+    kinds: tuple[str, ...], told: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rewriting(*given: Any) -> list[Any]:
+        raise Py4JJavaError("An error occurred while calling o1.sql.\n", Thrown(*kinds))
+
+    monkeypatch.setattr(lakehouse, "_call", rewriting)
+    with pytest.raises(told):
+        lakehouse.compact(None, "raw.item", 5)  # type: ignore[arg-type]
 
 
 def context(home: Path, day: date = date(2026, 5, 31)) -> Context:
