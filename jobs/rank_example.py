@@ -7,7 +7,7 @@ period's files alone. Labels and histories are the SELECTs of sql/rank/rank_exam
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import reduce
@@ -74,11 +74,15 @@ def served_release(releases: Sequence[Published], tag: str) -> Published:
     return newest
 
 
-def candidates(releases: Sequence[Published], served: Published) -> list[Published]:
-    """Releases to evaluate, newest first: the served one, then the last revision in use of each earlier date."""
+def candidates(releases: Sequence[Published], served: Published, held: Container[str]) -> list[Published]:
+    """Releases to evaluate, newest first: the served one, then the last revision in use of each earlier date.
+
+    Args:
+        held: tags of sid.item_sid; the rows of a release without its tag were swept away.
+    """
     earlier: dict[date, Published] = {}
     for release in sorted(releases, key=_order):
-        if release.status != "withdrawn" and release.logical_date < served.logical_date:
+        if release.status != "withdrawn" and release.logical_date < served.logical_date and release.tag in held:
             earlier[release.logical_date] = release
     return [served, *(earlier[day] for day in sorted(earlier, reverse=True))]
 
@@ -176,9 +180,11 @@ def run(inputs: Inputs, params: RankExample, ctx: Context) -> StageResult:
     `outputs`: served_release, evaluation_release (empty = nothing to test on), example_release (whose night the rows stand under),
     logical_date, periods, row counts, digest of the rows, note.
     """
+    assert inputs.spark is not None, "rank_example is a Spark stage"
     releases = [Published(row.tag, row.logical_date, row.revision, row.status) for row in inputs.frame("sid.release").collect()]
     served = served_release(releases, ctx.param("release"))
-    chosen = evaluation_release(candidates(releases, served), events_per_day(inputs), params)
+    held = lakehouse.references(inputs.spark, "sid.item_sid")
+    chosen = evaluation_release(candidates(releases, served, held), events_per_day(inputs), params)
     release = chosen or served
     popularity = popularity_at(inputs, release)
     baskets = params.label == "next_basket" or ctx.config.user_sequence.order == "basket"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from datetime import UTC, date, datetime, timedelta
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -57,10 +58,12 @@ def stored(spark, read: Inputs) -> Inputs:
     return Inputs(home=None, lake=Lake(), snapshots=dict.fromkeys(read.snapshots), spark=spark)
 
 
-def run(spark, read: Inputs, params: RankExample, release: str = "", order: str = "time"):
+def run(spark, read: Inputs, params: RankExample, release: str = "", order: str = "time", swept: tuple[str, ...] = ()):
     config = Config(rank_example=params, user_sequence=UserSequence(order=order))
     ctx = Context(config=config, home=None, stage="rank_example", logical_date=D4, run_id="r", params=(("release", release),))
-    result = rank_example.run(read, params, ctx)
+    held = {row.tag: 1 for row in read.frame("sid.release").collect() if row.tag not in swept}
+    with patch.object(lakehouse, "references", return_value=held):
+        result = rank_example.run(read, params, ctx)
     frame = result.writes[0].frame
     lakehouse.check_columns(frame, spark, result.writes[0].table)
     rows = sorted(frame.collect(), key=lambda row: (row.split, row.user_id, row.event_ts, row.item_id))
@@ -108,6 +111,8 @@ def test_walks_back_to_a_release_with_enough_later_events_and_says_when_there_is
     assert (result.outputs["served_release"], result.outputs["evaluation_release"]) == ("d20260103", "d20260101")
     assert {row.event_ts.date() for row in rows if row.split == "train"} == {D1}
     assert {row.event_ts.date() for row in rows if row.split == "test"} == {D2, D3}
+    result, rows = run(spark, read, RankExample(min_test_rows=6), swept=("d20260101",))
+    assert result.outputs["evaluation_release"] == "", "its codes are gone: there is nothing to test"
     result, rows = run(spark, read, RankExample(min_test_rows=13))
     assert result.outputs["evaluation_release"] == ""
     assert "no AUC" in str(result.outputs["note"])

@@ -451,7 +451,10 @@ def test_candidates_walk_back_over_releases_in_use():
     releases = [published(1), published(2), published(2, revision=2), published(3, "withdrawn"), published(4, "current"), published(5, "withdrawn")]
     served = rank_example.served_release(releases, "")
     assert served.tag == "d20260104"
-    assert [release.tag for release in rank_example.candidates(releases, served)] == ["d20260104", "d20260102_r2", "d20260101"]
+    held = {release.tag for release in releases}
+    assert [release.tag for release in rank_example.candidates(releases, served, held)] == ["d20260104", "d20260102_r2", "d20260101"]
+    swept = held - {"d20260102", "d20260102_r2"}
+    assert [release.tag for release in rank_example.candidates(releases, served, swept)] == ["d20260104", "d20260101"], "no codes are left to test"
     assert rank_example.served_release(releases, "d20260102").tag == "d20260102"
     with pytest.raises(ContractError, match="withdrawn"):
         rank_example.served_release(releases, "d20260105")
