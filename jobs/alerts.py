@@ -65,7 +65,7 @@ async def on_missed_deadline(context: Mapping[str, Any] | None = None) -> None:
 def failure(context: Mapping[str, Any]) -> dict[str, Any]:
     """The payload of a failed task, from Airflow's context and the outcome document that the stage left."""
     task, run = context["ti"], f"{context['run_id']}__{context['ti'].dag_id}"
-    error = _outcome_error(run, task.task_id) or _raised(context.get("exception"))
+    error = _refused(context.get("exception")) or _outcome_error(run, task.task_id) or _raised(context.get("exception"))
     on_branch = ON_BRANCH.match(error.get("where", ""))
     gate = error.get("class") == "GateFailed"
     params = context.get("params") or {}
@@ -148,10 +148,13 @@ def _outcome_error(run: str, stage: str) -> dict[str, str]:
         return {}
 
 
-def _raised(error: object) -> dict[str, str]:
-    """What is known of a failure that left no document: the first line of the exception, or of the SidError behind it."""
+def _refused(error: object) -> dict[str, str]:
+    """The SidError behind the exception of this try, empty without one: a document may be that of an earlier try, which this one never came to replace."""
     cause = getattr(error, "__cause__", None)
-    if isinstance(cause, SidError):
-        return cause.fields()
+    return cause.fields() if isinstance(cause, SidError) else {}
+
+
+def _raised(error: object) -> dict[str, str]:
+    """What is known of a failure that left no document: the first line of the exception."""
     lines = str(error or "").splitlines()
     return {"class": type(error).__name__, "headline": lines[0][:500] if lines else "the process ended", "next_command": "see the task's log"}

@@ -107,6 +107,15 @@ def test_without_a_document_the_exception_speaks(home: Home) -> None:
     assert alerts.failure(context(exception=None, ti=SimpleNamespace(dag_id="d", task_id="t", try_number=1)))["headline"] == "the process ended"
 
 
+def test_a_try_that_ends_before_its_stage_begins_does_not_tell_the_story_of_the_one_before(home: Home) -> None:
+    write_json(home.run_folder(f"{RUN}__sid_refresh") / "ingest.json", {"status": "failed", "error": GATE.fields()})
+    refused = RuntimeError("wrapped")
+    refused.__cause__ = ConfigError("unknown key 'max_rejected' in section [ingest]")
+    found = alerts.failure(context(exception=refused))
+    assert (found["class"], found["headline"]) == ("ConfigError", "unknown key 'max_rejected' in section [ingest]")
+    assert (found["table"], found["failed_expectations"]) == ("", [])
+
+
 def test_the_webhook_gets_the_payload_and_the_log_gets_no_token(receiver: Receiver, caplog: pytest.LogCaptureFixture, home: Home) -> None:
     write_json(home.run_folder(f"{RUN}__sid_refresh") / "ingest.json", {"status": "failed", "error": GATE.fields()})
     alerts.on_failure(context(params={"date": "2026-02-27"}))
