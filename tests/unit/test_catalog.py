@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from jobs import backfill, maintain, pins
+from jobs import backfill, pins
 from pipeline import catalog, config, lakehouse, spark
 from pipeline.config import Lake, Launch
-from pipeline.context import Context, Home
+from pipeline.context import Home
 from pipeline.errors import ConfigError, ResourceLost, SidError, UpstreamMissing
 
 CANARY = "c4n4ry/with+odd=chars&more"
@@ -151,13 +151,12 @@ def test_a_server_that_does_not_answer_is_told_from_a_table_or_a_lake_that_is_no
     monkeypatch.setenv("SID_CATALOG_URI", "jdbc:postgresql://127.0.0.1:9/lake")
     monkeypatch.setenv("SID_CATALOG_USER", "sid")
     home, profile = Home(tmp_path), config.Config(lake=Lake(catalog="jdbc"))
-    ctx = Context(config=profile, home=home, stage="maintain", logical_date=date(2026, 3, 1), run_id="m")
     looks: list[Callable[[], object]] = [
         lambda: lakehouse.open_table(home, profile.lake, "sid.release"),
         lambda: lakehouse.is_ready(home, profile.lake, "sid.release"),
         lambda: lakehouse.read_releases(home, profile.lake),  # no releases would mean to housekeeping that all tags may go
         lambda: pins.held_tags(home, profile),  # no tags would mean that the parent of a night has expired
-        lambda: maintain._history(ctx, "sid.release"),
+        lambda: lakehouse.histories(home, profile.lake),
         lambda: backfill.ledger_rows(home, profile),
     ]
     for look in looks:
