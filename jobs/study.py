@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WAVES = (("floors", "features"), ("codes",), ("read",))
-CLAIMED = {"recall", "ndcg"}
 FLOOR_SEED = -1
 HAVE_CONFIRM = ("amazon_beauty", "online_retail")  # generated shops are confirmed on unseen worlds: data.NAME.options.seed
 
@@ -383,6 +382,8 @@ def _effect(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str, left: Se
     """The paired effect on rows, both sides in the order of their seeds; a floor stands for every seed."""
     import numpy as np
 
+    from pipeline import evaluation
+
     if claim.reader == "features":
         return _richness_effect(todo, claim, left, right)
     floor = next(cell for cell, _ in cells if cell.kind == "floors" and cell.data == data)
@@ -398,7 +399,8 @@ def _effect(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str, left: Se
     pairs = [(a.get(seed, next(iter(a.values())))[mask], b.get(seed, next(iter(b.values())))[mask]) for seed in seeds]
     a_SB, b_SB = np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
     if kind == "ranker":
-        return _ranker_effect(claim.metric, shared["label_B"][mask], a_SB, b_SB, shared["person_B"][mask])
+        effect = intervals.auc_effect if claim.metric == "auc" else evaluation.gauc_effect
+        return effect(shared["label_B"][mask], a_SB, b_SB, shared["person_B"][mask])
     return intervals.mean_effect(_at(claim.metric, a_SB) - claim.times * _at(claim.metric, b_SB), shared["user_Q"][mask])
 
 
@@ -413,26 +415,11 @@ def _rows(todo: Plan, side: Sequence[Pair], arm: str) -> dict[int, Floats]:
 
 
 def _at(metric: str, ranks_SB: Floats) -> Floats:
-    """recall@k or ndcg@k of every row.
-
-    Raises: ConfigError for another metric.
-    """
+    """recall@k or ndcg@k of every row."""
     from pipeline import evaluation
 
     name, _, k = metric.partition("@")
-    if name not in CLAIMED or not k.isdigit():
-        raise ConfigError(f"a claim names {metric!r}", expected="recall@k or ndcg@k for retrievers, auc or gauc for rankers", found=metric, where="claims")
     return (evaluation.recall_at if name == "recall" else evaluation.ndcg_at)(ranks_SB, int(k))
-
-
-def _ranker_effect(metric: str, label_B: Floats, a_SB: Floats, b_SB: Floats, person_B: NDArray[np.int64]) -> intervals.Effect:
-    from pipeline import evaluation
-
-    if metric == "auc":
-        return intervals.auc_effect(label_B, a_SB, b_SB, person_B)
-    if metric != "gauc":
-        raise ConfigError(f"a claim names {metric!r}", expected="auc or gauc for rankers", found=metric, where="claims")
-    return evaluation.gauc_effect(label_B, a_SB, b_SB, person_B)
 
 
 def _richness_effect(todo: Plan, claim: Claim, left: Sequence[Pair], right: Sequence[Pair]) -> intervals.Effect | None:

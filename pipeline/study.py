@@ -28,6 +28,7 @@ Option = int | float | str | bool
 Part = Literal["valid", "test", "confirm"]
 KEPT, NOT_KEPT, CANNOT_TELL = "kept", "not kept", "cannot tell"
 FLOORS = ("popularity", "markov", "ease")  # arms of the reader `floor`
+CLAIMED = {"retriever": ("recall@k or ndcg@k", r"(recall|ndcg)@[1-9]\d*"), "ranker": ("auc or gauc", "auc|gauc")}  # metrics by kind of reader
 NEEDS_PATH = ("amazon_beauty", "online_retail")  # data sets that are the user's own copy
 JUDGED_ROWS = "answers that training knows, ties apart"  # what rankers are judged on (study_cells.row_masks): part of what a cell is
 TAKEN_AGAIN = ("online_retail", "shop")  # data sets whose users take an item more than once
@@ -108,9 +109,11 @@ class Claim(Section):
     control_reader: str = Field("", description="reader of the control; empty = the same; floor for a floor")
     data: list[str] = Field([], description="keys of [data], one verdict each; empty = all")
     metric: str = Field(..., description="recall@k | ndcg@k | auc | gauc, or a number of the codes or features")
-    control_metric: str = Field("", description="metric of the control; empty = the same")
+    control_metric: str = Field("", description="codes and features: metric of the control; empty = the same")
     times: float = Field(1.0, gt=0, description="the arm is compared with so many times the control's number: 2 = at least twice as much")
-    stratum: str = Field("all", description="all | head | torso | tail | evidence_0 | evidence_1_4 | all_with_ties | all_with_repeats")
+    stratum: Literal["all", "head", "torso", "tail", "evidence_0", "evidence_1_4", "all_with_ties", "all_with_repeats"] = Field(
+        "all", description="slice of the questions that is compared"
+    )
     direction: Literal["greater", "smaller", "not_worse"] = Field("greater", description="what the difference shall be")
     margin: float = Field(0.0, ge=0, description="greater, smaller: the difference must exceed it; not_worse: it may fall behind by it")
     least: float = Field(0.0, ge=0, description="smallest difference that would matter; an interval wholly below it is `not kept`")
@@ -178,8 +181,22 @@ class Page(Section):
         for claim in self.claims:
             sides = [*self.inputs] if claim.reader == "features" else [*self.arms, *FLOORS]
             yield f"claim {claim.title!r}", [claim.arm, claim.control or claim.arm], sides
-            yield f"claim {claim.title!r}", [claim.reader, claim.control_reader or claim.reader], [*self.readers, "codes", "features", "floor"]
+            yield f"claim {claim.title!r}", [claim.reader], [*self.readers, "codes", "features"]
+            yield f"claim {claim.title!r}", [claim.control_reader or claim.reader], [*self.readers, "codes", "features", "floor"]
             yield f"claim {claim.title!r} data", claim.data, [*self.data]
+
+    @model_validator(mode="after")
+    def known_metrics(self) -> Self:
+        """The page; a claim on a reader names one metric of that reader's kind, so that nothing is found wrong when all is run."""
+        for claim in self.claims:
+            if claim.reader not in self.readers:
+                continue  # the numbers of codes and features are what they turn out to be
+            words, pattern = CLAIMED["ranker" if self.readers[claim.reader].kind == "ranker" else "retriever"]
+            if not re.fullmatch(pattern, claim.metric):
+                raise ValueError(f"claim {claim.title!r} names {claim.metric!r}, reader {claim.reader!r} is judged by {words}")
+            if claim.control_metric not in ("", claim.metric):
+                raise ValueError(f"claim {claim.title!r} compares {claim.metric} with {claim.control_metric}: rows are compared in one metric")
+        return self
 
     def digest(self) -> str:
         """12 hex digits that name this page; where the data lie does not count."""

@@ -25,6 +25,7 @@ from pipeline.study import Claim, DataSet, Estimate, Statistics
 from pipeline.tokenizers.base import FitOptions
 from pipeline.tokenizers.unger import Unger
 
+CLAIM = {"title": "t", "arm": "ada", "control": "mean", "reader": "wide", "metric": "recall@50"}
 SMALL = {
     "data": {"toy": {"kind": "shop"}, "other": {"kind": "shop", "worlds": 2}},
     "inputs": {"weak": {"text": "tfidf"}, "none": {"text": "none"}},
@@ -36,7 +37,7 @@ SMALL = {
         "here": {"tokenizer": "plain", "data": ["toy"], "readers": ["wide"]},
     },
     "readers": {"wide": {}, "din": {"kind": "ranker"}},
-    "claims": [{"title": "t", "arm": "ada", "control": "mean", "reader": "wide", "metric": "recall@50"}],
+    "claims": [CLAIM],
     "statistics": {"seeds": [0, 1, 2], "encoder_seeds": 2},
 }
 
@@ -70,8 +71,14 @@ def test_a_shipped_page_loads_and_every_arm_of_its_claims_runs_where_it_is_claim
         ({"arms": {"ada": {"train_tokenizer": {"ada_sid": {"strenght": "mean"}}}}, "claims": []}, "strenght"),
         ({"arms": {"ada": {"train_tokenizer": {"ada_sid": {"num_shared": "two"}}}}, "claims": []}, "num_shared"),
         ({"arms": {"ada": {"readers": ["wider"]}}, "claims": []}, "wider"),
-        ({"claims": [{"title": "t", "arm": "adda", "reader": "wide", "metric": "recall@50"}]}, "adda"),
+        ({"claims": [{**CLAIM, "arm": "adda"}]}, "adda"),
         ({"readers": {"wide": {"train_retriever": {"beamz": 3}}}, "arms": {"ada": {}}, "claims": []}, "beamz"),
+        ({"claims": [{**CLAIM, "metric": "ndgc@50"}]}, "'ndgc@50', reader 'wide' is judged by recall@k or ndcg@k"),
+        ({"claims": [{**CLAIM, "metric": "recall@0"}]}, "'recall@0', reader"),
+        ({"claims": [{**CLAIM, "reader": "din"}]}, "'recall@50', reader 'din' is judged by auc or gauc"),
+        ({"claims": [{**CLAIM, "control_metric": "recall@10"}]}, "compares recall@50 with recall@10"),
+        ({"claims": [{**CLAIM, "arm": "ease", "reader": "floor"}]}, "names 'floor'"),
+        ({"claims": [{**CLAIM, "stratum": "tale"}]}, "claims.0.stratum"),
         ({"source": {"pth": "x"}}, "source.pth"),
         ({"data": {"films": {"kind": "movielens", "options": {"holdout": 0.3}}}, "claims": []}, "movielens has no options, found holdout"),
         ({"inputs": {"weak": {"train_behavior_encoder": {"sasrec": {"dimm": 3}}}}}, "dimm"),
