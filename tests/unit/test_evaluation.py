@@ -97,6 +97,7 @@ def test_spearman_equals_the_library() -> None:
     a[3] = math.nan
     assert ev.spearman(a, b) == pytest.approx(spearmanr(np.delete(a, 3), np.delete(b, 3)).statistic)
     assert math.isnan(ev.spearman([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(ev.spearman([1, 2, math.nan], [1, 2, 3])), "two points always lie on a line"
 
 
 def test_neighbor_overlap_equals_a_slow_loop() -> None:
@@ -206,6 +207,21 @@ def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users_and_se
     assert (row["mean"], row["low"], row["high"], row["seeds"]) == (expected.difference, expected.low, expected.high, 2)
     assert row["seed_sd"] == pytest.approx(np.std([part.mean() for part in by_seed], ddof=1))
     assert row["low"] > 0
+
+
+def test_a_slice_is_thin_below_a_thousand_rows() -> None:
+    ranks, masks = [np.ones(1000)], {"all": np.ones(1000, bool), "most": np.arange(1000) > 0}
+    table = ev.retrieval_table({"a": ranks, "b": ranks}, np.arange(1000), masks, [("a", "b")], ks=(10,), resamples=10)
+    assert {name: row["thin"] for name, row in table["arms"]["a"].items()} == {"all": False, "most": True}
+    assert {row["stratum"]: row["thin"] for row in table["differences"]} == {"all": False, "most": True}
+
+
+def test_the_effect_on_gauc_is_of_users_and_counts_their_rows() -> None:
+    labels, users = RNG.integers(0, 2, 300), RNG.integers(0, 40, 300)
+    a, b = RNG.random((2, 2, 300))
+    effect = ev.gauc_effect(labels, a, b, users)
+    np.testing.assert_allclose(effect.theta_S, [ev.gauc(labels, x, users)[0] - ev.gauc(labels, y, users)[0] for x, y in zip(a, b, strict=True)])
+    assert (effect.influence_SU.shape, effect.rows) == ((2, ev.user_auc(labels, a[0], users).users.size), 300)
 
 
 def test_floors_can_be_fitted_on_other_events_than_they_are_asked_with() -> None:

@@ -415,6 +415,21 @@ def test_richness_of_each_recipe_is_judged_by_its_own_overlap(tmp_path: Path) ->
     assert found.theta_S[0] == pytest.approx(rho[0] - rho[1])
 
 
+def test_an_estimate_keeps_to_its_level_its_null_and_its_power() -> None:
+    effect = intervals.mean_effect(np.random.default_rng(1).normal(0.3, 1, 900), np.arange(900))
+    wide, half = (intervals.estimate(effect, resamples=4000, level=level) for level in (0.95, 0.5))
+    assert (half.high - half.low) / (wide.high - wide.low) == pytest.approx(0.6745 / 1.96, rel=0.1)
+    assert wide.detectable == pytest.approx(2.8 / 30, rel=0.1)
+    assert wide.p == 2 / 4001, "no draw lies beyond, which is not to say that none ever would"
+    assert intervals.estimate(effect, null=float(effect.theta_S[0]), resamples=4000).p > 0.9
+    values = [[0.1], [0.2], [0.6]]
+    single, nothing = intervals.scalar_estimate(values, np.zeros((3, 1)), level=0.8), intervals.scalar_estimate(values, np.zeros((3, 1)), null=0.3)
+    error = np.std([0.1, 0.2, 0.6], ddof=1) / np.sqrt(3)
+    assert (single.low, single.high) == pytest.approx((0.3 - 1.88561808 * error, 0.3 + 1.88561808 * error))  # t of 80 % with two degrees of freedom
+    assert single.detectable == pytest.approx(2.8 * error)
+    assert (single.p, nothing.p) == (0.25, 1.0)
+
+
 def test_worlds_and_seeds_of_single_numbers() -> None:
     a, b = [[0.7, 0.8], [0.6, 0.6], [0.9, 0.8]], [[0.6, 0.6], [0.6, 0.5], [0.7, 0.9]]
     several = intervals.scalar_estimate(a, b)
@@ -480,7 +495,8 @@ def estimated(low: float, high: float, **changes: object) -> Estimate:
         ({"reader": "codes"}, estimated(0.001, 0.01, rows=3), {}, "kept"),
         ({}, estimated(0.001, 0.01), {"capped": True}, "cannot tell"),
         ({}, estimated(0.001, 0.01, units=5), {"several_worlds": True}, "cannot tell"),
-        ({}, estimated(0.001, 0.01, units=9, rows=9), {"several_worlds": True}, "kept"),
+        ({}, estimated(0.001, 0.01, units=6, rows=9), {"several_worlds": True}, "kept"),
+        ({}, estimated(0.001, 0.01, seeds=2, rows=1000), {}, "kept"),
         ({}, estimated(float("nan"), float("nan")), {}, "cannot tell"),
     ],
 )
@@ -489,6 +505,45 @@ def test_a_verdict_says_what_the_interval_allows(claimed: dict, found: Estimate,
     verdict = study.verdict(claim, found, Statistics(), **options)
     assert verdict.word == word
     assert verdict.reason
+
+
+def test_a_page_may_let_readers_that_still_improved_count() -> None:
+    assert study.verdict(Claim(**CLAIM), estimated(0.001, 0.01), Statistics(void_at_cap=False), capped=True).word == "kept"
+
+
+def ranked(tmp_path: Path, chosen: study.Page) -> tuple[command.Plan, list[command.Pair], dict[str, np.ndarray]]:
+    """(a study of 90 questions on `toy` whose readers have run, its cells, ranks by arm and seed), arm `mean` without seed 2; 30 questions are no slice."""
+    todo = command.Plan(chosen, [], {}, "valid", Home(tmp_path), "")
+    draw, ranks, pairs = np.random.default_rng(0), {}, []
+    for cell in cells(chosen):
+        if cell.data == "toy" and cell.kind == "floors":
+            ranks["markov"] = draw.integers(1, 40, 90).astype(float)
+            todo.store.keep(cell.key, {"rank/markov": ranks["markov"], "user_Q": np.arange(90) // 2, "mask/all": np.arange(90) >= 30})
+            pairs.append((cell, {"table": {"markov": {}}}))
+        elif cell.data == "toy" and cell.reader == "wide" and cell.arm in ("ada", "mean") and (cell.arm, cell.seed) != ("mean", 2):
+            ranks[f"{cell.arm}/{cell.seed}"] = draw.integers(1, 40, 90).astype(float)
+            todo.store.keep(cell.key, {"rank_Q": ranks[f"{cell.arm}/{cell.seed}"]})
+            pairs.append((cell, {"table": {}, "capped": False}))
+    return todo, pairs, ranks
+
+
+def test_a_claim_on_ranks_is_the_paired_difference_of_the_seeds_that_both_sides_have(tmp_path: Path) -> None:
+    claims = [{**CLAIM, "metric": "recall@10", "times": 2.0}, {**CLAIM, "metric": "ndcg@10", "control": "markov", "control_reader": "floor"}]
+    todo, pairs, ranks = ranked(tmp_path, page(claims=claims))
+    recall, ndcg = ({name: metric(value[30:], 10).mean() for name, value in ranks.items()} for metric in (evaluation.recall_at, evaluation.ndcg_at))
+    (several, _), (floor, _) = (command.compared(todo, pairs, claim, "toy") for claim in todo.page.claims)
+    assert several.difference == pytest.approx(np.mean([recall[f"ada/{seed}"] - 2 * recall[f"mean/{seed}"] for seed in (0, 1)]))
+    assert floor.difference == pytest.approx(np.mean([ndcg[f"ada/{seed}"] - ndcg["markov"] for seed in (0, 1, 2)]))
+    assert [(each.seeds, each.units, each.rows) for each in (several, floor)] == [(2, 30, 60), (3, 30, 60)]
+
+
+def test_a_primary_claim_that_was_not_run_stays_in_the_family(tmp_path: Path) -> None:
+    absent = {**CLAIM, "title": "absent", "arm": "permuted", "primary": True, "data": ["toy"]}
+    todo, pairs, _ = ranked(tmp_path, page(claims=[{**CLAIM, "metric": "recall@10", "primary": True, "data": ["toy"]}, absent]))
+    (row,), not_run = command.judged(todo, pairs)
+    assert not_run == ["absent (toy)"]
+    assert row["holm_p"] == pytest.approx(min(1.0, 2 * row["p"]))
+    assert row["p"] < row["holm_p"]
 
 
 def test_a_claim_may_ask_for_a_multiple_of_its_control() -> None:
