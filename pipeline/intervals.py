@@ -200,12 +200,13 @@ def student(level: float, freedom: int) -> float:
 
 
 def sign_flip(values: ArrayLike, seed: int = 0) -> float:
-    """Two-sided p that the values are centred at 0: all choices of signs up to 16 values, so it is exact and at least 2 / 2^n, else a draw of them."""
+    """Two-sided p that the values are centred at 0: all choices of signs up to 16 values, so it is exact and at least 2 / 2^n, else theirs and a draw."""
     value = np.asarray(values, np.float64)
     if value.size <= EXACT_FLIPS:
         signs = 1 - 2 * np.indices((2,) * value.size).reshape(value.size, -1)
     else:
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (value.size, DRAWN_FLIPS))
+        drawn = np.random.default_rng(seed).choice([-1.0, 1.0], (value.size, DRAWN_FLIPS))
+        signs = np.column_stack([np.ones(value.size), drawn])
     return float((np.abs(value @ signs) >= abs(value.sum()) - 1e-12).mean())
 
 

@@ -430,6 +430,13 @@ def test_an_estimate_keeps_to_its_level_its_null_and_its_power() -> None:
     assert (single.p, nothing.p) == (0.25, 1.0)
 
 
+def test_drawn_sign_flips_are_never_nothing_and_hold_the_values_as_they_are() -> None:
+    assert intervals.sign_flip(np.ones(40)) == 1 / (intervals.DRAWN_FLIPS + 1)
+    values = np.random.default_rng(0).normal(0.3, 1, 17)
+    flips = np.abs(values @ (1 - 2 * np.indices((2,) * 17).reshape(17, -1)))
+    assert intervals.sign_flip(values) == pytest.approx((flips >= abs(values.sum()) - 1e-12).mean(), rel=0.1)
+
+
 def test_worlds_and_seeds_of_single_numbers() -> None:
     a, b = [[0.7, 0.8], [0.6, 0.6], [0.9, 0.8]], [[0.6, 0.6], [0.6, 0.5], [0.7, 0.9]]
     several = intervals.scalar_estimate(a, b)
