@@ -21,7 +21,6 @@ Floats = NDArray[np.float64]
 KINDS = ("norm", "count", "rank", "reliability")
 LOW_STRENGTH = 0.05
 MAX_BETA = 30.0
-NUM_BUCKETS = 8
 MAX_KNOTS = 512
 KAPPA_GRID = 121
 
@@ -36,7 +35,7 @@ def fit_reference(
     low_strength_share: float = 0.4,
     beta: float | None = None,
 ) -> dict[str, Any]:
-    """The frozen reference of a generation, JSON: kind, its constants, alpha, beta, sparsity bucket edges, largest norm.
+    """The frozen reference of a generation, JSON: kind, its constants, alpha, beta, smallest and largest norm.
 
     Args:
         kind: one of KINDS.
@@ -61,10 +60,8 @@ def fit_reference(
         reference["knots"] = rank_knots(count_N)
     if overlap is not None:
         reference["kappa"] = fit_kappa(count_N, np.asarray(overlap, np.float64))
-    richness_N = richness(reference, count_N, norm_N)
-    reference["bucket_edges"] = np.quantile(richness_N, np.arange(1, NUM_BUCKETS) / NUM_BUCKETS).tolist()
-    reference["mean_richness"] = float(richness_N.mean())
-    reference["beta"] = float(beta) if beta is not None else beta_for(share_cut(richness_N, low_strength_share), alpha)
+    cut = share_cut(richness(reference, count_N, norm_N), low_strength_share)
+    reference["beta"] = float(beta) if beta is not None else beta_for(cut, alpha)
     return reference
 
 
@@ -96,11 +93,6 @@ def alignment_strength(richness: ArrayLike, alpha: float, beta: float) -> Floats
     Source: ADC-SID eq. (17).
     """
     return np.exp(_log_sigmoid(alpha * np.asarray(richness, np.float64) - beta) - _log_sigmoid(np.float64(alpha - beta)))
-
-
-def richness_bucket(reference: Mapping[str, Any], richness: ArrayLike) -> NDArray[np.int64]:
-    """Sparsity bucket 0 (poorest) .. 7 (richest) per item, by the generation's frozen quantiles."""
-    return np.searchsorted(np.asarray(reference["bucket_edges"]), np.asarray(richness), side="right").astype(np.int64)
 
 
 def evidence_bucket(count: ArrayLike) -> NDArray[np.int64]:
