@@ -23,6 +23,7 @@ from pipeline import lakehouse
 from pipeline.config import AssignSid
 from pipeline.context import Context, Plan
 from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.popularity import STRATA
 from pipeline.stages import FigureData, StageResult, Write
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from jobs.inputs import Inputs
 
 SAME_WORDS = ("", "anchored")  # nights whose codes mean what the parent's mean
-STRATA = ("head", "torso", "tail")
 FEW = 1_000_000  # items of a frozen night whose keys every task may hold: about 130 MB
 WORTH_A_WORKER = 20_000  # items whose encoding takes as long as a worker that loads torch
 OF_FEATURES = ("logical_date", "item_id", "popularity", "popularity_stratum", "status", "first_seen", "retired_at")  # what a release's row takes over

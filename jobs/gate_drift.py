@@ -22,6 +22,7 @@ from pipeline import lakehouse
 from pipeline.config import GateDrift
 from pipeline.context import Context
 from pipeline.errors import UpstreamMissing
+from pipeline.popularity import STRATA
 from pipeline.stages import StageResult
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from jobs.inputs import Inputs
 
-STRATA = ("head", "torso", "tail")
 MAX_PAIRS = 2000
 ITEMS_PER_USER = 20  # a user's pairs grow with the square of this
 MEETINGS = 32  # users that may meet a pair on average before all pairs are compared

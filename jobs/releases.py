@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 
 from jobs.plan_night import parent_release, release_order
 from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.popularity import STRATA
 from pipeline.release_file import matrix
 
-STRATA = ("head", "torso", "tail")
 MASKED = -1  # in the place of code K, whose number is another one in another generation
 Row = dict[str, Any]
 Titles = Callable[[list[str]], pa.Table]

@@ -15,6 +15,7 @@ from jobs.releases import resolve, show_item
 from pipeline import lakehouse
 from pipeline.config import Config
 from pipeline.context import Home, read_json
+from pipeline.popularity import STRATA
 from pipeline.redact import scrub
 from pipeline.stages import BY_NAME
 
@@ -148,7 +149,7 @@ def _strength_figure(lake: Lake, release: Row) -> list[Row]:
     features = lakehouse.read_arrow(home, config.lake, MANIFEST, snapshot_id=at, columns=("strength", "popularity_stratum"), where=where)
     strength, stratum = features["strength"].to_numpy(), features["popularity_stratum"].to_numpy(zero_copy_only=False)
     edges = np.linspace(0.0, 1.0, 21)
-    counts = {name: np.histogram(strength[stratum == name], edges)[0].tolist() for name in ("head", "torso", "tail")}
+    counts = {name: np.histogram(strength[stratum == name], edges)[0].tolist() for name in STRATA}
     return [
         {
             "kind": "strength_by_stratum",

@@ -41,6 +41,7 @@ from pipeline import config, richness
 from pipeline.context import Context, Plan, derive_seed
 from pipeline.device import best_device
 from pipeline.errors import ConfigError, ContractError, UpstreamMissing
+from pipeline.popularity import STRATA
 from pipeline.stages import FigureData, ModelBundle, StageResult
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def fit_richness(
         metrics |= {"richness_spearman": metrics[f"richness_spearman/{params.richness}"], "split_half_overlap": float(np.nanmean(overlap_M))}
         metrics |= {"kappa": reference["kappa"], "measured_items": float(np.isfinite(overlap_M).sum())}
     edges = np.linspace(0, 1, 21)
-    counts = {str(name): np.histogram(strength_M[strata_M == name], edges)[0].tolist() for name in ("head", "torso", "tail")}
+    counts = {str(name): np.histogram(strength_M[strata_M == name], edges)[0].tolist() for name in STRATA}
     figure = FigureData(kind="strength_by_stratum", data={"edges": edges.tolist(), "counts": counts})
     return reference, {name: value for name, value in metrics.items() if np.isfinite(value)}, figure
 

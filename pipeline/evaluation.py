@@ -19,6 +19,7 @@ from scipy import sparse
 from torch import Tensor
 
 from pipeline import intervals
+from pipeline.popularity import STRATA
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -211,7 +212,7 @@ def strata(stratum_B: NDArray[np.str_], evidence_B: ArrayLike) -> dict[str, NDAr
     """
     evidence = np.asarray(evidence_B)
     masks = {"all": np.ones(len(evidence), dtype=bool)}
-    masks |= {name: stratum_B == name for name in ("head", "torso", "tail")}
+    masks |= {name: stratum_B == name for name in STRATA}
     masks |= {"evidence_0": evidence == 0, "evidence_1_4": (evidence >= 1) & (evidence <= 4)}
     return {name: mask for name, mask in masks.items() if mask.any()}
 
