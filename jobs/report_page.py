@@ -254,10 +254,10 @@ def picture(root: str, uri: str | None) -> str:
     if not uri or not root or "://" in root or "://" in uri or kind not in ("image/jpeg", "image/png", "image/webp"):
         return ""
     try:
-        content = read_image(root, uri, MAX_PICTURE_BYTES)  # refuses what leaves the folder: raw.item keeps the addresses of refused pictures, too
+        content = read_image(root, uri, MAX_PICTURE_BYTES)  # refuses what leaves the folder or is larger: raw.item keeps the addresses of refused pictures, too
     except (OSError, ValueError):
         return ""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}" if len(content) <= MAX_PICTURE_BYTES else ""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _image_root(lake: Lake) -> str:

@@ -43,7 +43,7 @@ NEIGHBOURS, LISTED = 20, 10  # items of purity@20, and of the lists whose share 
 ROWS = 1024  # items whose neighbours are looked at together: the scores of a whole catalogue would fill the memory
 INVALID_SAMPLE = 1000  # questions that the search without a constraint is measured on
 REDRAWS = 20  # rounds in which negatives that the user has are drawn again
-TEXT_AXES, CATEGORY_AXES, TEXT_TOKENS = 128, 64, 64
+TEXT_AXES, CATEGORY_AXES, TEXT_TOKENS, IMAGE_PIXELS = 128, 64, 64, 112
 RIDGE = 1e-3
 
 
@@ -208,7 +208,7 @@ def image_vectors(job: Job, kind: str) -> tuple[NDArray[np.float32], NDArray[np.
     return nothing
 
 
-def _pictures(paths: Sequence[str], size: int = 112) -> NDArray[np.float32]:
+def _pictures(paths: Sequence[str]) -> NDArray[np.float32]:
     """EfficientNet vectors (N, D); each distinct picture is encoded once, an item without one gets another's."""
     from jobs.content_embedding import model_folder
     from pipeline.encoders import CONTENT_ENCODERS
@@ -216,9 +216,9 @@ def _pictures(paths: Sequence[str], size: int = 112) -> NDArray[np.float32]:
     from pipeline.encoders.image import decode_image
 
     distinct, place_N = np.unique([path or max(paths) for path in paths], return_inverse=True)
-    options = EncoderOptions(name="efficientnet_lite0", batch=32, size=size, normalize=True)
+    options = EncoderOptions(name="efficientnet_lite0", batch=32, size=IMAGE_PIXELS, normalize=True)
     encoder = CONTENT_ENCODERS["image"]["efficientnet_lite0"](model_folder("efficientnet_lite0", ""), options)
-    pixels: Any = np.stack([decode_image(Path(path).read_bytes(), 10**7, size) for path in distinct.tolist()])  # type: ignore[misc]
+    pixels: Any = np.stack([decode_image(Path(path).read_bytes(), 10**7, IMAGE_PIXELS) for path in distinct.tolist()])  # type: ignore[misc]
     return np.asarray(encoder.encode(pixels), dtype=np.float32)[place_N]
 
 

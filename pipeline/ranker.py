@@ -30,7 +30,6 @@ from pipeline.release_file import matrix
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-THIN_ROWS = evaluation.THIN_ROWS
 WEIGHT_DECAY = 1e-5  # per unit of learning rate it is tiny; it only keeps rows of rare items near zero
 PREFIX_BUCKETS = 4  # hashed prefixes per position, in units of its codebook size
 SHAPE = ("model", "dim", "hidden_dims", "weights", "prefix_ngrams", "pooling", "gate_dim", "cross_layers", "cross_rank")  # settings that rebuild a network
@@ -418,7 +417,7 @@ def _stratum_metrics(test: RankRows, runs: Sequence[Floats], mask: npt.NDArray[n
         "gauc": _number(np.mean([evaluation.gauc(label_S, run[mask], person_S)[0] for run in runs])),
         "logloss": _number(np.mean([evaluation.logloss(label_S, _probability(run[mask])) for run in runs])),
         "rows": int(mask.sum()),
-        "thin": bool(mask.sum() < THIN_ROWS),
+        "thin": bool(mask.sum() < evaluation.THIN_ROWS),
     }
 
 
@@ -429,7 +428,7 @@ def _differences(
     label_B, person_B = test.label[mask], test.person[mask]
     a_SB, b_SB = (np.stack([run[mask] for run in runs]) for runs in (runs_a, runs_b))
     effects = {"auc": intervals.auc_effect(label_B, a_SB, b_SB, person_B), "gauc": evaluation.gauc_effect(label_B, a_SB, b_SB, person_B)}
-    thin = bool(mask.sum() < THIN_ROWS)
+    thin = bool(mask.sum() < evaluation.THIN_ROWS)
     return [{"metric": name, **evaluation.difference(effect, resamples, seed), "thin": thin} for name, effect in effects.items()]
 
 

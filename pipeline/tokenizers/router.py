@@ -19,6 +19,7 @@ Sparsity = Literal["bucket", "expert", "scalar", "off"]
 LOG_LAMBDA_MIN = math.log(1e-10)
 WAKE = 0.05  # pull on a closed gate that should be open
 GAIN, GAIN_MOST = 20.0, 2.0  # 5 points off target change lambda e-fold at once, but never raise it by more than two e-folds
+MEMORY = 0.9  # of the running average of active shares
 MARGIN_RATE = 0.1  # step of the running quantile that says which gates should be open
 
 
@@ -162,10 +163,10 @@ class SparsityController(nn.Module):
         return active_E, items[0], seen_Q, on_Q, due_Q.view_as(self.margin_Q)
 
     @torch.no_grad()
-    def _observe(self, seen_Q: Tensor, on_Q: Tensor, due_Q: Tensor, memory: float = 0.9) -> None:
+    def _observe(self, seen_Q: Tensor, on_Q: Tensor, due_Q: Tensor) -> None:
         """Move the margin and the average active share per bucket; the first sight of a bucket sets its average."""
         share_Q = on_Q / seen_Q.clamp(min=1)
-        mixed_Q = torch.where(self.seen_Q > 0, memory * self.active_Q + (1 - memory) * share_Q, share_Q)
+        mixed_Q = torch.where(self.seen_Q > 0, MEMORY * self.active_Q + (1 - MEMORY) * share_Q, share_Q)
         self.active_Q.copy_(torch.where(seen_Q > 0, mixed_Q, self.active_Q))
         target_Q, known_Q = (each.view(-1, *[1] * (due_Q.dim() - 1)) for each in (self.target_Q, seen_Q))
         self.margin_Q.add_(torch.where(known_Q > 0, MARGIN_RATE * (target_Q - due_Q / known_Q.clamp(min=1)), 0.0))
