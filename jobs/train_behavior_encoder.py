@@ -177,7 +177,11 @@ def fit_richness(
         overlap_M = None
     if overlap_M is None and params.richness == "reliability":
         raise ContractError(
-            "too few items to measure reliability", expected=f"more than {NEIGHBOURS} items in both halves of the users", found=str(counts_M.size)
+            "too few items to measure reliability",
+            expected=f"more than {NEIGHBOURS} items in both halves of the users",
+            found=f"at most {counts_M.size}",
+            where="[train_behavior_encoder] richness",
+            next_command="sid run refresh --date D --set train_behavior_encoder.richness=rank",
         )
     settings: dict[str, Any] = {"alpha": params.alpha, "low_strength_share": params.low_strength_share, "beta": params.beta}
     reference = richness.fit_reference(params.richness, counts_M, norms_M, overlap_M, **settings)

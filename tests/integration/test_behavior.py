@@ -144,6 +144,15 @@ def test_a_new_generation_exports_warm_items_and_a_frozen_reference(tmp_path: Pa
     assert result.outputs["gate"] == {}  # so few items decide nothing
 
 
+def test_too_few_items_to_measure_reliability_are_told_with_the_setting_to_change() -> None:
+    params = profile.TrainBehaviorEncoder(richness="reliability")
+    with pytest.raises(ContractError, match="too few items") as caught:
+        job.fit_richness(params, np.array([5, 6]), np.ones(2), np.full(2, np.nan), np.array(["head", "tail"]))
+    assert caught.value.found == "at most 2"
+    assert caught.value.where == "[train_behavior_encoder] richness"
+    assert caught.value.next_command.endswith("--set train_behavior_encoder.richness=rank")
+
+
 def test_few_items_are_not_judged_and_many_are() -> None:
     found = {"low_strength_share": 0.4, "mean_strength": 0.3, "richness_spearman": 0.1, "measured_items": 199.0, "beta": 7.0}
     assert job.gated(found, 199) == {}
