@@ -11,7 +11,7 @@ from jobs.airflow_task import DEFAULTS, PARAMS, stage_tasks
 DOC = """
 ### What it does
 Drops the tags of releases older than `maintain.release_days` (never the newest current one, the first of a generation, or a pinned one), audit
-branches nobody inspected for weeks, snapshots nothing points at, orphan files and old staging folders; then takes days that serve no live release
+branches nobody inspected for weeks, snapshots nothing points at, orphan files and old folders; then takes days that serve no live release
 off the derived tables and joins small files. `sid.item_sid` is never compacted; raw tables lose no row.
 
 ### Before something goes

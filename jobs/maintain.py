@@ -3,7 +3,7 @@
 Live releases: published at most `release_days` ago, the newest current one, the first of each generation, and pinned ones. Their tags stay, and so does
 everything a tag, a branch or a young snapshot shows. Below the oldest release that lives by its age, the derived tables lose the days of no live release,
 unless they were written lately: a backfill makes an old night's tables before its release.
-Order: references, snapshots, orphan files, staging; then days and small files, whose bytes are freed by a later run: the snapshot that was main when the
+Order: references, snapshots, orphan files, folders; then days and small files, whose bytes are freed by a later run: the snapshot that was main when the
 run began, which a running stage may have pinned, is still there when it ends. Ages count back from the end of the run's date.
 Never: `sid.item_sid` is written once in its final layout and not compacted; raw tables, codebooks, generations, releases and day counts lose no row.
 """
@@ -42,6 +42,7 @@ BY_DAY = (SIDS, "sid.user_sid", "feature.item_popularity", "feature.user_sequenc
 TRAINED = "feature.item_behavior_vector"  # a day of it serves every later night that refers to it
 RELEASE_TAG = re.compile(r"^d\d{8}(_r\d+)?$")
 SMALL_BYTES = int(0.75 * 512 * 2**20)  # Iceberg joins files below three quarters of its target size
+FOLDERS = {"staging": "staging folder", "models": "fetched model"}  # of the home: what lies in it is called
 NAMED = 20  # names a row of the listing holds at most
 Row = Mapping[str, Any]
 
@@ -70,23 +71,24 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Everything that goes: by table, and staging folders with their bytes."""
+    """Everything that goes: by table, and folders of the home with their bytes."""
 
     sweeps: tuple[Sweep, ...]
-    staging: Mapping[Path, int]
+    folders: Mapping[Path, int]
     older: datetime
     known: frozenset[str] = frozenset()  # tags of the releases that were looked at
 
     @property
     def freed(self) -> int:
-        """Bytes that are free when the run ends: files no kept snapshot shows, orphans, staging."""
-        return sum(sum(sweep.freed.values()) + sum(sweep.orphans.values()) for sweep in self.sweeps) + sum(self.staging.values())
+        """Bytes that are free when the run ends: files no kept snapshot shows, orphans, folders."""
+        return sum(sum(sweep.freed.values()) + sum(sweep.orphans.values()) for sweep in self.sweeps) + sum(self.folders.values())
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per kind and table: what, table, count, frees_now and frees_later in bytes, and the first names."""
         rows = [row for sweep in self.sweeps for row in _rows(sweep)]
-        if self.staging:
-            rows.append(_row("staging folder", "", [path.name for path in self.staging], now=sum(self.staging.values())))
+        for parent, what in FOLDERS.items():
+            mine = {path.name: size for path, size in self.folders.items() if path.parent.name == parent}
+            rows += [_row(what, "", list(mine), now=sum(mine.values()))] if mine else []
         return rows
 
 
@@ -200,7 +202,7 @@ def survey(spark: SparkSession, params: Maintain, ctx: Context) -> Survey:
     days = retention(spark, ctx, releases, young, live, histories)
     return Survey(
         sweeps=tuple(_with_days(ctx, sweep, histories[sweep.table], days.get(sweep.table, [])) for sweep in sweeps),
-        staging=stale_staging(ctx, params.keep_staging_days),
+        folders=stale_folders(ctx, params.keep_staging_days),
         older=_ago(ctx, params.keep_snapshots_days),
         known=frozenset(row["tag"] for row in releases),
     )
@@ -252,11 +254,14 @@ def retention(
     return {table: gone for table, gone in found.items() if gone}
 
 
-def stale_staging(ctx: Context, days: int) -> dict[Path, int]:
-    """Folder -> bytes of runs that changed nothing for `days`; a run whose records have not reached MLflow stays, as does one that works meanwhile."""
+def stale_folders(ctx: Context, days: int) -> dict[Path, int]:
+    """Folder -> bytes of runs that changed nothing for `days` and of fetched models that nobody read for as long.
+
+    A run whose records have not reached MLflow stays, as does one that works meanwhile; a model that is read again is fetched again.
+    """
     limit = _ago(ctx, days).timestamp()
     found: dict[Path, int] = {}
-    for folder in sorted(ctx.home.folder("staging").iterdir()):
+    for folder in sorted(path for parent in FOLDERS for path in ctx.home.folder(parent).iterdir()):
         if folder.is_symlink() or not folder.is_dir():
             continue
         try:
@@ -292,13 +297,13 @@ def _ago(ctx: Context, days: int) -> datetime:
 
 def carry_out(spark: SparkSession, found: Survey, params: Maintain, ctx: Context) -> dict[str, float]:
     """What was done, in numbers; each step is one commit, so a killed run is simply run again."""
-    metrics = Counter({"freed_bytes": found.freed, "staging_folders": len(found.staging)})
+    metrics = Counter({"freed_bytes": found.freed, "folders": len(found.folders)})
     for sweep in found.sweeps:
         with lakehouse.table_locks(ctx.home, ctx.config.lake, [sweep.table]):
             releases, live = _live_now(ctx, params) if sweep.tags or sweep.days else ([], set())
             metrics.update(_clean(spark, sweep, live, found.older))
             metrics.update(_tidy(spark, sweep, _still_dropped(ctx, sweep, releases, live, found), params, ctx))
-    for folder in found.staging.keys() & stale_staging(ctx, params.keep_staging_days):  # the others were taken up again since they were looked at
+    for folder in found.folders.keys() & stale_folders(ctx, params.keep_staging_days):  # the others were taken up again since they were looked at
         _forget(folder)
     logger.info("maintained %s", " ".join(f"{name}={value}" for name, value in sorted(metrics.items())))
     return {name: float(value) for name, value in metrics.items()}
@@ -311,7 +316,7 @@ def _live_now(ctx: Context, params: Maintain) -> tuple[list[Row], set[str]]:
 
 
 def _forget(folder: Path) -> None:
-    """Remove a run's staging folder, its records first: what a kill leaves of one must not look like a record that MLflow has not seen."""
+    """Remove a folder of the home, a run's records first: what a kill leaves of one must not look like a record that MLflow has not seen."""
     for record in folder.glob(f"mlflow/*/{tracking.RECORD}"):
         record.unlink()
     shutil.rmtree(folder)

@@ -705,7 +705,9 @@ class Maintain(Section):
     release_days: int = Field(90, ge=1, description="days a release's tag lives after it was published; the first of a generation and pinned ones live on")
     keep_branches_days: int = Field(14, ge=1, description="days an audit branch, or a tag without a release row, stays for inspection")
     keep_snapshots_days: int = Field(14, ge=1, description="days a snapshot that nothing points at stays readable; running stages read such snapshots")
-    keep_staging_days: int = Field(30, ge=1, description="days a run's staging folder stays after its last change")
+    keep_staging_days: int = Field(
+        30, ge=1, description="days a run's staging folder stays after its last change, and a model fetched from a remote store after its last use"
+    )
     compact_from_files: int = Field(5, ge=2, description="small files in one partition before they are joined into larger ones")
 
 

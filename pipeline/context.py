@@ -37,7 +37,7 @@ class Home:
         return cls(Path(os.environ.get("SID_HOME", ".sid")).resolve())
 
     def folder(self, name: str) -> Path:
-        """A folder of the home, made on first use: lake, mlartifacts, airflow, data, staging, locks, reports."""
+        """A folder of the home, made on first use: lake, mlartifacts, models, airflow, data, staging, locks, reports."""
         path = self.root / name
         path.mkdir(parents=True, exist_ok=True)
         return path

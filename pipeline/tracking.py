@@ -597,7 +597,7 @@ def _found(uri: str) -> Iterator[None]:
 
 
 def _fetch(home: Home, location: str) -> Path:
-    """Folder with a remote model's files, fetched once per home."""
+    """Folder with a remote model's files, fetched once per home; its time is that of its last use, by which `sid maintain` finds what nobody reads."""
     import mlflow
 
     target = home.folder("models") / hashlib.sha256(location.encode()).hexdigest()[:16]
@@ -609,6 +609,7 @@ def _fetch(home: Home, location: str) -> Path:
             except OSError:  # another process was first: its copy is the same
                 if not target.is_dir():
                     raise
+    os.utime(target)
     return target
 
 

@@ -14,17 +14,22 @@ from pathlib import Path
 from pipeline import config, lakehouse
 from pipeline.context import Home
 
-ONE_AFTER_ANOTHER = """
-import contextlib, io, json, sys
+SERVE = """
+import contextlib, io, json, os, sys
 from jobs import cli
+from pipeline import spark
 from typer.main import get_command
 
-told = []
-for arguments in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    home, arguments = json.loads(line)
+    if home != os.environ["SID_HOME"]:
+        spark.stop()  # a session belongs to one warehouse; the next one starts in the same JVM
+    os.environ["SID_HOME"] = home
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        get_command(cli.app).main(args=arguments, prog_name="sid", standalone_mode=False)
-    told.append(said.getvalue())
-print(json.dumps(told))
+        ended = get_command(cli.app).main(args=arguments, prog_name="sid", standalone_mode=False)
+    if ended:
+        sys.exit(f"sid {arguments} ended with {ended}: {said.getvalue()}")
+    print(json.dumps(said.getvalue()), flush=True)
 """
 UNDATED = {"feature.item_content_vector", "sid.codebook", "sid.generation"}
 MAY_BE_EMPTY = {
@@ -38,12 +43,8 @@ NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, an
 
 def start(home: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
     """`sid` with the profile `tiny` in a process of its own, with `more` in its environment."""
-    return _process(home, "-m", "jobs.cli", *arguments, **more)
-
-
-def _process(home: Path, *words: str, **more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", "COLUMNS": "200", **more}
-    return subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "jobs.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -58,10 +59,33 @@ def sid(home: Path, *arguments: str) -> str:
     return ended(start(home, *arguments))
 
 
-def sids(home: Path, *commands: tuple[str, ...]) -> list[str]:
-    """What each `sid` command printed, one after the other in one process with one JVM: where the boundary between processes is not the point."""
-    told: list[str] = json.loads(ended(_process(home, "-W", "ignore", "-c", ONE_AFTER_ANOTHER, json.dumps(commands))).splitlines()[-1])
-    return told
+class Warm:
+    """`sid` command after command in one process with one JVM, whatever their homes.
+
+    For commands whose boundary between processes is not the point: a cold JVM is most of the time of a small one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._complaints = folder / "complaints"
+        with self._complaints.open("w") as to:
+            environment = {**os.environ, "SID_HOME": "", "SID_PROFILE": "tiny", "COLUMNS": "200"}
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", SERVE], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=to, text=True
+            )
+
+    def sid(self, home: Path, *arguments: str) -> str:
+        """What `sid` printed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(home), arguments]) + "\n")
+        self._process.stdin.flush()
+        told = self._process.stdout.readline()
+        assert told, self._complaints.read_text()[-3000:]
+        return str(json.loads(told))
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate(timeout=60)
 
 
 def digests(home: Path, last: date, tables: Iterable[str] = ()) -> dict[str, str]:

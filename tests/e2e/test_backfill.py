@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from homes import NOT_ROWS, UNDATED, digests, ended, sid, sids, start
+from homes import NOT_ROWS, UNDATED, Warm, digests, ended, sid, start
 from pyarrow import csv
 
 from pipeline import lakehouse
@@ -22,6 +23,14 @@ LATER_NIGHTS = ("--date", str(DAYS[1]), "--through", str(DAYS[2]))
 DATED = set(lakehouse.table_names()) - NOT_ROWS - UNDATED
 WITHOUT_MEMORY = "ingest,item_popularity,user_sequence"
 TABLES = ("raw.interaction", "raw.item", "raw.rejected_row", "raw.source_file", "feature.item_day_stat", "feature.item_popularity", "feature.user_sequence")
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """One process for the commands of the file that need none of their own."""
+    found = Warm(tmp_path_factory.mktemp("warm"))
+    yield found
+    found.close()
 
 
 def shop(folder: Path) -> tuple[str, ...]:
@@ -53,17 +62,17 @@ def backfill(first: date, last: date, *more: str) -> tuple[str, ...]:
     return ("backfill", "--start", str(first), "--end", str(last), "--reason", "for the test", *more)
 
 
-def test_a_repaired_day_and_its_cascade_end_in_the_rows_of_a_clean_run(tmp_path: Path) -> None:
+def test_a_repaired_day_and_its_cascade_end_in_the_rows_of_a_clean_run(tmp_path: Path, warm: Warm) -> None:
     home, aside, files = tmp_path / "home", tmp_path / "aside", tmp_path / "files"
     source = shop(files)
-    sid(home, "run", "refresh", "--date", str(DAYS[0]), *source)
+    warm.sid(home, "run", "refresh", "--date", str(DAYS[0]), *source)
     first = digests(home, DAYS[0], DATED)
     shutil.copytree(home, aside, symlinks=True)  # the night that the clean run has in common with the one to be repaired; tables name their place
 
-    sid(home, "run", "refresh", *LATER_NIGHTS, *source)
+    warm.sid(home, "run", "refresh", *LATER_NIGHTS, *source)
     wrong = digests(home, DAYS[2])
     correct(files, DAYS[1])
-    plan = json.loads(sid(home, *backfill(DAYS[1], DAYS[1], "--cascade", "--dry-run", "--json", *source)))
+    plan = json.loads(warm.sid(home, *backfill(DAYS[1], DAYS[1], "--cascade", "--dry-run", "--json", *source)))
     assert [(row["night"], row["why"], row["release"]) for row in plan] == [
         (str(DAYS[1]), "requested", "d20260303"), (str(DAYS[2]), "cascade", "d20260304"),
     ]  # fmt: skip
@@ -71,9 +80,10 @@ def test_a_repaired_day_and_its_cascade_end_in_the_rows_of_a_clean_run(tmp_path:
     assert f"raw.interaction {DAYS[1]}" in plan[0]["partitions"]
     assert digests(home, DAYS[2]) == wrong, "a dry run changes nothing"
 
-    listed = ("releases", "--json")
-    cascade = backfill(DAYS[1], DAYS[1], "--cascade", "--json", *source)
-    _, between, done, after = map(_rows, sids(home, backfill(DAYS[1], DAYS[1], "--json", *source), listed, cascade, listed))
+    warm.sid(home, *backfill(DAYS[1], DAYS[1], "--json", *source))
+    between = _rows(warm.sid(home, "releases", "--json"))
+    done = _rows(warm.sid(home, *backfill(DAYS[1], DAYS[1], "--cascade", "--json", *source)))
+    after = _rows(warm.sid(home, "releases", "--json"))
     assert {row["tag"]: row["parent_superseded"] for row in between} == {"d20260302": False, "d20260303": False, "d20260303_r2": False, "d20260304": True}
     assert [(row["before"], row["after"], row["note"]) for row in done] == [("d20260303_r2", "d20260303_r2", "reused"), ("d20260304", "d20260304_r2", "")]
     assert not any(row["parent_superseded"] for row in after)
@@ -83,7 +93,7 @@ def test_a_repaired_day_and_its_cascade_end_in_the_rows_of_a_clean_run(tmp_path:
 
     shutil.rmtree(home)
     aside.rename(home)
-    sid(home, "run", "refresh", *LATER_NIGHTS, *source)
+    sid(home, "run", "refresh", *LATER_NIGHTS, *source)  # a process of its own: the warm one has files of the removed home open
     assert digests(home, DAYS[2]) == repaired
 
 
@@ -92,17 +102,18 @@ def _rows(told: str) -> list[dict[str, object]]:
     return rows
 
 
-def test_days_in_any_order_twice_or_at_once_give_the_same_tables(tmp_path: Path) -> None:
+def test_days_in_any_order_twice_or_at_once_give_the_same_tables(tmp_path: Path, warm: Warm) -> None:
     only = ("--stages", WITHOUT_MEMORY)
     ordered, reverse, at_once = tmp_path / "ordered", tmp_path / "reverse", tmp_path / "at_once"
-    sid(ordered, *backfill(DAYS[0], DAYS[2], *only))
+    warm.sid(ordered, *backfill(DAYS[0], DAYS[2], *only))
     expected = digests(ordered, DAYS[2], TABLES)
     assert "empty" not in expected.values()
 
-    sids(reverse, *(backfill(first, last, *only) for first, last in ((DAYS[2], DAYS[2]), (DAYS[0], DAYS[1]))))  # the newest day first
+    for first, last in ((DAYS[2], DAYS[2]), (DAYS[0], DAYS[1])):  # the newest day first
+        warm.sid(reverse, *backfill(first, last, *only))
     assert digests(reverse, DAYS[2], TABLES) == expected
 
-    sid(at_once, "run", "plan_night", "--date", str(DAYS[0]))  # the lake and the generated files exist; everything else is contested
+    warm.sid(at_once, "run", "plan_night", "--date", str(DAYS[0]))  # the lake and the generated files exist; everything else is contested
     # both ranges hold the second day, so it is also run twice
     both = [start(at_once, *backfill(DAYS[0], DAYS[1], *only)), start(at_once, *backfill(DAYS[1], DAYS[2], *only))]
     for process in both:

@@ -153,11 +153,34 @@ def test_old_staging_goes_but_not_what_mlflow_has_not_seen(tmp_path: Path) -> No
         for path in (*(staging / name).rglob("*"), staging / name):
             os.utime(path, (at, at))
     (staging / "elsewhere").symlink_to(tmp_path)
-    found = maintain.stale_staging(context(tmp_path), 30)
+    found = maintain.stale_folders(context(tmp_path), 30)
     assert [path.name for path in found] == ["old"]
     assert found[staging / "old"] >= 4
     os.utime(staging / "old" / "mlflow")
-    assert maintain.stale_staging(context(tmp_path), 30) == {}, "one fresh file keeps the folder"
+    assert maintain.stale_folders(context(tmp_path), 30) == {}, "one fresh file keeps the folder"
+
+
+def test_a_fetched_model_goes_when_nobody_has_read_it_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, fetched = Home(tmp_path), []
+
+    def remote(*, artifact_uri: str, dst_path: str) -> str:
+        fetched.append(artifact_uri)
+        folder = Path(dst_path) / "model"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        return str(folder)
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", remote)
+    read, left = (tracking._fetch(home, f"s3://models/{name}") for name in ("read", "left"))
+    for folder in (read, left):
+        for path in (folder / "config.json", folder):
+            os.utime(path, (0, 0))
+    assert tracking._fetch(home, "s3://models/read") == read
+    assert fetched == ["s3://models/read", "s3://models/left"], "once a home"
+    found = maintain.Survey(sweeps=(), folders=maintain.stale_folders(context(tmp_path), 30), older=NOW)
+    assert [(row["what"], row["names"]) for row in found.rows()] == [("fetched model", [left.name])]
+    maintain.carry_out(None, found, Config().maintain, context(tmp_path))  # type: ignore[arg-type]
+    assert list(home.folder("models").iterdir()) == [read]
 
 
 def test_a_run_that_works_while_its_folder_is_listed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +189,7 @@ def test_a_run_that_works_while_its_folder_is_listed_stays(tmp_path: Path, monke
     (run / ".plan_night.json.4711").write_text("{}")
     for path in (run / ".plan_night.json.4711", run):
         os.utime(path, (0, 0))
-    assert [path.name for path in maintain.stale_staging(context(tmp_path), 30)] == ["run"]
+    assert [path.name for path in maintain.stale_folders(context(tmp_path), 30)] == ["run"]
     listed = Path.rglob
 
     def replaced(folder: Path, pattern: str) -> list[Path]:
@@ -175,7 +198,7 @@ def test_a_run_that_works_while_its_folder_is_listed_stays(tmp_path: Path, monke
         return found
 
     monkeypatch.setattr(Path, "rglob", replaced)
-    assert maintain.stale_staging(context(tmp_path), 30) == {}
+    assert maintain.stale_folders(context(tmp_path), 30) == {}
 
 
 def test_a_folder_that_was_taken_up_again_since_the_survey_stays(tmp_path: Path) -> None:
@@ -183,8 +206,8 @@ def test_a_folder_that_was_taken_up_again_since_the_survey_stays(tmp_path: Path)
     for name in ("old", "again"):
         (staging / name).mkdir()
         os.utime(staging / name, (0, 0))
-    found = maintain.Survey(sweeps=(), staging=maintain.stale_staging(context(tmp_path), 30), older=NOW)
-    assert [path.name for path in found.staging] == ["again", "old"]
+    found = maintain.Survey(sweeps=(), folders=maintain.stale_folders(context(tmp_path), 30), older=NOW)
+    assert [path.name for path in found.folders] == ["again", "old"]
     (staging / "again" / "plan_night.json").write_text("{}")
     maintain.carry_out(None, found, Config().maintain, context(tmp_path))  # type: ignore[arg-type]
     assert [path.name for path in staging.iterdir()] == ["again"]
@@ -232,9 +255,10 @@ def test_the_listing_names_kind_table_count_and_bytes() -> None:
         days=(date(2026, 1, 2),),
         day_bytes=9,
     )
-    survey = maintain.Survey(sweeps=(sweep, maintain.Sweep(table="raw.item")), staging={Path("run1"): 4}, older=NOW)
-    assert survey.freed == 26
+    survey = maintain.Survey(sweeps=(sweep, maintain.Sweep(table="raw.item")), folders={Path("staging/run1"): 4, Path("models/a1"): 5}, older=NOW)
+    assert survey.freed == 31
     assert [(found["what"], found["count"], found["frees_now"], found["frees_later"]) for found in survey.rows()] == [
         ("tag", 1, 0, 0), ("snapshot", 2, 15, 0), ("orphan file", 1, 7, 0), ("day", 1, 0, 9), ("staging folder", 1, 4, 0),
+        ("fetched model", 1, 5, 0),
     ]  # fmt: skip
     assert survey.rows()[2]["names"] == ["y.parquet"]
