@@ -110,7 +110,7 @@ def _looked_at_again(spark: Any, home: Home, known: set[str]) -> None:
     older = datetime.now(UTC) - timedelta(days=14)
 
     def left(known: set[str], live: set[str]) -> list[date]:
-        found = maintain.Survey(sweeps=(), staging={}, older=older, known=frozenset(known))
+        found = maintain.Survey(sweeps=(), folders={}, older=older, known=frozenset(known))
         releases = lakehouse.read_releases(home, TINY.lake).to_pylist()
         return maintain._still_dropped(context(home), maintain.Sweep(table=FEATURE, days=(D0, D2, D4)), releases, live, found)
 
