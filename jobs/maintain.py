@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ BY_DAY = (SIDS, "sid.user_sid", "feature.item_popularity", "feature.user_sequenc
 TRAINED = "feature.item_behavior_vector"  # a day of it serves every later night that refers to it
 RELEASE_TAG = re.compile(r"^d\d{8}(_r\d+)?$")
 SMALL_BYTES = int(0.75 * 512 * 2**20)  # Iceberg joins files below three quarters of its target size
-FOLDERS = {"staging": "staging folder", "models": "fetched model"}  # of the home: what lies in it is called
+FOLDERS = {"staging": "staging folder", "models": "fetched model"}  # folder of the home -> what the listing calls an entry of it
 NAMED = 20  # names a row of the listing holds at most
 Row = Mapping[str, Any]
 
@@ -87,8 +88,8 @@ class Survey:
         """One row per kind and table: what, table, count, frees_now and frees_later in bytes, and the first names."""
         rows = [row for sweep in self.sweeps for row in _rows(sweep)]
         for parent, what in FOLDERS.items():
-            mine = {path.name: size for path, size in self.folders.items() if path.parent.name == parent}
-            rows += [_row(what, "", list(mine), now=sum(mine.values()))] if mine else []
+            if mine := {path.name: size for path, size in self.folders.items() if path.parent.name == parent}:
+                rows.append(_row(what, "", list(mine), now=sum(mine.values())))
         return rows
 
 
@@ -261,7 +262,7 @@ def stale_folders(ctx: Context, days: int) -> dict[Path, int]:
     """
     limit = _ago(ctx, days).timestamp()
     found: dict[Path, int] = {}
-    for folder in sorted(path for parent in FOLDERS for path in ctx.home.folder(parent).iterdir()):
+    for folder in sorted(path for parent in FOLDERS for path in (ctx.home.root / parent).glob("*")):
         if folder.is_symlink() or not folder.is_dir():
             continue
         try:
@@ -316,10 +317,12 @@ def _live_now(ctx: Context, params: Maintain) -> tuple[list[Row], set[str]]:
 
 
 def _forget(folder: Path) -> None:
-    """Remove a folder of the home, a run's records first: what a kill leaves of one must not look like a record that MLflow has not seen."""
+    """Remove a folder of the home so that a kill leaves neither half of it under its name nor what looks like a record that MLflow has not seen."""
     for record in folder.glob(f"mlflow/*/{tracking.RECORD}"):
         record.unlink()
-    shutil.rmtree(folder)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))  # what a kill leaves of it grows stale itself
+    folder.rename(scratch / folder.name)
+    shutil.rmtree(scratch)
 
 
 def _clean(spark: SparkSession, sweep: Sweep, live: Container[str], older: datetime) -> dict[str, int]:

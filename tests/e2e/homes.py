@@ -43,8 +43,12 @@ NOT_ROWS = {"rank.rank_example", "sid.release"}  # examples follow a release, an
 
 def start(home: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
     """`sid` with the profile `tiny` in a process of its own, with `more` in its environment."""
-    environment = {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", "COLUMNS": "200", **more}
+    environment = {**_environment(home), **more}
     return subprocess.Popen([sys.executable, "-m", "jobs.cli", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _environment(home: Path | str) -> dict[str, str]:
+    return {**os.environ, "SID_HOME": str(home), "SID_PROFILE": "tiny", "COLUMNS": "200"}
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -68,10 +72,8 @@ class Warm:
     def __init__(self, folder: Path) -> None:
         self._complaints = folder / "complaints"
         with self._complaints.open("w") as to:
-            environment = {**os.environ, "SID_HOME": "", "SID_PROFILE": "tiny", "COLUMNS": "200"}
-            self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", SERVE], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=to, text=True
-            )
+            command = [sys.executable, "-W", "ignore", "-c", SERVE]
+            self._process = subprocess.Popen(command, env=_environment(""), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=to, text=True)
 
     def sid(self, home: Path, *arguments: str) -> str:
         """What `sid` printed."""

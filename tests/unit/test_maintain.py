@@ -225,6 +225,8 @@ def test_what_a_kill_leaves_of_a_folder_holds_no_record(tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         maintain._forget(tmp_path / "run")
     assert not record.exists()
+    assert not (tmp_path / "run").exists(), "half a folder under its name would be taken for a whole one"
+    assert not list(tmp_path.rglob(record.name)), "nor does it hold one elsewhere"
 
 
 def test_a_run_that_is_made_again_after_its_folder_went_is_no_try_that_mlflow_knows(tmp_path: Path) -> None:
