@@ -33,7 +33,17 @@ START_SECONDS = 3_600  # a node with a GPU may have to be bought first
 WAIT_SECONDS = 86_400
 DISTRIBUTED = frozenset({"train_tokenizer"})  # their jobs join a process group; any other would do its work once per process
 SAME_MACHINE = frozenset({"submit", "torchrun"})  # a Kubernetes Job may hold keys to the lake that its launcher lacks
-PASSED_ON = ("SID_HOME", "SID_WAREHOUSE", "SID_CATALOG_URI", "SID_CATALOG_USER", "SID_JARS", "SID_S3_ENDPOINT", "AWS_REGION", "MLFLOW_TRACKING_URI")
+PASSED_ON = (
+    "SID_HOME",
+    "SID_WAREHOUSE",
+    "SID_CATALOG_URI",
+    "SID_CATALOG_USER",
+    "SID_JARS",
+    "SID_S3_ENDPOINT",
+    "AWS_REGION",
+    "MLFLOW_TRACKING_URI",
+    "SID_NAMESPACE",
+)
 KEPT_SECONDS = 7 * 86_400  # a finished Job and its log
 
 

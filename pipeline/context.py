@@ -18,11 +18,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Config
-from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 from pipeline.redact import scrub
 
 ROOT = Path(__file__).resolve().parent.parent
 SQL = ROOT / "sql"
+NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Home:
     @classmethod
     def from_environment(cls) -> Home:
         """The home that `SID_HOME` names."""
-        return cls(Path(os.environ.get("SID_HOME", ".sid")).resolve())
+        home = cls(Path(os.environ.get("SID_HOME", ".sid")).resolve())
+        _ = home.namespace  # a wrong one is said now, not when the first stage has run
+        return home
 
     def folder(self, name: str) -> Path:
         """A folder of the home, made on first use: lake, mlartifacts, models, airflow, data, staging, locks, reports."""
@@ -58,6 +61,17 @@ class Home:
     def tracking_uri(self) -> str:
         """MLflow tracking address: `MLFLOW_TRACKING_URI`, else a SQLite file."""
         return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def namespace(self) -> str:
+        """What tells this lake's experiments and models from others' on one MLflow server: `SID_NAMESPACE`, else nothing.
+
+        Raises: ConfigError where it is not a plain name.
+        """
+        name = os.environ.get("SID_NAMESPACE", "")
+        if name and not NAMESPACE.fullmatch(name):
+            raise ConfigError("SID_NAMESPACE is not a plain name", expected="at most 60 letters, digits, - and _", found=repr(name[:80]), where="SID_NAMESPACE")
+        return name
 
 
 class Frozen(BaseModel):

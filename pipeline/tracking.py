@@ -1,7 +1,7 @@
 """MLflow, and nothing else of sidmill knows it: records of stages, models, aliases, and the way between runs and tables.
 
 A stage's record is first written to the run's staging folder (`record`, needs no MLflow), and pushed later (`flush`), so Spark stages run without MLflow.
-    experiment sid/<profile>  >  one parent run per DAG or CLI run  >  one child run per try of a stage
+    experiment sid/[<namespace>/]<profile>  >  one parent run per DAG or CLI run  >  one child run per try of a stage
 Pushing is idempotent: a child is found again by its `record_key`, its parent by `sid.run_id`. Next: `jobs/runner.py` calls all of this.
 """
 
@@ -184,7 +184,7 @@ def _header(ctx: Context) -> dict[str, Any]:
     """What is known about a try before it has run."""
     run_id = _quotable(ctx.run_id)
     return {
-        "experiment": f"sid/{ctx.config.name}",
+        "experiment": _experiments(ctx.home) + ctx.config.name,
         "run_id": run_id,
         "stage": ctx.stage,
         "group": BY_NAME[ctx.stage].group if ctx.stage in BY_NAME else ctx.stage,
@@ -432,7 +432,7 @@ def log_study(home: Home, name: str, config_hash: str, page: Mapping[str, Any], 
     if not cells:
         return ""
     with _session(home) as client:
-        experiment = _experiment(client, home, f"sid/study-{name}")
+        experiment = _experiment(client, home, f"{_experiments(home)}study-{name}")
         found = _search(client, [experiment], {"sid.kind": "study", "config_hash": config_hash})
         tags = {"sid.kind": "study", "config_hash": config_hash, "git_sha": git_sha()}
         parent = str((found[0] if found else client.create_run(experiment, None, tags, f"{name} {config_hash}")).info.run_id)
@@ -475,8 +475,9 @@ def log_model(ctx: Context, bundle: ModelBundle) -> str:
         _supersede(client, experiment, header["attempt_key"])
         model_id, model_uri = _log_pyfunc(child, bundle)
         client.set_terminated(child, "KILLED")  # until flush tells how the stage ended: never a run that looks alive
-        version = _register(client, bundle, header, run_id=child, model_id=model_id, model_uri=model_uri)
-    uri = f"models:/{bundle.name}/{version}"
+        name = f"{ctx.home.namespace}.{bundle.name}".removeprefix(".")
+        version = _register(client, name, bundle, header, run_id=child, model_id=model_id, model_uri=model_uri)
+    uri = f"models:/{name}/{version}"
     logger.info("logged model=%s run=%s", uri, child)
     return uri
 
@@ -559,13 +560,13 @@ def _package_copy(scratch: Path) -> Path:
     return Path(shutil.copytree(Path(__file__).parent, scratch / "pipeline", ignore=skip))
 
 
-def _register(client: MlflowClient, bundle: ModelBundle, header: dict[str, Any], *, run_id: str, model_id: str, model_uri: str) -> str:
+def _register(client: MlflowClient, name: str, bundle: ModelBundle, header: dict[str, Any], *, run_id: str, model_id: str, model_uri: str) -> str:
     """Version number of the model in the registry, tagged with what it belongs to."""
-    if not client.search_registered_models(f"name = '{_quotable(bundle.name)}'"):
-        client.create_registered_model(bundle.name)
+    if not client.search_registered_models(f"name = '{_quotable(name)}'"):
+        client.create_registered_model(name)
     tags = {key: str(bundle.config[key]) for key in ("generation", "codebook_digest") if key in bundle.config}
     tags |= {key: header[key] for key in ("logical_date", "config_hash", "git_sha", "record_key")}
-    version = client.create_model_version(bundle.name, source=model_uri, run_id=run_id, model_id=model_id, tags=tags)
+    version = client.create_model_version(name, source=model_uri, run_id=run_id, model_id=model_id, tags=tags)
     return str(version.version)
 
 
@@ -626,7 +627,7 @@ def _model_folder(root: Path, uri: str) -> Path:
 def run_of_record(home: Home, key: str) -> RunRef | None:
     """The run of a try, by the record key that its snapshots carry (or the latest of an attempt key); None if it was not flushed here."""
     with _session(home, locked=False) as client:
-        experiments = _sid_experiments(client)
+        experiments = _own_experiments(client, home)
         runs = _search(client, experiments, {"record_key": key}) or _search(client, experiments, {"attempt_key": key})
     return _run_ref(max(runs, key=lambda run: run.info.start_time)) if runs else None
 
@@ -641,7 +642,7 @@ def tables_of_run(home: Home, mlflow_run_id: str) -> dict[str, dict[str, str]]:
 def runs_of(home: Home, run_id: str) -> list[RunRef]:
     """The child runs of one DAG or CLI run, in the order in which they started."""
     with _session(home, locked=False) as client:
-        runs = _search(client, _sid_experiments(client), {"sid.run_id": _quotable(run_id), "sid.kind": "stage"})
+        runs = _search(client, _own_experiments(client, home), {"sid.run_id": _quotable(run_id), "sid.kind": "stage"})
     return [_run_ref(run) for run in sorted(runs, key=lambda run: run.info.start_time)]
 
 
@@ -676,8 +677,15 @@ def _search(client: MlflowClient, experiments: list[str], tags: Mapping[str, str
     return found
 
 
-def _sid_experiments(client: MlflowClient) -> list[str]:
-    return [experiment.experiment_id for experiment in client.search_experiments(filter_string="name LIKE 'sid/%'")]
+def _experiments(home: Home) -> str:
+    """What the names of this lake's experiments begin with."""
+    return f"sid/{home.namespace}/" if home.namespace else "sid/"
+
+
+def _own_experiments(client: MlflowClient, home: Home) -> list[str]:
+    begin = _experiments(home)
+    found = client.search_experiments(filter_string=f"name LIKE '{begin}%'")
+    return [each.experiment_id for each in found if each.name.startswith(begin)]  # to LIKE an underscore is any character
 
 
 @contextmanager

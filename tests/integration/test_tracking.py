@@ -304,6 +304,27 @@ def test_aliases_move_and_are_read_back(home: Home) -> None:
         tracking.set_alias(home, "aliased", "models:/aliased/7", "current")
 
 
+def test_lakes_with_names_share_a_server_without_touching_each_other(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", home.tracking_uri)
+    logged = {}
+    for name in ("prod_1", "prod-1"):  # to SQL's LIKE one pattern
+        monkeypatch.setenv("SID_NAMESPACE", name)
+        own = Home(tmp_path / name)
+        ctx = context(own, "shared-night")
+        uri = tracking.log_model(ctx, bundle())
+        recorded(ctx)
+        tracking.flush(own, ctx.staging)
+        tracking.set_alias(own, uri.removeprefix("models:/").rsplit("/", 1)[0], uri, "current")
+        (run,) = tracking.runs_of(own, "shared-night")
+        logged[name] = (uri, run)
+    assert [uri for uri, _ in logged.values()] == ["models:/prod_1.behavior_encoder/1", "models:/prod-1.behavior_encoder/1"]
+    assert tracking.alias_target(home, "prod_1.behavior_encoder", "current") == "models:/prod_1.behavior_encoder/1"
+    one, other = (client(home).get_run(run.mlflow_run_id).data.tags for _, run in logged.values())
+    assert one["mlflow.parentRunId"] != other["mlflow.parentRunId"]
+    assert client(home).get_experiment(logged["prod_1"][1].experiment_id).name == "sid/prod_1/test"
+    assert not {tag for tag in (*one, *other) if "supersed" in tag}
+
+
 def test_from_table_to_run_and_from_run_to_table(home: Home) -> None:
     ctx = context(home, "lineage")
     record = recorded(ctx, outputs={"sid.item_sid": 1234})

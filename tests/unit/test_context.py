@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pipeline import config
 from pipeline.context import Context, Home, Plan, Release, derive_seed, read_json, write_json
-from pipeline.errors import ContractError, UpstreamMissing
+from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 
 DAY = date(2026, 3, 1)
 
@@ -43,6 +43,17 @@ def test_the_home_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SID_WAREHOUSE", "s3://bucket/lake")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert (home.warehouse, home.tracking_uri) == ("s3://bucket/lake", "http://127.0.0.1:5000")
+
+
+def test_a_namespace_is_a_plain_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SID_NAMESPACE", raising=False)
+    assert Home(tmp_path).namespace == ""
+    monkeypatch.setenv("SID_NAMESPACE", "prod-eu_1")
+    assert Home(tmp_path).namespace == "prod-eu_1"
+    for wrong in ("a/b", "a'b", "a.b", "x" * 61, "prod\n"):
+        monkeypatch.setenv("SID_NAMESPACE", wrong)
+        with pytest.raises(ConfigError, match="not a plain name"):
+            Home.from_environment()
 
 
 def test_without_an_environment_the_home_is_a_folder_beside_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
