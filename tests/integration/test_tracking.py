@@ -316,6 +316,7 @@ def test_lakes_with_names_share_a_server_without_touching_each_other(home: Home,
         tracking.flush(own, ctx.staging)
         tracking.set_alias(own, uri.removeprefix("models:/").rsplit("/", 1)[0], uri, "current")
         (run,) = tracking.runs_of(own, "shared-night")
+        assert tracking.read_bundle(tracking.download(own, uri))[0]["generation"] == 3
         logged[name] = (uri, run)
     assert [uri for uri, _ in logged.values()] == ["models:/prod_1.behavior_encoder/1", "models:/prod-1.behavior_encoder/1"]
     assert tracking.alias_target(home, "prod_1.behavior_encoder", "current") == "models:/prod_1.behavior_encoder/1"
