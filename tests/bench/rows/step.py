@@ -1,7 +1,8 @@
 """One training step of the tokenizer, batch 1024, 768-512-256-128-32, 3 x 256: our RQ-VAE against the same network of others.
 
 vector-quantize-pytorch is a package; LC-Rec (the code line of LETTER and MiniOneRec too) and RQ-VAE-Recommender (compiled, as it comes) are repositories:
-LCREC_CHECKOUT and RVR_CHECKOUT (it needs `gin-config`) name checkouts. Each is started, fed and timed as it comes; the errors after the same steps are shown beside the times.
+LCREC_CHECKOUT and RVR_CHECKOUT (it needs `gin-config`) name checkouts. Each is started, fed and timed as it comes; the errors after the same steps are shown
+beside the times.
 Two of them take the mean over the latent's width for the terms of the code rows and over the input's for the reconstruction, the third takes sums as the
 paper does and as we do, so ours is trained with the weights of either form: the same loss, the same number of steps.
 """
