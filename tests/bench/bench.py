@@ -110,13 +110,20 @@ def peer(name: str) -> ModuleType | None:
 
 
 def repository(variable: str, *modules: str, below: str = "") -> tuple[ModuleType, ...] | None:
-    """Modules of a peer that is a repository: the environment variable names its checkout; None where it does not."""
+    """Modules of a peer that is a repository: the environment variable names its checkout; None where it does not.
+
+    None, too, and a line that says so, where the checkout needs a package that is not there: one peer less, not a bench that ends.
+    """
     if variable not in os.environ:
         return None
     folder = str(Path(os.environ[variable]).resolve() / below)
     if folder not in sys.path:
         sys.path.append(folder)
-    return tuple(importlib.import_module(name) for name in modules)
+    try:
+        return tuple(importlib.import_module(name) for name in modules)
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"left out: the checkout in {variable} needs the package {error.name}\n")
+        return None
 
 
 def answered(work: Callable[[], Any]) -> tuple[Any, float, float]:

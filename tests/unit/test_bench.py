@@ -72,6 +72,18 @@ def test_a_peer_that_is_not_installed_is_none(bench):
     assert bench.peer("json") is json
 
 
+def test_a_checkout_that_lacks_a_package_is_left_out_and_the_package_named(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert bench.repository("PEER_CHECKOUT", "peer_that_loads") is None
+    (tmp_path / "peer_that_loads.py").write_text("NAME = 'peer'\n", encoding="utf-8")
+    (tmp_path / "peer_that_lacks.py").write_text("import a_package_nobody_has\n", encoding="utf-8")
+    monkeypatch.setenv("PEER_CHECKOUT", str(tmp_path))
+    (module,) = bench.repository("PEER_CHECKOUT", "peer_that_loads")
+    assert module.NAME == "peer"
+    assert bench.repository("PEER_CHECKOUT", "peer_that_lacks") is None
+    assert "PEER_CHECKOUT needs the package a_package_nobody_has" in capsys.readouterr().err
+
+
 def test_the_table_has_one_line_per_contestant_with_all_cells(bench):
     result = measured(bench, ours=lambda: None, peers={"a": lambda: None, "b": lambda: None}, units=10, work=1e3, limit="fp32", notices=("left out",))
     lines = [line for line in bench.table([result], LIMITS).splitlines() if line.startswith("|")]

@@ -146,7 +146,7 @@ def mask(tokens_NS: Tensor) -> Case:
         target=1.0,
         judged=("STATIC",),
         rounds=50,
-        notices=() if static() else (f"STATIC was not run: {STATIC} names no checkout",),
+        notices=() if static() else (f"STATIC was not run: {STATIC} names no checkout that loads",),
     )
 
 
