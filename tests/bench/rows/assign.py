@@ -13,7 +13,6 @@ from bench import Case, peer
 from torch import Tensor
 
 from pipeline import config
-from pipeline.device import has_bfloat16
 from pipeline.tokenizers.ada_sid import AdaSid, Network
 from pipeline.tokenizers.base import ItemBatch
 from pipeline.tokenizers.quantize import kmeans, nearest_centroid, residual_codes
@@ -134,7 +133,7 @@ def tokenizer(points_ND: Tensor, codebook_LKD: Tensor) -> Case:
         equal=same_codes(points_ND, codebook_LKD),
         units=count,
         work=2.0 * count * WIDTH * LEVELS * SIZE,
-        limit="bf16" if has_bfloat16() else "fp32",
+        limit="bf16" if ResidualSearch(codebook_LKD).bfloat16 else "fp32",  # what `encode` searches with
     )
 
 
