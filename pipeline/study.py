@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipeline.config import Section, TrainBehaviorEncoder, TrainRanker, TrainRetriever, TrainTokenizer, read_toml
 from pipeline.errors import ConfigError
@@ -159,6 +159,12 @@ class Page(Section):
     train_retriever: TrainRetriever = TrainRetriever()
     train_ranker: TrainRanker = TrainRanker()
 
+    @field_validator("claims", mode="before")
+    @classmethod
+    def one_a_control(cls, claims: list[Any]) -> list[Any]:
+        """The claims; one with `controls` stands for a claim a name, and {control} in its title for the name."""
+        return [each for claim in claims for each in _one_a_control(claim)]
+
     @model_validator(mode="after")
     def known_names(self) -> Self:
         """The page; every name that an arm, a reader or a claim uses is there."""
@@ -202,6 +208,16 @@ class Page(Section):
         """12 hex digits that name this page; where the data lie does not count."""
         content = self.model_dump(mode="json", exclude={"data": {name: {"path"} for name in self.data}})
         return short_digest(content)
+
+
+def _one_a_control(claim: Any) -> list[Any]:
+    if not isinstance(claim, Mapping) or "controls" not in claim:
+        return [claim]
+    names, title = claim["controls"], str(claim.get("title", ""))
+    if "control" in claim or not isinstance(names, list) or not names or "{control}" not in title:
+        raise ValueError(f"claim {title!r} with `controls`: a list of names in place of `control`, and {{control}} in the title")
+    shared = {key: value for key, value in claim.items() if key != "controls"}
+    return [{**shared, "title": title.replace("{control}", str(name)), "control": name} for name in names]
 
 
 def load(page: str, overrides: Sequence[str] = ()) -> Page:

@@ -79,6 +79,10 @@ def test_a_shipped_page_loads_and_every_arm_of_its_claims_runs_where_it_is_claim
         ({"claims": [{**CLAIM, "control_metric": "recall@10"}]}, "compares recall@50 with recall@10"),
         ({"claims": [{**CLAIM, "arm": "ease", "reader": "floor"}]}, "names 'floor'"),
         ({"claims": [{**CLAIM, "stratum": "tale"}]}, "claims.0.stratum"),
+        ({"claims": [{**CLAIM, "title": "above {control}", "controls": ["mean"]}]}, "in place of `control`"),
+        ({"claims": [{"title": "above {control}", "controls": []}]}, "a list of names"),
+        ({"claims": [{"title": "above all", "controls": ["mean", "permuted"]}]}, r"\{control\} in the title"),
+        ({"claims": ["ada"]}, "claims.0"),
         ({"source": {"pth": "x"}}, "source.pth"),
         ({"data": {"films": {"kind": "movielens", "options": {"holdout": 0.3}}}, "claims": []}, "movielens has no options, found holdout"),
         ({"inputs": {"weak": {"train_behavior_encoder": {"sasrec": {"dimm": 3}}}}}, "dimm"),
@@ -87,6 +91,14 @@ def test_a_shipped_page_loads_and_every_arm_of_its_claims_runs_where_it_is_claim
 def test_a_wrong_key_or_name_is_told_by_name(changes: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         page(**changes)
+
+
+def test_a_claim_with_several_controls_is_a_claim_a_control() -> None:
+    shared = {key: value for key, value in CLAIM.items() if key not in ("title", "control")}
+    several = page(claims=[{**shared, "title": "above {control}", "controls": ["mean", "permuted"]}, CLAIM])
+    single = page(claims=[*({**shared, "title": f"above {name}", "control": name} for name in ("mean", "permuted")), CLAIM])
+    assert several.claims == single.claims
+    assert several.digest() == single.digest()
 
 
 def test_the_path_of_own_data_comes_from_outside_and_names_nothing() -> None:
