@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.ingest import ImageRefused, read_image
+from jobs.images import ImageRefused, read_image
 from pipeline import config
 from pipeline.context import Context
 from pipeline.errors import ConfigError, ContractError

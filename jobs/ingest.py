@@ -7,23 +7,18 @@ An item's unusable image is quarantined too, but the item goes on without it: su
 from __future__ import annotations
 
 import csv
-import errno
-import hashlib
 import itertools
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
+from jobs.images import image_reader
 from pipeline import config
 from pipeline.context import Context, PlannedFile
 from pipeline.datasets import base, dataset
@@ -51,10 +46,6 @@ JUDGED = {"file_date": "date", "source": "string", "reason": "string", "detail":
 LEDGER_DDL = "file_date date, kind string, path string, sha256 string, bytes bigint, rows_in bigint, rejected bigint, status string"
 IMAGE_DDL = "image_uri string, image_sha256 string, image_reason string, image_detail string"
 NO_COLUMN = ("NULL", "CAST(NULL AS STRING)")
-MAX_URI = 1024
-OUTSIDE = "the address lies outside the image folder"
-ADDRESS_FAULTS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EACCES)  # of one file; other errors of the system are an outage
-SERVER_FAULTS = (401, 407, 408, 429)  # answers between 400 and 499 that say nothing about the picture
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,6 @@ class Tally:
 
 
 Tallies = Mapping[tuple[date, str], Tally]
-ImageReason = Literal["image_missing", "image_outside_root", "image_too_large"]
 
 
 def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
@@ -390,9 +380,11 @@ def catalogue_from_events(events: DataFrame) -> DataFrame:
 
 def images_of(items: DataFrame, spec: SourceSpec, max_image_bytes: int) -> DataFrame:
     """(image_uri, image_sha256, image_reason, image_detail) of every image that an item names; each is read once."""
-    frame = items.select("image_uri").where("trim(image_uri) <> ''").distinct()
+    named = items.select("image_uri").where("trim(image_uri) <> ''").distinct()
     if spec.item_select.get("image_uri", "NULL").upper() in NO_COLUMN:
         return local_frame(items.sparkSession, [], IMAGE_DDL)  # a source without pictures starts no Python worker
+    tasks = named.sparkSession.sparkContext.defaultParallelism
+    frame = named.repartition(tasks, "image_uri")  # asked for by number: Spark would join short rows into one task, and each of them is a picture to fetch
     return frame.mapInArrow(image_reader(spec.image_root, max_image_bytes), IMAGE_DDL)
 
 
@@ -417,103 +409,6 @@ def _modality_hash(content: Column, vector: str) -> Column:
 
     given = F.sha2(F.concat_ws("|", content, F.to_json(vector)), 256)
     return F.when(F.col(vector).isNotNull(), given).otherwise(content)
-
-
-def image_reader(root: str, limit: int) -> Callable[[Any], Iterator[pa.RecordBatch]]:
-    """A mapInArrow function: image_uri -> sha256 of the bytes, or a reason and what was found."""
-
-    def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """A batch of digests per batch of addresses."""
-        for batch in batches:
-            uris = batch.column("image_uri").to_pylist()
-            found = [image_digest(root, uri, limit) for uri in uris]  # one file each: nothing to vectorise
-            columns = [pa.array(column, pa.string()) for column in (uris, *zip(*found, strict=True))] if found else [pa.array([], pa.string())] * 4
-            yield pa.RecordBatch.from_arrays(columns, ["image_uri", "image_sha256", "image_reason", "image_detail"])
-
-    return read
-
-
-class ImageRefused(ValueError):
-    """Raised for an image that its item goes on without.
-
-    Args:
-        reason: code of raw.rejected_row.
-        detail: what was found.
-    """
-
-    def __init__(self, reason: ImageReason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason: ImageReason = reason
-        self.detail = detail
-
-
-def image_digest(root: str, uri: str, limit: int) -> tuple[str | None, str | None, str | None]:
-    """(sha256, None, None) of the image's bytes, or (None, reason, detail)."""
-    try:
-        return hashlib.sha256(read_image(root, uri, limit)).hexdigest(), None, None
-    except ImageRefused as refused:
-        return None, refused.reason, refused.detail
-
-
-def read_image(root: str, uri: str, limit: int) -> bytes:
-    """Bytes of one image, at most `limit`.
-
-    The address comes from a catalogue file: it leads below the folder that the profile names or nowhere, and never chooses a protocol or a server.
-
-    Args:
-        root: folder or fsspec URI; a relative `uri` is joined to it, a complete one must begin with it.
-    Raises: ImageRefused for an address or an image that cannot be used. Other errors of a disk or a store propagate: an outage is no missing image.
-    """
-    if "\0" in uri or len(uri) > MAX_URI:
-        raise ImageRefused("image_missing", "no such file")
-    try:
-        with _opened(root, uri) as stream:
-            content = bytes(stream.read(limit + 1))
-    except OSError as error:
-        if not (detail := _address_fault(error, root)):
-            raise
-        raise ImageRefused("image_missing", detail) from error
-    if len(content) > limit:
-        raise ImageRefused("image_too_large", f"more than {limit} bytes")
-    return content
-
-
-def _opened(root: str, uri: str) -> AbstractContextManager[Any]:
-    """The stream of an image below the root."""
-    if "://" in root:
-        import fsspec
-
-        opened: AbstractContextManager[Any] = fsspec.open(_address_below(root, uri), "rb")
-        return opened
-    folder = os.path.realpath(root)
-    path = Path(os.path.realpath(Path(folder) / uri))  # not Path.resolve: it raises on a loop of links
-    if not root or "://" in uri or not path.is_relative_to(folder):
-        raise ImageRefused("image_outside_root", OUTSIDE)
-    if not path.is_file():
-        raise FileNotFoundError(uri)
-    return path.open("rb")
-
-
-def _address_below(root: str, uri: str) -> str:
-    """The complete address of an image below a remote root; what a server or fsspec could take for a way out is refused."""
-    folder = root.rstrip("/") + "/"
-    rest = uri.removeprefix(folder)
-    if re.search(r"::|://|[\x00-\x1f]", rest) or ".." in re.split(r"[/\\]", unquote(rest)):
-        raise ImageRefused("image_outside_root", OUTSIDE)
-    return folder + rest
-
-
-def _address_fault(error: OSError, root: str) -> str:
-    """What is wrong with this one address, in words; empty when the disk, the store or the way to it is to blame."""
-    cause = error.__cause__
-    if root.startswith(("http://", "https://")) and isinstance(cause, Exception) and not isinstance(cause, FileNotFoundError):
-        status = int(getattr(cause, "status", 0))  # fsspec says "not found" whatever happened to the server
-        if 400 <= status < 500 and status not in SERVER_FAULTS:
-            return f"the server answers {status}"
-        return "no address" if isinstance(cause, ValueError) else ""
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        return "no such file"
-    return os.strerror(error.errno) if error.errno in ADDRESS_FAULTS else ""
 
 
 # ---------------------------------------------------------------- counting

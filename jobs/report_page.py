@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import views
-from jobs.ingest import read_image
+from jobs.images import read_image
 from jobs.plan_night import MANIFEST, manifest_of
 from jobs.releases import resolve, show_item
 from pipeline import lakehouse

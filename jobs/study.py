@@ -345,7 +345,7 @@ def compared(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str) -> tupl
     if not left or not right:
         return None
     capped = any(document.get("capped", False) for _, document in (*left, *right))
-    options: dict[str, Any] = {"null": study.null_of(claim), "level": todo.page.statistics.level, "seed": todo.page.seed}
+    options: dict[str, Any] = {"null": study.null_of(claim), "level": todo.page.statistics.level}
     if todo.page.data[data].worlds > 1 or claim.reader == "codes":
         sides = _grid(left, claim.metric, claim.stratum), _grid(right, claim.control_metric or claim.metric, claim.stratum)
         worlds = sorted(set(sides[0]) & set(sides[1]))
@@ -353,9 +353,9 @@ def compared(todo: Plan, cells: Sequence[Pair], claim: Claim, data: str) -> tupl
         if not seeds:
             return None
         a, b = (np.array([[side[world][seed] for seed in seeds] for world in worlds]) for side in sides)
-        return intervals.scalar_estimate(a, claim.times * b, **options), capped
+        return intervals.scalar_estimate(a, claim.times * b, seed=todo.page.seed, **options), capped
     effect = _effect(todo, cells, claim, data, left, right)
-    return None if effect is None else (intervals.estimate(effect, resamples=todo.page.statistics.resamples, **options), capped)
+    return None if effect is None else (intervals.estimate(effect, **options), capped)
 
 
 def _side(cells: Sequence[Pair], data: str, arm: str, reader: str) -> list[Pair]:

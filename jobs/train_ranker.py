@@ -169,7 +169,7 @@ def _evaluate(data: RankData, fits: dict[str, list[RankerFit]], params: TrainRan
     from pipeline.ranker import evaluate
 
     scores = {arm: [run.scores_test for run in runs] for arm, runs in fits.items()}
-    return evaluate(data.test, scores, resamples=params.bootstrap, seed=derive_seed(ctx.config.seed, "ranker", "bootstrap"))
+    return evaluate(data.test, scores)
 
 
 def _served_fit(

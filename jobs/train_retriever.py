@@ -298,8 +298,6 @@ def evaluated(inputs: Inputs, shelf: Shelf, examples: pa.Table, params: TrainRet
         evaluation.strata(questions.stratum, questions.evidence),
         [(a, b) for a in fits for b in (*(arm for arm in fits if arm != a), *FLOORS) if a == "real" or (a, b) == ("permuted", "random")],
         ks=[k for k in evaluation.CUTOFFS if not searched or k <= params.beams],
-        resamples=params.bootstrap,
-        seed=derive_seed(ctx.config.seed, "retriever", "bootstrap"),
     )
     return fits, found
 

@@ -19,6 +19,7 @@ from pipeline.context import Home
 from pipeline.errors import ConfigError
 
 REST_SECRETS = {"token": "SID_CATALOG_TOKEN", "credential": "SID_CATALOG_CREDENTIAL"}
+SECRETS = ("jdbc.password", *REST_SECRETS)  # of a catalog's properties
 DEFAULT_REGION = "us-east-1"
 
 

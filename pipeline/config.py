@@ -619,7 +619,6 @@ class TrainRanker(Section):
     gate_dim: int = Field(32, ge=1, description="ppnet: hidden width of the gates")
     cross_layers: int = Field(3, ge=1, description="dcnv2: cross layers")
     cross_rank: int = Field(0, ge=0, description="dcnv2: rank of a cross layer's matrix; 0 = full")
-    bootstrap: int = Field(500, ge=1, description="paired bootstrap resamples over users")
 
 
 class Parallel(Section):
@@ -696,7 +695,6 @@ class TrainRetriever(Section):
     mask_history: bool = Field(True, description="the user's earlier items leave the ranking, for every arm and floor alike, and are not asked for")
     max_questions: int = Field(0, ge=0, description="test questions at most, drawn by the seed; 0 = all")
     ease_up_to: int = Field(6000, ge=0, description="catalogue size up to which the floor EASE is computed; it costs N^3")
-    bootstrap: int = Field(500, ge=1, description="paired bootstrap resamples over users")
 
 
 class Maintain(Section):

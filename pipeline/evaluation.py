@@ -227,14 +227,12 @@ def retrieval_table(
     pairs: Sequence[tuple[str, str]],
     *,
     ks: Sequence[int] = CUTOFFS,
-    resamples: int = 500,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Tables of a report as JSON: `arms` (arm -> slice -> recall@k, ndcg@k, rows, thin) and `differences` (a, b, stratum, metric, mean, low, high, ...).
 
     Args:
         ranks: arm -> ranks of the same rows, one array per seed; a metric is the mean over seeds.
-        users: user of each row, who is resampled with all rows.
+        users: user of each row, who counts with all rows.
         masks: slices as of `strata`; thin ones have fewer than 1,000 rows and carry no verdict.
         pairs: arms to compare, absent ones are left out.
     """
@@ -249,8 +247,7 @@ def retrieval_table(
         for arm, runs in values.items()
     }
     differences = [
-        {"a": a, "b": b, "stratum": name, "metric": metric, "thin": bool(mask.sum() < THIN_ROWS)}
-        | _paired(values[a], values[b], metric, mask, user_B, resamples, seed)
+        {"a": a, "b": b, "stratum": name, "metric": metric, "thin": bool(mask.sum() < THIN_ROWS)} | _paired(values[a], values[b], metric, mask, user_B)
         for a, b in pairs
         if a in values and b in values
         for name, mask in masks.items()
@@ -263,12 +260,10 @@ def _row_metrics(ranks_B: Floats, ks: Sequence[int]) -> dict[str, Floats]:
     return {name: metric(ranks_B, k) for k in ks for name, metric in ((f"recall@{k}", recall_at), (f"ndcg@{k}", ndcg_at))}
 
 
-def _paired(
-    a: Sequence[Mapping[str, Floats]], b: Sequence[Mapping[str, Floats]], metric: str, mask: NDArray[np.bool_], user_B: NDArray[Any], resamples: int, seed: int
-) -> dict[str, Any]:
+def _paired(a: Sequence[Mapping[str, Floats]], b: Sequence[Mapping[str, Floats]], metric: str, mask: NDArray[np.bool_], user_B: NDArray[Any]) -> dict[str, Any]:
     """Mean difference over seeds with its interval over users and seeds, and the deviation between seeds; a floor has one run for all seeds."""
     by_seed = [x[metric][mask] - y[metric][mask] for x, y in itertools.zip_longest(a, b, fillvalue=(b if len(b) < len(a) else a)[0])]
-    return difference(intervals.mean_effect(by_seed, user_B[mask]), resamples, seed)
+    return difference(intervals.mean_effect(by_seed, user_B[mask]))
 
 
 def gauc_effect(labels: ArrayLike, a_SB: Iterable[ArrayLike], b_SB: Iterable[ArrayLike], users: ArrayLike) -> intervals.Effect:
@@ -278,9 +273,9 @@ def gauc_effect(labels: ArrayLike, a_SB: Iterable[ArrayLike], b_SB: Iterable[Arr
     return replace(effect, rows=np.asarray(labels).size)
 
 
-def difference(effect: intervals.Effect, resamples: int, seed: int) -> dict[str, Any]:
+def difference(effect: intervals.Effect) -> dict[str, Any]:
     """mean, low, high, seed_sd and seeds of a paired effect as JSON; null where a class is missing."""
-    found = intervals.estimate(effect, resamples=resamples, seed=seed)
+    found = intervals.estimate(effect)
     values = {"mean": found.difference, "low": found.low, "high": found.high, "seed_sd": found.seed_sd}
     return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()} | {"seeds": found.seeds}
 

@@ -386,12 +386,11 @@ def _id_budget(data: RankData, dim: int) -> int:
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(test: RankRows, scores_by_arm: Mapping[str, Sequence[Floats]], *, resamples: int, seed: int) -> dict[str, Any]:
+def evaluate(test: RankRows, scores_by_arm: Mapping[str, Sequence[Floats]]) -> dict[str, Any]:
     """Tables of the report as JSON: `arms` (arm -> stratum -> auc, gauc, logloss, auc_sd, rows, thin), `differences`, `users_covered`.
 
     Args:
         scores_by_arm: arm -> one array of logits per training seed, rows as in `test`.
-        resamples: bootstrap resamples of the users per difference.
     A metric is the mean over seeds; None where a class is missing. `thin` strata have fewer than 1,000 rows and carry no verdict.
     """
     masks = evaluation.strata(test.stratum, test.evidence)
@@ -402,7 +401,7 @@ def evaluate(test: RankRows, scores_by_arm: Mapping[str, Sequence[Floats]], *, r
             {"a": a, "b": b, "stratum": name, **row}
             for a, b in pairs
             for name, mask in masks.items()
-            for row in _differences(test, scores_by_arm[a], scores_by_arm[b], mask, resamples, seed)
+            for row in _differences(test, scores_by_arm[a], scores_by_arm[b], mask)
         ],
         "users_covered": evaluation.user_auc(test.label, np.zeros(len(test)), test.person).users_covered,
     }
@@ -421,15 +420,13 @@ def _stratum_metrics(test: RankRows, runs: Sequence[Floats], mask: npt.NDArray[n
     }
 
 
-def _differences(
-    test: RankRows, runs_a: Sequence[Floats], runs_b: Sequence[Floats], mask: npt.NDArray[np.bool_], resamples: int, seed: int
-) -> list[dict[str, Any]]:
+def _differences(test: RankRows, runs_a: Sequence[Floats], runs_b: Sequence[Floats], mask: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Difference a - b in AUC and GAUC with the interval over users and seeds."""
     label_B, person_B = test.label[mask], test.person[mask]
     a_SB, b_SB = (np.stack([run[mask] for run in runs]) for runs in (runs_a, runs_b))
     effects = {"auc": intervals.auc_effect(label_B, a_SB, b_SB, person_B), "gauc": evaluation.gauc_effect(label_B, a_SB, b_SB, person_B)}
     thin = bool(mask.sum() < evaluation.THIN_ROWS)
-    return [{"metric": name, **evaluation.difference(effect, resamples, seed), "thin": thin} for name, effect in effects.items()]
+    return [{"metric": name, **evaluation.difference(effect), "thin": thin} for name, effect in effects.items()]
 
 
 def _probability(logits: Floats) -> Floats:

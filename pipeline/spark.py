@@ -37,13 +37,17 @@ def session(home: Home, lake: Lake, launch: Launch) -> SparkSession:
     builder = SparkSession.builder.appName("sidmill")
     if "SPARK_ENV_LOADED" not in os.environ:  # under spark-submit the master is the submitter's choice
         builder = builder.master(launch.master)
-    for key, value in {**_settings(launch), **catalog_settings(home, lake)}.items():
+    settings = {**_settings(launch), **catalog_settings(home, lake)}
+    secrets = {key: settings.pop(key) for key in list(settings) if key.endswith(catalog.SECRETS)}
+    for key, value in settings.items():
         builder = builder.config(key, value)
     before = signal.getsignal(signal.SIGINT)
     spark = builder.getOrCreate()
     if before is not signal.default_int_handler and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, before)  # pyspark puts its own in the place of whatever the caller wants of Ctrl-C
     spark.sparkContext.setLogLevel("ERROR")
+    for key, value in secrets.items():
+        spark.conf.set(key, value)  # a builder's settings stand on the JVM's command line, which every user of the machine can read
     return spark
 
 

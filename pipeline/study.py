@@ -132,7 +132,6 @@ class Statistics(Section):
 
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="tokenizer seeds, each with its own reader seed")
     encoder_seeds: int = Field(1, ge=1, description="behaviour encoders trained per data set; seed s uses encoder s modulo this")
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples over seeds and users")
     level: float = Field(0.95, gt=0.5, lt=1, description="probability mass of an interval")
     min_seeds: int = Field(2, ge=1, description="seeds below which there is no verdict")
     min_worlds: int = Field(6, ge=2, description="worlds below which there is no verdict on generated shops")

@@ -11,6 +11,8 @@ import pytest
 from pipeline.config import Lake, Launch
 from pipeline.context import Home
 
+for _name in [name for name in os.environ if name.startswith(("SID_", "MLFLOW_TRACKING_", "MLFLOW_REGISTRY_", "AIRFLOW"))]:
+    del os.environ[_name]  # whoever tests from a shell that works on a lake must not test on that lake
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -38,7 +40,6 @@ def spark(_session_home: Home):
     from pipeline import lakehouse
     from pipeline import spark as gate
 
-    os.environ.pop("SID_WAREHOUSE", None)
     session = gate.session(_session_home, Lake(), Launch(driver_memory="1g", shuffle_partitions=2, java_options="-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"))
     lakehouse.create_tables(session)
     yield session

@@ -68,7 +68,8 @@ def run(folder: Path, items: int, nights: int) -> list[Night]:
     Raises: CalledProcessError when a night fails.
     """
     write_days(folder / "landing", items, nights)
-    environment = {**os.environ, "SID_HOME": str(folder / "home"), "SID_PROFILE": str(PROFILE)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SID_", "MLFLOW_TRACKING_", "AIRFLOW"))}  # not the caller's lake
+    environment = {**kept, "SID_HOME": str(folder / "home"), "SID_PROFILE": str(PROFILE)}
     last = FIRST + timedelta(days=nights - 1)
     sets = [f"source.path={folder / 'landing'}", *([SHORT] if items < SMALL else [])]
     command = [

@@ -44,6 +44,8 @@ RELAXED = ("publish_release.max_churn=1.0", "publish_release.max_head_churn=1.0"
 
 def run_pipeline(home: Home, given: argparse.Namespace) -> None:
     """The default policy up to the last night, with the days to come loaded and ranking examples around the first release; nothing that is there runs again."""
+    for name in [name for name in os.environ if name.startswith(("SID_", "MLFLOW_TRACKING_", "AIRFLOW"))]:
+        del os.environ[name]  # not the caller's lake
     os.environ.update(SID_HOME=str(home.root), SID_PROFILE=given.profile)
     lake, future = config.load(given.profile).lake, str(given.last + timedelta(days=FUTURE_DAYS))
     there = set(lakehouse.read_releases(home, lake)["logical_date"].to_pylist())

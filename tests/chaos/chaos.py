@@ -316,6 +316,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="comma-separated names of faults")
     parser.add_argument("--out", type=Path, default=Path(".sid/chaos.json"))
     given = parser.parse_args()
+    for name in [name for name in os.environ if name.startswith(("SID_", "MLFLOW_TRACKING_", "AIRFLOW"))]:
+        del os.environ[name]  # not the caller's lake
     log.configure()
     logger.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="sid_chaos_") as folder:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import ingest, item_popularity, plan_night, runner
+from jobs import images, ingest, item_popularity, plan_night, runner
 from jobs.inputs import Inputs
 from pipeline import config, lakehouse
 from pipeline.context import Context, Home, Plan, write_json
@@ -406,7 +406,7 @@ def test_the_same_files_give_the_same_rows(files):
     [("file:///etc/hostname", "image_outside_root"), ("a\0b", "image_missing"), ("x" * 5000, "image_missing"), ("/etc/hostname", "image_outside_root")],
 )
 def test_a_hostile_image_address_reads_nothing(tmp_path, uri, reason):
-    assert ingest.image_digest(str(tmp_path), uri, 10)[:2] == (None, reason)
+    assert images.image_digest(str(tmp_path), uri, 10)[:2] == (None, reason)
 
 
 def test_images_are_read_through_fsspec_addresses():
@@ -415,6 +415,6 @@ def test_images_are_read_through_fsspec_addresses():
     with fsspec.open("memory://pictures/a.jpg", "wb") as stream:
         stream.write(b"abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert ingest.image_digest("memory://pictures", "a.jpg", 3) == (digest, None, None)
-    assert ingest.image_digest("memory://pictures", "b.jpg", 3)[1] == "image_missing"
-    assert ingest.image_digest("memory://pictures", "a.jpg", 2)[1] == "image_too_large"
+    assert images.image_digest("memory://pictures", "a.jpg", 3) == (digest, None, None)
+    assert images.image_digest("memory://pictures", "b.jpg", 3)[1] == "image_missing"
+    assert images.image_digest("memory://pictures", "a.jpg", 2)[1] == "image_too_large"

@@ -10,7 +10,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from datetime import date
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,18 @@ NASTY_WORDS = [text for text in NASTY if "\0" not in text]  # the system itself 
 
 
 # ---------------------------------------------------------------- a canary
+
+SESSION = """
+import psutil
+from pipeline import config, spark
+from pipeline.context import Home
+
+profile = config.load("tiny", ["lake.catalog=rest"])
+session = spark.session(Home.from_environment(), profile.lake, profile.launch)
+print("TABLES", [row.namespace for row in session.sql("SHOW NAMESPACES IN lake").collect()])
+for process in psutil.Process().children(recursive=True):
+    print("COMMAND", process.cmdline())
+"""
 
 WORK = """
 from datetime import UTC, date, datetime
@@ -58,6 +70,36 @@ try:
 except ResourceLost as error:
     print("UNREACHABLE", error)
 """
+
+
+@pytest.mark.spark
+def test_a_catalogs_token_reaches_the_catalog_and_no_command_line(tmp_path: Path) -> None:
+    logins: list[str] = []
+
+    class Catalog(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            logins.append(self.headers.get("Authorization", ""))
+            body = json.dumps({"namespaces": [["raw"]]} if "namespaces" in self.path else {"defaults": {}, "overrides": {}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: Any) -> None:
+            """Silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Catalog)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SID_")}
+    given = kept | {"SID_HOME": str(tmp_path), "SID_CATALOG_URI": f"http://127.0.0.1:{server.server_port}", "SID_CATALOG_TOKEN": TOKEN}
+    done = subprocess.run([sys.executable, "-c", SESSION], env=given, capture_output=True, text=True, timeout=300, check=False)
+    server.shutdown()
+    server.server_close()
+    assert "TABLES ['raw']" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert set(logins) == {f"Bearer {TOKEN}"}
+    assert "spark.sql.catalog.lake.uri" in done.stdout, "the command line of the JVM was looked at"
+    assert TOKEN not in done.stdout + done.stderr
 
 
 @dataclass(frozen=True)

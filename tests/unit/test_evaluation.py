@@ -190,7 +190,7 @@ def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users_and_se
     draw = np.random.default_rng(0)
     users, masks = draw.integers(0, 40, 200), {"all": np.ones(200, bool), "tail": draw.random(200) < 0.4}
     good, floor = [draw.integers(1, 30, 200).astype(float) for _ in range(2)], [draw.integers(1, 300, 200).astype(float)]
-    table = ev.retrieval_table({"real": good, "markov": floor}, users, masks, [("real", "markov"), ("real", "absent")], ks=(10,), resamples=100)
+    table = ev.retrieval_table({"real": good, "markov": floor}, users, masks, [("real", "markov"), ("real", "absent")], ks=(10,))
     assert table["arms"]["real"]["tail"]["recall@10"] == pytest.approx(np.mean([ev.recall_at(run, 10)[masks["tail"]].mean() for run in good]))
     assert table["arms"]["markov"]["all"] == {
         "recall@10": ev.recall_at(floor[0], 10).mean(),
@@ -203,7 +203,7 @@ def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users_and_se
     }
     row = next(row for row in table["differences"] if (row["stratum"], row["metric"]) == ("all", "ndcg@10"))
     by_seed = [ev.ndcg_at(run, 10) - ev.ndcg_at(floor[0], 10) for run in good]
-    expected = intervals.estimate(intervals.mean_effect(by_seed, users), resamples=100)
+    expected = intervals.estimate(intervals.mean_effect(by_seed, users))
     assert (row["mean"], row["low"], row["high"], row["seeds"]) == (expected.difference, expected.low, expected.high, 2)
     assert row["seed_sd"] == pytest.approx(np.std([part.mean() for part in by_seed], ddof=1))
     assert row["low"] > 0
@@ -211,7 +211,7 @@ def test_the_table_of_arms_is_means_over_seeds_and_differences_over_users_and_se
 
 def test_a_slice_is_thin_below_a_thousand_rows() -> None:
     ranks, masks = [np.ones(1000)], {"all": np.ones(1000, bool), "most": np.arange(1000) > 0}
-    table = ev.retrieval_table({"a": ranks, "b": ranks}, np.arange(1000), masks, [("a", "b")], ks=(10,), resamples=10)
+    table = ev.retrieval_table({"a": ranks, "b": ranks}, np.arange(1000), masks, [("a", "b")], ks=(10,))
     assert {name: row["thin"] for name, row in table["arms"]["a"].items()} == {"all": False, "most": True}
     assert {row["stratum"]: row["thin"] for row in table["differences"]} == {"all": False, "most": True}
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from jobs.ingest import ImageRefused, image_digest, read_image
+from jobs.images import ImageRefused, image_digest, read_image
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-ANSWERS = {"/pictures/a.jpg": 200, "/pictures/busy.jpg": 503, "/pictures/login.jpg": 401, "/pictures/private.jpg": 403, "/secret.jpg": 200}
+ANSWERS = {
+    "/pictures/a.jpg": 200,
+    "/pictures/busy.jpg": 503,
+    "/pictures/login.jpg": 401,
+    "/pictures/private.jpg": 403,
+    "/secret.jpg": 200,
+    "/pictures/parts.jpg": 200,
+}
+MOVED = {"/pictures/moved.jpg": "a.jpg", "/pictures/away.jpg": "/secret.jpg", "/pictures/abroad.jpg": "http://localhost:9/pictures/a.jpg"}
+PIECES = [bytes([number]) * 50_000 for number in range(6)]
+ASKED: list[str] = []
 
 
 @pytest.fixture
@@ -32,22 +44,29 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[HTTPServer]:
-    """Answers as ANSWERS says, 404 otherwise, and notes what it was asked for."""
+    """Answers as ANSWERS and MOVED say, 404 otherwise, and notes what it was asked for; `parts.jpg` comes piece by piece and without a length."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(ANSWERS.get(self.path, 404))
-            self.send_header("Content-Length", "3")
+            ASKED.append(self.path)
+            pieces = PIECES if self.path.endswith("parts.jpg") else [b"abc"]
+            self.send_response(302 if self.path in MOVED else ANSWERS.get(self.path, 404))
+            if self.path in MOVED:
+                self.send_header("Location", MOVED[self.path])
+            if len(pieces) == 1:
+                self.send_header("Content-Length", "3")
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(b"abc")
+            for piece in pieces if self.command == "GET" else []:
+                self.wfile.write(piece)
+                self.wfile.flush()
+                time.sleep(0.01 * (len(pieces) > 1))
 
         do_HEAD = do_GET
 
         def log_message(self, *words: object) -> None:
             """Silent."""
 
-    made = HTTPServer(("127.0.0.1", 0), Handler)
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield made
     made.shutdown()
@@ -102,6 +121,21 @@ def test_a_server_without_the_picture_is_told_from_one_that_is_down(server: HTTP
             read_image(root, outage, 3)
     with pytest.raises(OSError):
         read_image("http://127.0.0.1:9/pictures", "a.jpg", 3)
+
+
+def test_a_picture_of_unknown_length_is_read_to_its_end(server: HTTPServer) -> None:
+    root, whole = f"http://127.0.0.1:{server.server_port}/pictures", b"".join(PIECES)
+    assert image_digest(root, "parts.jpg", len(whole)) == (hashlib.sha256(whole).hexdigest(), None, None)
+    assert image_digest(root, "parts.jpg", len(whole) - 1)[1] == "image_too_large"
+
+
+def test_a_server_leads_a_reader_on_inside_the_folder_and_nowhere_else(server: HTTPServer) -> None:
+    root = f"http://127.0.0.1:{server.server_port}/pictures"
+    assert image_digest(root, "moved.jpg", 3) == (ABC, None, None)
+    ASKED.clear()
+    assert [image_digest(root, name, 3)[1] for name in ("away.jpg", "abroad.jpg")] == ["image_outside_root"] * 2
+    assert "/secret.jpg" not in ASKED
+    assert "/pictures/away.jpg" in ASKED
 
 
 @pytest.mark.parametrize(("number", "expected"), [(errno.EACCES, ImageRefused), (errno.EIO, OSError)])

@@ -21,7 +21,7 @@ from pipeline.rankers.dcnv2 import DcnV2
 from pipeline.rankers.ppnet import PpNet
 
 SIZES = (4, 3, 4)
-PARAMS = TrainRanker(dim=8, hidden_dims=[16], max_epochs=2, batch_size=64, bootstrap=50)
+PARAMS = TrainRanker(dim=8, hidden_dims=[16], max_epochs=2, batch_size=64)
 START = datetime(2026, 1, 1, tzinfo=UTC)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -366,7 +366,7 @@ def test_an_unknown_network_is_named_and_an_old_checkpoint_is_a_din(data):
 def test_evaluation_uses_the_one_definition_and_flags_thin_strata(data):
     draw = np.random.default_rng(0)
     runs = [draw.normal(size=len(data.test)).astype(np.float32) for _ in range(2)]
-    table = ranker.evaluate(data.test, {"id": runs, "id_sid": runs}, resamples=50, seed=0)
+    table = ranker.evaluate(data.test, {"id": runs, "id_sid": runs})
     tail = data.test.stratum == "tail"
     expected = np.mean([evaluation.auc(data.test.label[tail], run[tail]) for run in runs])
     assert table["arms"]["id"]["tail"]["auc"] == pytest.approx(expected)
@@ -387,7 +387,7 @@ def test_a_better_arm_has_an_interval_above_zero_that_holds_the_mean(data):
     draw = np.random.default_rng(0)
     noise = [draw.normal(size=len(data.test)) for _ in range(3)]
     good, bad = ([(shift * data.test.label + run).astype(np.float32) for run in noise] for shift in (1.0, 0.2))
-    table = ranker.evaluate(data.test, {"id": bad, "id_sid": good}, resamples=200, seed=0)
+    table = ranker.evaluate(data.test, {"id": bad, "id_sid": good})
     for row in (row for row in table["differences"] if row["stratum"] == "all"):
         assert 0 < row["low"] < row["mean"] < row["high"]
         assert row["seeds"] == 3
@@ -395,7 +395,7 @@ def test_a_better_arm_has_an_interval_above_zero_that_holds_the_mean(data):
 
 def test_a_stratum_of_one_class_has_no_auc(data):
     one = ranker.RankRows(**{**data.test.__dict__, "label": np.ones(len(data.test), np.float32)})
-    table = ranker.evaluate(one, {"id": [np.zeros(len(one), np.float32)], "id_sid": [np.zeros(len(one), np.float32)]}, resamples=20, seed=0)
+    table = ranker.evaluate(one, {"id": [np.zeros(len(one), np.float32)], "id_sid": [np.zeros(len(one), np.float32)]})
     assert table["arms"]["id"]["all"]["auc"] is None
     assert all(row["mean"] is None and row["low"] is None for row in table["differences"])
     assert table["users_covered"] == 0

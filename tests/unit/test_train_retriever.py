@@ -28,7 +28,6 @@ PARAMS = TrainRetriever(
     batch_size=32,
     valid_users=20,
     beams=10,
-    bootstrap=20,
     stop_on="loss",
     parallel=Parallel(dim=16, num_blocks=1),
     sequential=Sequential(dim=16, num_heads=2, feed_dim=16, encoder_layers=1),
