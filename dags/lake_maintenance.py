@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from airflow.sdk import DAG, CronDataIntervalTimetable
+from airflow.sdk import DAG, CronTriggerTimetable
 
 from jobs.airflow_task import DEFAULTS, PARAMS, stage_tasks
 
@@ -29,7 +29,7 @@ Owner: the data engineer on call for the recommendation lake.
 
 with DAG(
     dag_id="lake_maintenance",
-    schedule=CronDataIntervalTimetable("0 6 * * 0", timezone="UTC"),
+    schedule=CronTriggerTimetable("0 6 * * 0", timezone="UTC"),  # ages count from the day of the run, as on the command line
     start_date=datetime(1970, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,

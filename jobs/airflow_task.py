@@ -15,7 +15,7 @@ from airflow.sdk.log import mask_secret
 
 from jobs import alerts, profiles
 from pipeline.context import Home
-from pipeline.stages import Stage, group, upstream
+from pipeline.stages import BY_NAME, Stage, group, upstream
 
 RELEASE = Asset(name="sid_release", uri="sid://release", extra={"table": "sid.item_sid"})
 NEW_RELEASE = AssetAlias("new_sid_release")  # an alias, because only a release that becomes the newest one makes an event
@@ -76,6 +76,8 @@ class StageOperator(BaseOperator):
         params = context["params"]
         release = params.get("release") or params.get("tag") or newest_event_release(context.get("triggering_asset_events") or {})
         try:
+            if BY_NAME[self.stage].group in ("maintenance", "rollback") and params["profile"] == os.environ.get("SID_PROFILE"):
+                profiles.check_same(Home.from_environment(), params["profile"], "SID_PROFILE")  # as on the command line: a profile typed into the form is meant
             config = load(params["profile"], tuple(params["overrides"]))
             ctx = Context(
                 config=config,

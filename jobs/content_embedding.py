@@ -188,9 +188,12 @@ def given_width(item: DataFrame, column: str, logical_date: date) -> int:
     """Width of given vectors: the commonest in the earliest file that has any, so that later files never redefine it; 0 = there are none."""
     from pyspark.sql import functions as F
 
-    rows = item.where(F.col("file_date") <= F.lit(logical_date)).where(F.size(column) > 0).groupBy("file_date", F.size(column).alias("width")).count()
-    first = rows.orderBy("file_date", F.desc("count"), "width").limit(1).collect()
-    return int(first[0].width) if first else 0
+    days = sorted(row.file_date for row in item.where(F.col("file_date") <= F.lit(logical_date)).select("file_date").distinct().collect())
+    for day in days:  # mostly the first: later days are read where it has none
+        widths = item.where(F.col("file_date") == F.lit(day)).where(F.size(column) > 0).groupBy(F.size(column).alias("width")).count()
+        if first := widths.orderBy(F.desc("count"), "width").limit(1).collect():
+            return int(first[0].width)
+    return 0
 
 
 # ---------------------------------------------------------------- what is new

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.images import image_reader
+from jobs.plan_night import check_finished, half_ingests
 from pipeline import config
 from pipeline.context import Context, PlannedFile
 from pipeline.datasets import base, dataset
@@ -68,13 +69,15 @@ Tallies = Mapping[tuple[date, str], Tally]
 def run(inputs: Inputs, params: config.Ingest, ctx: Context) -> StageResult:
     """The night's rows, quarantine and ledger (the marker, published last).
 
-    Raises: UpstreamMissing for an open day without a file; ContractError for a file that changed since it was planned, cannot be read or gave no rows.
+    Raises: UpstreamMissing for an open day without a file or half an ingest of an earlier day; ContractError for a file that changed since it was planned,
+        cannot be read or gave no rows.
     """
     assert inputs.spark is not None
     inputs.spark.catalog.clearCache()  # Spark knows cached rows of a file by its path: a retry on a corrected file would read the old ones
     source = ctx.config.source
     spec = dataset(source.dataset).prepare(source, ctx.home.folder("data"), ctx.config.seed)
     check_catalogue(source, spec)
+    check_finished(half_ingests(ctx.home, ctx.config), ctx.plan().files, ctx.logical_date)  # again: a backfill may have been killed since the plan
     files = checked_files(ctx.plan().files, spec, ctx.logical_date)
     events = judge_events(read_rows(inputs.spark, spec, files, "events"), spec.event_key).persist()
     items = judge_items(read_rows(inputs.spark, spec, files, "items")).persist() if spec.items_path else None
@@ -533,7 +536,8 @@ def writes_of(
     item_days = event_days if spec.items_path is None else _days(files, ("items",))
     ledger = local_frame(inputs.spark, ledger_rows(files, tallies), LEDGER_DDL)
     others: dict[str, list[date]] = {kind: sorted(set(all_days) - set(_days(files, (kind,)))) for kind in spec.kinds}
-    if any(others.values()):
+    copies = any(others.values())
+    if copies:
         ledger = ledger.unionByName(_unplanned(inputs.frame("raw.source_file"), "file_date", "kind", others))
         earlier = inputs.frame("raw.rejected_row").where("stage = 'ingest'")
         rejected = rejected.unionByName(_unplanned(earlier, "logical_date", "substring_index(source, '/', 1)", others))
@@ -541,8 +545,8 @@ def writes_of(
     return (
         *([Write(table="raw.interaction", frame=raw_event, dates=event_days)] if event_days else []),
         *([Write(table="raw.item", frame=raw_item, dates=item_days, metrics={"retired_share": retired})] if item_days else []),
-        Write(table="raw.rejected_row", frame=rejected, dates=all_days, slice={"stage": "ingest"}),
-        Write(table="raw.source_file", frame=ledger, dates=all_days),
+        Write(table="raw.rejected_row", frame=rejected, dates=all_days, slice={"stage": "ingest"}, copies=copies),
+        Write(table="raw.source_file", frame=ledger, dates=all_days, copies=copies),
     )
 
 

@@ -27,7 +27,7 @@ from pipeline.stages import BY_NAME
 
 logger = logging.getLogger(__name__)
 ENTRY = Path(__file__).with_name("cli.py")
-Commands = tuple[list[str], ...]  # run one after the other, stopping at the first that fails
+Commands = tuple[list[str], ...]  # run one after the other; what became of the stage is read from its outcome, not from how they ended
 FILLS_THE_LAKE = "ingest"
 START_SECONDS = 3_600  # a node with a GPU may have to be bought first
 WAIT_SECONDS = 86_400
@@ -41,6 +41,7 @@ PASSED_ON = (
     "SID_JARS",
     "SID_S3_ENDPOINT",
     "AWS_REGION",
+    "AWS_DEFAULT_REGION",
     "MLFLOW_TRACKING_URI",
     "SID_NAMESPACE",
 )
@@ -110,6 +111,8 @@ def kubernetes_commands(ctx: Context, request: Request) -> Commands:
     kubectl = ["kubectl", "--namespace", ctx.config.launch.namespace]
     name = f"job/{job_name(ctx, number)}"
     return (
+        # The Job of an earlier try may live on, when its follower was killed or lost it: two would write the same files.
+        [*kubectl, "delete", "job", "--selector", f"app=sidmill,try-of={ctx.key}", "--ignore-not-found", "--wait"],
         [*kubectl, "create", "--filename", str(path)],
         # Follows the log to the end of the container, whether it succeeds or fails; no single condition of a Job covers both.
         [*kubectl, "logs", name, "--follow", f"--pod-running-timeout={START_SECONDS}s"],
@@ -146,7 +149,7 @@ def kubernetes_manifest(ctx: Context, request: Request, number: int) -> dict[str
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": job_name(ctx, number), "labels": {"app": "sidmill", "stage": stage.name}},
+        "metadata": {"name": job_name(ctx, number), "labels": {"app": "sidmill", "stage": stage.name, "try-of": ctx.key}},
         "spec": {
             "backoffLimit": 0,
             "ttlSecondsAfterFinished": KEPT_SECONDS,
@@ -170,21 +173,19 @@ COMMANDS: Mapping[str, Callable[[Context, Request], Commands]] = {
 def _run(commands: Commands, ctx: Context) -> dict[str, Any]:
     path = ctx.staging / f"{ctx.stage}.json"
     path.unlink(missing_ok=True)
-    code = 0
+    codes = []
     for command in commands:
         if shutil.which(command[0]) is None:
             raise ConfigError(
                 f"{Path(command[0]).name} is not installed", expected="an executable", found=command[0], where=f"launch.kind = {ctx.config.launch.kind}"
             )
         logger.info("launch command=%s", shlex.join(command))
-        code = subprocess.run(command, env=_environment(ctx), check=False).returncode
-        if code:
-            break
+        codes.append(subprocess.run(command, env=_environment(ctx), check=False).returncode)
     if not path.is_file():
         raise UpstreamMissing(
             f"the process of {ctx.stage} ended without an outcome",
             expected=str(path),
-            found=f"exit code {code}",
+            found=f"exit code {next(filter(None, codes), 0)}",
             where=shlex.join(commands[0][:3]),
             next_command="see the task's log",
         )

@@ -11,7 +11,6 @@ Never: `sid.item_sid` is written once in its final layout and not compacted; raw
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -26,7 +25,7 @@ from jobs.plan_night import MANIFEST, check_come, release_order
 from jobs.releases import newest_current
 from pipeline import lakehouse, tracking
 from pipeline.config import Maintain
-from pipeline.context import Context
+from pipeline.context import RELEASE_TAG, Context
 from pipeline.lakehouse import History, StoredFile
 from pipeline.stages import StageResult
 
@@ -41,7 +40,6 @@ NEVER_COMPACTED = frozenset({SIDS})
 # A day of these serves its release only.
 BY_DAY = (SIDS, "sid.user_sid", "feature.item_popularity", "feature.user_sequence", "feature.item_feature", "feature.content_pair", "rank.rank_example")
 TRAINED = "feature.item_behavior_vector"  # a day of it serves every later night that refers to it
-RELEASE_TAG = re.compile(r"^d\d{8}(_r\d+)?$")
 SMALL_BYTES = int(0.75 * 512 * 2**20)  # Iceberg joins files below three quarters of its target size
 FOLDERS = {"staging": "staging folder", "models": "fetched model"}  # folder of the home -> what the listing calls an entry of it
 NAMED = 20  # names a row of the listing holds at most

@@ -156,7 +156,9 @@ def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None], 
 def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None], ledger: Ledger) -> StageResult:
     spark = _session(ctx) if stage.engine == "spark" else None
     if stage.name == "publish_release" or stage.engine == "torch":
-        tracking.flush(ctx.home, ctx.staging)  # a release without its runs could not be traced back, and a model that cannot be logged was trained for nothing
+        tracking.flush(ctx.home, ctx.staging)  # a release without its runs could not be traced back
+    if stage.engine == "torch":
+        tracking.reach(ctx.home)  # a model that cannot be logged was trained for nothing
     inputs = Inputs(ctx.home, ctx.config.lake, dict(snapshots), spark)
     job: Callable[..., StageResult] = _job(stage).run
     step(ctx, "before_job")
@@ -226,8 +228,8 @@ def _write_and_audit(spark: SparkSession, ctx: Context, write: Write, snapshots:
     """Snapshot of the branch that was audited: only this one may be published, whatever another try of the run does to the branch."""
     frame = lakehouse.check_columns(write.frame, spark, write.table)
     base = lakehouse.cut_branch(spark, write.table, ctx.branch)
-    if not write.dates and write.table in snapshots and base != snapshots[write.table]:
-        # What replaces no day was computed from the pinned rows; from newer rows it would come out differently.
+    if (write.copies or not write.dates) and write.table in snapshots and base != snapshots[write.table]:
+        # What replaces no day, or copies rows of it, was computed from the pinned rows; from newer rows it would come out differently.
         raise PublishConflict(f"main of {write.table} moved since the stage began", expected=str(snapshots[write.table]), found=str(base), where=write.table)
     properties = _properties(ctx)
     if write.whole:

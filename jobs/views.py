@@ -185,7 +185,7 @@ def lineage(lake: Lake, tag: str) -> list[Row]:
 
 
 def equations() -> list[Row]:
-    """Every function or class whose docstring names a source: source, where, differs."""
+    """Every module, function or class whose docstring names a source: source, where, differs."""
     rows: list[Row] = []
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         rows += [_equation(path, name, text) for name, text in _docstrings(path) if "Source:" in text]
@@ -194,11 +194,11 @@ def equations() -> list[Row]:
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
-            yield node.name, text
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
+            yield getattr(node, "name", ""), text
 
 
 def _equation(path: Path, name: str, text: str) -> Row:
-    said = re.sub(r"\s+", " ", text.split("Source:", 1)[1]).strip()
+    said = re.sub(r"\s+", " ", re.split(r"\n\s*(?:Args|Raises|Legend|Tensor suffixes):|\n\s*\n", text.split("Source:", 1)[1])[0]).strip()
     source, _, differs = said.partition("differs:")
-    return {"source": source.strip(" ;"), "function": f"{path.relative_to(ROOT)}:{name}", "differs": differs.strip()}
+    return {"source": source.strip(" ;"), "function": f"{path.relative_to(ROOT)}:{name}".removesuffix(":"), "differs": differs.strip()}

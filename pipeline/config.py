@@ -128,7 +128,7 @@ class PlanNight(Section):
 class Ingest(Section):
     """Quarantine limits."""
 
-    max_rejected_share: float = Field(0.05, ge=0, le=1, description="share of a night's rows that may be rejected before the gate fails")
+    max_rejected_share: float = Field(0.05, ge=0, le=1, description="share of a night's rows, and of its catalogue rows, that may be rejected")
     max_retired_share: float = Field(0.05, ge=0, le=1, description="share of the catalogue that one snapshot may retire")
     max_image_bytes: int = Field(20_000_000, ge=1, description="bytes of one image file that are read at most")
 

@@ -24,6 +24,7 @@ from pipeline.redact import scrub
 ROOT = Path(__file__).resolve().parent.parent
 SQL = ROOT / "sql"
 NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,60}")
+RELEASE_TAG = re.compile(r"d\d{8}(_r\d+)?")
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,14 @@ class Context:
     params: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Blot secrets out of the reason, once: it is stored in snapshots, documents and MLflow."""
+        """Blot secrets out of the reason, once: it is stored in snapshots, documents and MLflow.
+
+        Raises: ConfigError for a release that is no tag: it names folders.
+        """
         object.__setattr__(self, "reason", scrub(self.reason))
+        release = self.param("release")
+        if release and not RELEASE_TAG.fullmatch(release):
+            raise ConfigError("not the tag of a release", expected="dYYYYMMDD or dYYYYMMDD_rN", found=release, where="parameter release")
 
     @property
     def cutoff(self) -> datetime:

@@ -617,12 +617,16 @@ def _load_table(properties: tuple[tuple[str, str], ...], table: str) -> IcebergT
     Raises: UpstreamMissing when the table does not exist yet; ResourceLost when the server does not answer, ConfigError when it refuses the login: neither must
         be taken for an empty lake.
     """
-    from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, RESTError
+    from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, NotInstalledError, RESTError
     from requests.exceptions import RequestException
     from sqlalchemy.exc import DBAPIError
 
     try:
         return _server(properties).load_table(table)
+    except NotInstalledError as error:
+        raise ConfigError(
+            "a package of this catalog is not installed", expected="pip install 'sidmill[glue]'", found=str(error), where="section [lake], catalog"
+        ) from error
     except (NoSuchTableError, NoSuchNamespaceError, DBAPIError, RESTError, RequestException) as error:
         cause = getattr(error, "orig", error)
         kind, found = type(cause).__name__, next(iter(str(cause).splitlines()), "")

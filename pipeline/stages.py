@@ -48,6 +48,7 @@ class Write:
         metrics: numbers the job already knows about these rows; they join the audit's metrics frame.
         whole: replace every row of the table in one commit (small tables only).
         hold: leave the audited branch unpublished (a later stage publishes it).
+        copies: some of the rows were copied from the table as the stage read it, so nobody may have moved it since; what is not dated always does so.
     """
 
     table: str
@@ -57,6 +58,7 @@ class Write:
     metrics: Mapping[str, float] = field(default_factory=dict)
     hold: bool = False
     whole: bool = False
+    copies: bool = False
 
     @property
     def appends(self) -> bool:

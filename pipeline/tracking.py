@@ -256,6 +256,15 @@ def flush(home: Home, staging: Path) -> int:
     return len(pending)
 
 
+def reach(home: Home) -> None:
+    """Ask MLflow whether it is there.
+
+    Raises: UpstreamMissing if it cannot be reached.
+    """
+    with _session(home, locked=False) as client:
+        client.search_experiments(max_results=1)
+
+
 def _records(staging: Path) -> list[Path]:
     """Folders of finished records, in the order in which they ended."""
     folders = [path.parent for path in (staging / "mlflow").glob(f"*/{RECORD}")]

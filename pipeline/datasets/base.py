@@ -220,14 +220,22 @@ def _text_columns(path: Path, file_format: FileFormat) -> list[str] | None:
         if file_format == "jsonl":
             return None
         raise ContractError("a CSV file is empty", expected="a header line", found="no text", where=str(path))
-    return next(csv.reader([line])) if file_format == "csv" else _json_keys(line, path)
+    return _header(line, path) if file_format == "csv" else _json_keys(line, path)
+
+
+def _header(line: str, path: Path) -> list[str]:
+    """Column names of a CSV header."""
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise ContractError("a CSV file has no readable header", expected="column names", found=str(error), where=str(path)) from error
 
 
 def _json_keys(line: str, path: Path) -> list[str]:
     """Keys of the first JSON object."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContractError("a file is not JSON Lines", expected="one JSON object a line", found=str(error), where=str(path)) from error
     if not isinstance(row, dict):
         raise ContractError("a file is not JSON Lines", expected="one JSON object a line", found=f"a {type(row).__name__}", where=str(path))

@@ -96,7 +96,8 @@ def _guarded(max_pixels: int) -> Iterator[None]:
 def _rgb(picture: Image.Image) -> Image.Image:
     """The picture as RGB: palettes resolved, transparency on white, 16-bit greys scaled to 8."""
     if picture.mode.startswith(("I", "F")):
-        picture = Image.fromarray((np.asarray(picture, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        grey = np.asarray(picture)  # of its own width: 16 bits as 64 would be eight times the picture
+        picture = Image.fromarray(((grey.astype(np.int64) if grey.dtype.kind == "f" else grey) >> 8).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -254,8 +254,8 @@ class Network(nn.Module):
                 mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
                 self.get_buffer(f"mean_{name}").copy_(mean_D)
                 self.get_buffer(f"axes_{name}").copy_(axes_DW)
-            spread = self._input(sample_ND.float(), name).double().var(0, correction=0).mean().clamp(min=1e-12)
-            self.get_buffer(f"scale_{name}").copy_(spread.rsqrt().float())
+            spread = self._input(sample_ND.float(), name).double().var(0, correction=0).mean()
+            self.get_buffer(f"scale_{name}").copy_(torch.where(spread > 1e-12, spread, 1.0).rsqrt().float())  # vectors that are all alike stay as they are
         if self.prior is not None:
             self.prior.fit(self._turned(samples["behavior"]))
         for name, bank in self.expert.items():

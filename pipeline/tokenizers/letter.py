@@ -121,7 +121,8 @@ class Network(nn.Module):
         """Clusters of the code rows, (L, K); found anew every `CLUSTER_STEPS` steps."""
         if int(self.age) % CLUSTER_STEPS == 0:
             rows_LKD = self.autoencoder.codebook_LKD.detach()
-            self.cluster_LK.copy_(torch.stack([even_clusters(rows_KD, self.settings.num_clusters) for rows_KD in rows_LKD]))
+            with torch.autocast(rows_LKD.device.type, enabled=False):  # clusters are even by sums that bfloat16 would round
+                self.cluster_LK.copy_(torch.stack([even_clusters(rows_KD, self.settings.num_clusters) for rows_KD in rows_LKD]))
         self.age += 1
         return self.cluster_LK
 

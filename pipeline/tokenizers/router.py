@@ -105,7 +105,7 @@ class SparsityController(nn.Module):
     active_Q: Tensor
     seen_Q: Tensor
     log_lambda_Q: Tensor
-    margin_Q: Tensor
+    margin_Q: Tensor  # (Q, E) under `expert`
 
     def __init__(self, kind: Sparsity, buckets: int, experts: int, *, theta: float, lambda_init: float, lambda_step: float, lambda_max: float) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class SparsityController(nn.Module):
         if self.kind == "off":
             return weight_BE.sum() * 0.0
         bucket_B = self.bucket(richness_B)
-        due_BE = logit_BE.detach() < self.margin_Q[bucket_B].view(len(bucket_B), -1)
+        due_BE = logit_BE.detach() < self.margin_Q.view(self.buckets, -1)[bucket_B]
         active_E, items, seen_Q, on_Q, due_Q = self._count(weight_BE, due_BE, bucket_B, mask_B, world)
         target = (self.target_Q * seen_Q).sum() / seen_Q.sum().clamp(min=1)
         loss_B = gate_penalty(weight_BE, load_factor(active_E, items, target), self.acting_lambda()[bucket_B], due_BE)

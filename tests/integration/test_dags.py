@@ -116,7 +116,18 @@ def test_the_refresh_covers_the_day_before_its_start(bag: Any) -> None:
     timetable = bag.dags["sid_refresh"].timetable
     assert isinstance(timetable, CronDataIntervalTimetable)
     assert timetable.expression == "0 0 * * *"
-    assert isinstance(bag.dags["lake_maintenance"].timetable, CronDataIntervalTimetable)
+
+
+def test_housekeeping_counts_ages_from_the_day_it_runs(bag: Any) -> None:
+    import pendulum
+    from airflow.sdk import CronTriggerTimetable
+    from airflow.timetables.trigger import CronTriggerTimetable as Scheduled
+
+    timetable, asked = bag.dags["lake_maintenance"].timetable, pendulum.datetime(2026, 11, 28, 15)
+    assert isinstance(timetable, CronTriggerTimetable)
+    assert timetable.expression == "0 6 * * 0"
+    by_hand = Scheduled(timetable.expression, timezone="UTC").infer_manual_data_interval(run_after=asked)
+    assert by_hand.start == asked, "an interval of a week ends on a Sunday and began up to two weeks ago"
 
 
 def test_the_readers_start_on_the_asset_and_only_publishing_announces_it(bag: Any) -> None:
@@ -204,6 +215,21 @@ def test_a_profile_that_does_not_exist_fails_for_good(airflow: Home, monkeypatch
 
     with pytest.raises(AirflowFailException, match="no_such_profile"):
         execute("ingest", context(params={"profile": "no_such_profile"}), monkeypatch)
+
+
+def test_housekeeping_refuses_a_preset_profile_that_did_not_make_the_lake(airflow: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ages would be another lake's: as on the command line, only a profile that somebody typed is meant."""
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from jobs import profiles
+
+    monkeypatch.setattr(profiles, "remembered", lambda home: "nightly")
+    monkeypatch.setenv("SID_PROFILE", "tiny")
+    with pytest.raises(AirflowFailException, match="made with the profile nightly"):
+        execute("maintain", context(), monkeypatch)
+    assert execute("ingest", context(), monkeypatch)[1].stage == "ingest", "a night may try another profile"
+    monkeypatch.delenv("SID_PROFILE")
+    assert execute("maintain", context(), monkeypatch)[1].stage == "maintain"
 
 
 def test_a_defect_of_our_own_is_not_mistaken_for_a_missing_file(airflow: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,20 @@ def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark
     assert digests(home) == before
 
 
+def test_rows_computed_from_a_table_that_moved_meanwhile_are_computed_again(spark: Any, home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list that is replaced whole, or holds copies of what it replaces, must not be written over what another run added since."""
+    day, table = first_day(data), "raw.source_file"
+    run(home, "plan_night", day)
+    ctx = Context(config=TINY, home=home, stage="ingest", logical_date=day, run_id="night")
+    pinned = runner._pinned(BY_NAME["ingest"], ctx)
+    spark.table(f"lake.{table}").limit(0).writeTo(f"lake.{table}").append()  # another run's commit
+    frame = spark.table(f"lake.{table}")
+    for write in (Write(table=table, frame=frame, whole=True), Write(table=table, frame=frame, dates=(day,), copies=True)):
+        with pytest.raises(PublishConflict, match="moved since the stage began"):
+            runner._write_and_audit(spark, ctx, write, pinned, runner.Ledger())
+    lakehouse.drop_branch(spark, table, ctx.branch)
+
+
 def _check_sweep(spark: Any, home: Home, day: date) -> None:
     """A branch of an earlier try goes when the next one has nothing to write to that table."""
     ctx = Context(config=TINY, home=home, stage="ingest", logical_date=day, run_id="raced")

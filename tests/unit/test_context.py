@@ -21,6 +21,14 @@ def make(folder: Path, **changes: object) -> Context:
     return Context(**{**given, **changes})
 
 
+@pytest.mark.parametrize("release", ["../../outside", "/etc", "d20260301_r", "d20260301\n", "D20260301", "d2026"])
+def test_a_release_that_names_no_tag_names_no_folder_either(tmp_path: Path, release: str) -> None:
+    with pytest.raises(ConfigError, match="not the tag of a release"):
+        make(tmp_path, params=(("release", release),))
+    assert make(tmp_path, params=(("release", "d20260301_r2"),)).param("release") == "d20260301_r2"
+    assert make(tmp_path, params=(("release", ""),)).param("release") == ""
+
+
 def a_plan(**changes: object) -> Plan:
     given = {
         "logical_date": DAY, "tag": "d20260301", "revision": 1, "generation": 1, "start": "cold", "reason": "first release", "parent": None,

@@ -318,6 +318,8 @@ def test_after_a_finished_set_every_day_is_missing(ratings_folder: Path, tmp_pat
         (b'{"who": 1, "sku": 2, "when": "3"}\n\xc3', "jsonl", "0xc3 in line 2"),
         (b"{'who': 1}\n", "jsonl", "not JSON Lines"),
         (b"[1, 2]\n", "jsonl", "a list"),
+        (b"[" * 100_000, "jsonl", "not JSON Lines"),
+        (b"x" * 200_000, "csv", "no readable header"),
         (b'{"who": 1, "sku": 2}\n', "jsonl", "lacks columns: when"),
         (b"who,sku,when\n", "parquet", "not readable as Parquet"),
     ],

@@ -71,7 +71,7 @@ def test_the_arguments_make_the_same_context_in_another_process(tmp_path: Path, 
 )
 def test_any_text_survives(tmp_path: Path, words: list[str], attempt: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        ctx = context(tmp_path, "maintain", run_id="r" + words[0], reason=words[1], params=(("release", words[0]),), attempt=attempt)
+        ctx = context(tmp_path, "maintain", run_id="r" + words[0], reason=words[1], params=(("word", words[0]),), attempt=attempt)
         monkeypatch.setenv("SID_HOME", str(ctx.home.root))
         found, _ = received(Request(profile="tiny").arguments(ctx), monkeypatch)
         assert {**vars(found), "config": None} == {**vars(ctx), "config": None}
@@ -194,8 +194,10 @@ def test_a_job_name_is_a_valid_label_and_differs_by_try(tmp_path: Path, stage: s
 
 def test_the_job_is_created_from_the_staged_manifest_followed_and_waited_for(tmp_path: Path) -> None:
     ctx = context(tmp_path, "ingest", "launch.image=sidmill:1.2", "launch.volume_claim=home", "launch.namespace=night")
-    create, follow, wait = COMMANDS["kubernetes"](ctx, Request(profile="tiny"))
-    assert all(command[:3] == ["kubectl", "--namespace", "night"] for command in (create, follow, wait))
+    clear, create, follow, wait = COMMANDS["kubernetes"](ctx, Request(profile="tiny"))
+    assert all(command[:3] == ["kubectl", "--namespace", "night"] for command in (clear, create, follow, wait))
+    assert clear[3:] == ["delete", "job", "--selector", f"app=sidmill,try-of={ctx.key}", "--ignore-not-found", "--wait"], "an earlier try's Job may live on"
+    assert json.loads(Path(create[-1]).read_text())["metadata"]["labels"]["try-of"] == ctx.key
     assert json.loads(Path(create[-1]).read_text())["metadata"]["name"] == job_name(ctx, 1)
     assert (follow[3], wait[3]) == ("logs", "wait")
     assert f"job/{job_name(ctx, 1)}" in follow
@@ -204,7 +206,7 @@ def test_the_job_is_created_from_the_staged_manifest_followed_and_waited_for(tmp
 
 def test_the_same_stage_run_again_by_hand_makes_another_job(tmp_path: Path) -> None:
     ctx = context(tmp_path, "ingest", "launch.image=sidmill:1.2", "launch.volume_claim=home", attempt=1)
-    made = [json.loads(Path(COMMANDS["kubernetes"](ctx, Request(profile="tiny"))[0][-1]).read_text())["metadata"]["name"] for _ in range(3)]
+    made = [json.loads(Path(COMMANDS["kubernetes"](ctx, Request(profile="tiny"))[1][-1]).read_text())["metadata"]["name"] for _ in range(3)]
     assert made == [job_name(ctx, number) for number in (1, 2, 3)]
 
 
