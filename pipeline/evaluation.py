@@ -94,6 +94,14 @@ def ranks_in_chunks(score: Score, targets_B: ArrayLike, num_items: int, history:
     return ranks_B.numpy()
 
 
+def leaving(history: Packed, targets_B: ArrayLike, num_items: int) -> Packed:
+    """Items that leave the ranking of their row: those of the history, each once and ascending, but for the target itself."""
+    targets = np.asarray(targets_B, np.int64)
+    pairs = np.unique(history.rows() * num_items + history.items)
+    pairs = np.setdiff1d(pairs, np.arange(targets.size) * num_items + targets, assume_unique=True)
+    return Packed(np.searchsorted(pairs, np.arange(targets.size + 1) * num_items), pairs % num_items)
+
+
 def listed_ranks(items_BW: Tensor, scores_BW: Tensor, targets_B: ArrayLike, num_items: int, history: Packed | None = None) -> Floats:
     """Rank of each target in a list of found items, float64 [B]; a target that was not found stands at the middle of the items that were not.
 
@@ -107,12 +115,10 @@ def listed_ranks(items_BW: Tensor, scores_BW: Tensor, targets_B: ArrayLike, num_
     is_target_BW = items_BW == targets[:, None]
     counts_BW, out_B = items_BW >= 0, torch.zeros(len(targets), dtype=torch.int64)
     if history is not None:
-        pairs = np.unique(history.rows() * num_items + history.items)
-        own = np.arange(len(targets)) * num_items + targets.numpy()
-        out = np.setdiff1d(pairs, own)
+        gone = leaving(history, targets.numpy(), num_items)
         keys = (torch.arange(len(targets))[:, None] * num_items + items_BW).numpy()
-        counts_BW = counts_BW & ~torch.from_numpy(np.isin(keys, out))
-        out_B = torch.from_numpy(np.bincount(out // num_items, minlength=len(targets)))
+        counts_BW = counts_BW & ~torch.from_numpy(np.isin(keys, gone.rows() * num_items + gone.items))
+        out_B = torch.from_numpy(gone.lengths())
     found_B, count_B = is_target_BW.any(1), counts_BW.sum(1)
     score_B1 = scores_BW.masked_fill(~is_target_BW, -torch.inf).max(1, keepdim=True).values
     above_B = ((scores_BW > score_B1) & counts_BW).sum(1)

@@ -38,11 +38,21 @@ class _State:
     total_BW: Tensor
 
 
-def beam_search(model: Generator, memory: Memory, table: Trie, beams: int, *, weights_NS: Tensor | None = None, constrained: bool = True) -> Beams:
+def beam_search(
+    model: Generator,
+    memory: Memory,
+    table: Trie,
+    beams: int,
+    *,
+    weights_NS: Tensor | None = None,
+    gone_BT: Tensor | None = None,
+    constrained: bool = True,
+) -> Beams:
     """The best `beams` tuples after each history, without gradient.
 
     Args:
         weights_NS: weights of an item's slots for the final score; None = all present slots count alike. The search itself cannot know them.
+        gone_BT: leaves that are no answer to their row (`Trie.emptied`); no beam goes where nothing else lies, so that none of the beams is spent on them.
         constrained: False lets beams leave the table, to measure how often they would; masked slots cannot be written then.
     """
     batch, device = len(memory.states_BMD), memory.states_BMD.device
@@ -56,15 +66,17 @@ def beam_search(model: Generator, memory: Memory, table: Trie, beams: int, *, we
     with torch.inference_mode():
         for step in range(len(table.sizes)):
             states_BWD = model.decode(memory, state.tokens_BWs)[:, :, -1]
-            state = _step(state, model.log_probs(states_BWD.flatten(0, 1), step), table, step, beams, constrained=constrained)
+            state = _step(state, model.log_probs(states_BWD.flatten(0, 1), step), table, step, beams, gone_BT, constrained=constrained)
         item_BW = table.items[state.node_BW] if constrained else table.find(state.tokens_BWs.flatten(0, 1)).view_as(state.node_BW)
         return _finish(state, item_BW, weights_NS)
 
 
-def _step(state: _State, log_prob_QK: Tensor, table: Trie, step: int, beams: int, *, constrained: bool) -> _State:
+def _step(state: _State, log_prob_QK: Tensor, table: Trie, step: int, beams: int, gone_BT: Tensor | None, *, constrained: bool) -> _State:
     """The best continuations by one token."""
     size, (batch, width), real = table.sizes[step], state.node_BW.shape, log_prob_QK.shape[1]
     child_QC, token_QC, closed_QC = table.children(step, state.node_BW.flatten()) if constrained else _any_token(log_prob_QK)
+    if gone_BT is not None:
+        closed_QC = closed_QC | table.emptied(step, child_QC.view(batch, -1), gone_BT).view_as(closed_QC)
     said_QC = log_prob_QK.gather(1, token_QC if real == size else token_QC.clamp(max=real - 1)).masked_fill_(closed_QC, -torch.inf)
     value_BWC = (state.total_BW[..., None] + said_QC.view(batch, width, -1)).div_(state.count_BW[..., None] + 1)
     if real < size:  # the reserved token has no term; where nothing is said yet it is no better than a guess

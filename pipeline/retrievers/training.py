@@ -262,17 +262,30 @@ def ranks(model: AnyRetriever, table: Trie, histories: Packed, targets_B: NDArra
         parallel = model
         with torch.no_grad():
             return evaluation.ranks_in_chunks(lambda rows: parallel.scores(history_BT[rows].to(device)).cpu(), targets_B, model.pad, seen)
-    distinct_UT, row_B = torch.unique(history_BT, dim=0, return_inverse=True)  # a basket's items share one history
+    gone_BT = gone_leaves(table, evaluation.leaving(seen, targets_B, model.pad)) if seen is not None else torch.empty(len(histories), 0, dtype=torch.int64)
+    asked_UT, row_B = torch.unique(torch.cat([history_BT, gone_BT], dim=1), dim=0, return_inverse=True)  # a basket's items share one search
     items, scores = [], []
     with torch.no_grad():
-        for rows in torch.arange(len(distinct_UT)).split(SEARCHES[device.type]):
-            memory = model.memory(distinct_UT[rows].to(device))
-            found = beam_search(model, memory, table, settings.beams, weights_NS=model.weights_NS)
+        for asked_BT in asked_UT.split(SEARCHES[device.type]):
+            history_BT, gone_BT = asked_BT.to(device).split([history_BT.shape[1], gone_BT.shape[1]], dim=1)
+            memory, gone = model.memory(history_BT), gone_BT.contiguous() if seen is not None else None
+            found = beam_search(model, memory, table, settings.beams, weights_NS=model.weights_NS, gone_BT=gone)
             items.append(found.items.cpu())
             scores.append(found.scores.cpu())
     if not items:
         return np.empty(0)
     return evaluation.listed_ranks(_level(items, -1)[row_B], _level(scores, -math.inf)[row_B], targets_B, model.pad, seen)
+
+
+def gone_leaves(table: Trie, gone: Packed) -> Tensor:
+    """Leaves of those items, ascending, int64 [B, longest]; filled up with the number of leaves, which also stands for an item without a tuple."""
+    place_N, leaves = table.places.cpu(), len(table.items)
+    item_T = torch.from_numpy(gone.items)
+    place_T = torch.where(item_T < len(place_N), place_N[item_T.clamp(max=len(place_N) - 1)], leaves)
+    gone_BT = torch.full((len(gone), int(gone.lengths().max(initial=0))), leaves)
+    at_T = torch.arange(len(item_T)) - torch.from_numpy(gone.offsets[:-1])[torch.from_numpy(gone.rows())]
+    gone_BT[torch.from_numpy(gone.rows()), at_T] = place_T
+    return gone_BT.sort(dim=1).values
 
 
 def _level(parts: list[Tensor], fill: float) -> Tensor:

@@ -7,6 +7,7 @@ Tensor suffixes: N items, S steps, B beams, K tokens of a step (its codebook and
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,30 @@ class Trie:
         child_BC = (first_B[:, None].int() + place_C).clamp_(max=len(self.tokens[step]) - 1)
         token_X = self.tokens[step].index_select(0, child_BC.flatten())
         return child_BC, token_X.view_as(child_BC).long(), place_C >= count_B[:, None]
+
+    @functools.cached_property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Per step int64 [P_{s+1} + 1]: below node p of the next step lie the leaves leaves[p] .. leaves[p + 1] - 1."""
+        found = [torch.arange(len(self.items) + 1, device=self.items.device)]
+        for start_P in reversed(self.starts[1:]):
+            found.append(found[-1][start_P])
+        return tuple(reversed(found))
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """Leaf of each item, int64 [largest item + 1]; the number of leaves where an item has no tuple."""
+        place_N = torch.full((int(self.items.max()) + 1,), len(self.items), device=self.items.device)
+        return place_N.scatter_(0, self.items, torch.arange(len(self.items), device=self.items.device))
+
+    def emptied(self, step: int, child_BC: Tensor, gone_BT: Tensor) -> Tensor:
+        """Whether every item below a child has gone, bool [B, C].
+
+        Args:
+            gone_BT: leaves that are gone, ascending, int64; the number of leaves fills up.
+        """
+        leaf_P = self.leaves[step]
+        first_BC, beyond_BC = leaf_P[child_BC.long()], leaf_P[child_BC.long() + 1]
+        return torch.searchsorted(gone_BT, beyond_BC) - torch.searchsorted(gone_BT, first_BC) == beyond_BC - first_BC
 
     def advance(self, step: int, node_B: Tensor, token_B: Tensor) -> Tensor:
         """State after choosing a token, int64 [B]; DEAD when no item continues so."""

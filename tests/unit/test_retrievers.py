@@ -14,7 +14,7 @@ from pipeline.config import DiscRec, Parallel, Sequential, Tiger, TrainRetriever
 from pipeline.encoders.sasrec import Sequences, holdout, next_baskets
 from pipeline.errors import ConfigError, ContractError, VersionMismatch
 from pipeline.evaluation import Packed
-from pipeline.retrievers import base, parallel, search, tiger, training
+from pipeline.retrievers import base, parallel, search, tiger, training, trie
 from pipeline.retrievers.discrec import Branch
 from pipeline.retrievers.trie import DEAD
 
@@ -328,6 +328,42 @@ def test_every_beam_of_a_constrained_search_is_an_item_with_the_score_of_its_own
             assert score == pytest.approx(-prediction.nll_P[0].item(), rel=1e-4, abs=1e-4)
         assert found.scores[row].tolist() == sorted(found.scores[row].tolist(), reverse=True)
     assert (found.items[:, len(usable) :] == DEAD).all()
+
+
+@pytest.mark.parametrize("beams", [2, 5, 40])
+def test_a_search_without_some_items_is_a_search_of_a_table_that_never_had_them(beams: int) -> None:
+    items = catalogue()
+    model, table = model_of("tiger", items), items.constraint()
+    usable = torch.nonzero(items.usable_N).flatten()
+    gone = [usable[:1], usable[2:9], usable[:0]]
+    packed = Packed(np.cumsum([0, *map(len, gone)]), torch.cat(gone).numpy())
+    memory = model.memory(HISTORY)
+    found = search.beam_search(model, memory, table, beams, gone_BT=training.gone_leaves(table, packed))
+    for row, absent in enumerate(gone):
+        left = usable[~torch.isin(usable, absent)]
+        alone = search.beam_search(model, memory, trie.build(items.tokens_NS[left], items.sizes, left), beams)
+        listed = found.items[row][found.items[row] != DEAD]
+        assert listed.tolist() == alone.items[row][alone.items[row] != DEAD].tolist()
+        assert len(listed) == min(beams, len(left)), "no beam is spent on what has gone"
+
+
+def test_the_targets_rank_by_search_is_that_among_items_the_user_has_not_had() -> None:
+    items = catalogue()
+    model, table = model_of("sequential", items), items.constraint()
+    histories = Packed(np.array([0, 3, 4, 8]), HISTORY[HISTORY != 12].numpy())
+    settings = SMALL.model_copy(update={"retriever": "sequential", "beams": 3})
+    usable = torch.nonzero(items.usable_N).flatten().tolist()
+    seen = Packed(np.array([0, 3, 5, 6]), np.array([usable[0], usable[0], usable[4], usable[1], usable[2], usable[5]]))
+    for target in usable:
+        found = training.ranks(model, table, histories, np.full(3, target), settings, seen)
+        for row in range(3):
+            had = {*seen.items[seen.offsets[row] : seen.offsets[row + 1]].tolist()} - {target}
+            left = [item for item in usable if item not in had]
+            scores = -base.generated(model, model.table, model.weights_NS, HISTORY[row].expand(len(left), -1), torch.tensor(left)).nll_P
+            rank = 1 + int((scores > scores[left.index(target)] + 1e-5).sum())
+            best = search.beam_search(model, model.memory(HISTORY[row : row + 1]), trie.build(items.tokens_NS[left], items.sizes, torch.tensor(left)), 3)
+            missed = (3 + 1 + 12 - len(had)) / 2
+            assert found[row] == (rank if target in best.items[0].tolist() else missed)
 
 
 def test_without_the_constraint_beams_leave_the_table_and_the_share_says_how_many() -> None:
