@@ -4,22 +4,24 @@ SUITABLE := "import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12))
 BIN := .venv/bin
 SETTLED := .venv/.installed
 
-.PHONY: help demo test test-unit test-services study-smoke study-cpu bench lint format clean chaos stability
+.PHONY: help install demo test test-unit test-services study-smoke study-cpu bench lint format clean chaos stability
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+install: $(SETTLED)  ## the environment alone, in .venv
 
 demo: $(SETTLED)  ## two nights of MovieLens-100K through Airflow, Spark, torch, Iceberg and MLflow, then a ranker on the release
 	$(BIN)/sid demo $(if $(DATASET),--dataset $(DATASET)) $(if $(DATASET_PATH),--dataset-path $(DATASET_PATH))
 
 test: $(SETTLED)  ## every test that needs no accelerator
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not bench" --durations 10 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" --durations 10 -q
 
 test-services: $(SETTLED)  ## a night, its readers and a backfill on PostgreSQL, MLflow, Spark and Airflow servers (S3=1: tables on an S3 server)
 	$(BIN)/python tests/services/run.py $(if $(S3),--s3)
 
 test-unit: $(SETTLED)  ## the fast tests: no JVM, no network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/property -m "not spark and not airflow and not gpu and not bench"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/property -m "not spark and not airflow and not gpu"
 
 chaos: $(SETTLED)  ## random kills and faults on a small shop, half an hour or so; .sid/chaos.json says what held
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --kills $(or $(KILLS),50)

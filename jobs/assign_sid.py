@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import lakehouse
+from pipeline import evenness, lakehouse
 from pipeline.config import AssignSid
 from pipeline.context import Context, Plan
 from pipeline.errors import ContractError, UpstreamMissing
@@ -619,8 +619,7 @@ def usage_metrics(usage: list[np.ndarray]) -> dict[str, float]:
         if items == 0:
             continue
         reachable = min(len(counts_K), items)
-        p_K = counts_K[counts_K > 0] / items
-        perplexity = float(np.exp(-(p_K * np.log(p_K)).sum()))
+        perplexity = evenness.perplexity(counts_K)
         shares.append(perplexity / reachable)
         dead.append(1.0 - np.count_nonzero(counts_K) / reachable)
         metrics |= {f"perplexity_{position}": perplexity, f"dead_share_{position}": dead[-1]}

@@ -389,7 +389,7 @@ def study(
     out: Annotated[str, typer.Option("--out", help="Folder of study.json, study.md and index.html; empty = reports/<page> of the home.")] = "",
     results: Annotated[str, typer.Option("--results", help="Markdown file whose part between the study's markers is replaced.")] = "",
     final: Annotated[bool, typer.Option("--final", help="Open the test part, with committed code; counted, at most three times.")] = False,
-    confirm: Annotated[bool, typer.Option("--confirm", help="Open the confirmation part, with committed code; once.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Open the confirmation part, with committed code; once per SID_HOME.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:

@@ -12,6 +12,7 @@ from jobs import views
 from jobs.images import read_image
 from jobs.plan_night import MANIFEST, manifest_of
 from jobs.releases import resolve, show_item
+from jobs.views import Place
 from pipeline import lakehouse
 from pipeline.config import Config
 from pipeline.context import Home, read_json
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from pipeline.report import ReportContent
 
-Lake = tuple[Home, Config]
 Row = dict[str, Any]
 EXAMPLES, NEIGHBOURS = 6, 5
 MAX_PICTURE_BYTES = 60_000
@@ -39,7 +39,7 @@ GATES = {  # metric -> side, setting of [publish_release], meaning
 }
 
 
-def write(lake: Lake, tag: str, out: Path | None) -> Path:
+def write(lake: Place, tag: str, out: Path | None) -> Path:
     """The HTML page of a release; without `out` it goes to reports/<tag>.html of the home."""
     from pipeline import report
 
@@ -48,7 +48,7 @@ def write(lake: Lake, tag: str, out: Path | None) -> Path:
     return report.write_report(out or home.folder("reports") / f"{release['tag']}.html", content(lake, release))
 
 
-def content(lake: Lake, release: Row) -> ReportContent:
+def content(lake: Place, release: Row) -> ReportContent:
     """The page's content; parts that this release does not have are left empty."""
     from pipeline.report import ReportContent
 
@@ -78,7 +78,7 @@ def read_outcomes(home: Home, tag: str) -> dict[str, Row]:
     return {name: read_json(folder / f"{name}.json") for name in BY_NAME if (folder / f"{name}.json").is_file()}
 
 
-def facts(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> Row:
+def facts(lake: Place, release: Row, rows: pa.Table, vocabulary: Row) -> Row:
     """Facts of the release for the page's header; the commit is that of the code which made its rows, not of the one which writes the page."""
     import pyarrow.compute as pc
 
@@ -131,13 +131,13 @@ def figures(outcomes: Mapping[str, Row]) -> list[Row]:
     ]
 
 
-def lake_figures(lake: Lake, release: Row, rows: pa.Table, vocabulary: Row) -> list[Row]:
+def lake_figures(lake: Place, release: Row, rows: pa.Table, vocabulary: Row) -> list[Row]:
     """Alignment strength by stratum, where the manifest of the release is still there, and router weights against popularity, from its own rows."""
     behavior = [number for number, slot in enumerate(vocabulary["slots"]) if slot.startswith("behavior")]
     return [*_strength_figure(lake, release), *([_router_figure(rows, behavior)] if behavior else [])]
 
 
-def _strength_figure(lake: Lake, release: Row) -> list[Row]:
+def _strength_figure(lake: Place, release: Row) -> list[Row]:
     """Histogram of alignment strength by stratum in the manifest that the release was made from; none when it is gone: main may show another revision's."""
     import numpy as np
 
@@ -181,7 +181,7 @@ def _router_figure(rows: pa.Table, behavior: Sequence[int]) -> Row:
     }
 
 
-def examples(lake: Lake, release: Row, rows: pa.Table, codebook_sizes: Sequence[int]) -> list[Row]:
+def examples(lake: Place, release: Row, rows: pa.Table, codebook_sizes: Sequence[int]) -> list[Row]:
     """The most popular live items with the items that share most codes with them, with titles and pictures."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -207,7 +207,7 @@ def ranker(outcomes: Mapping[str, Row]) -> list[Row]:
     ]
 
 
-def lineage(lake: Lake, tag: str) -> list[Row]:
+def lineage(lake: Place, tag: str) -> list[Row]:
     """Snapshots and runs behind the release, as the page lists them."""
     return [
         {
@@ -260,7 +260,7 @@ def picture(root: str, uri: str | None) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _image_root(lake: Lake) -> str:
+def _image_root(lake: Place) -> str:
     from pipeline.datasets import dataset
 
     home, config = lake

@@ -1,7 +1,7 @@
 """The command `sid study`: a page's cells run resumable over processes, MLflow hears of each, and tables, verdicts and one HTML page come out.
 
 A finished cell is one JSON in SID_HOME/study/cells with its config hash, data digest, commit, command and seconds; a rerun skips it. No Spark.
-Not here: the work of a cell (jobs/study_cells.py), statistics (pipeline/study.py), rendering (pipeline/study_page.py).
+Not here: the work of a cell (jobs/study_cells.py), verdicts (pipeline/study.py), intervals (pipeline/intervals.py), rendering (pipeline/study_page.py).
 """
 
 from __future__ import annotations

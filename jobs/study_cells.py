@@ -42,6 +42,7 @@ Wanted = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # rows of items (B,) 
 NEIGHBOURS, LISTED = 20, 10  # items of purity@20, and of the lists whose share of head items is counted
 ROWS = 1024  # items whose neighbours are looked at together: the scores of a whole catalogue would fill the memory
 INVALID_SAMPLE = 1000  # questions that the search without a constraint is measured on
+RANK_HISTORY = 20  # latest events of a history that rankers read
 REDRAWS = 20  # rounds in which negatives that the user has are drawn again
 TEXT_AXES, CATEGORY_AXES, TEXT_TOKENS, IMAGE_PIXELS = 128, 64, 64, 112
 RIDGE = 1e-3
@@ -512,7 +513,7 @@ def floors(job: Job) -> dict[str, Any]:
         world.num_items,
         mask_history=settings.mask_history,
         ease=world.num_items <= settings.ease_up_to,
-        decay=0.7,
+        decay=settings.ease_decay,
         fitted_on=evaluation.Packed(offsets, items),
     )
     arrays: Arrays = {"user_Q": asked.users, **{f"mask/{name}": mask for name, mask in asked.masks.items()}}
@@ -526,7 +527,7 @@ def floors(job: Job) -> dict[str, Any]:
     }
     if any(reader.kind == "ranker" for reader in job.page.readers.values()):
         every = world.asked(job.part, 0, 0)
-        rows = rank_rows(job, every, final=True, history=20)
+        rows = rank_rows(job, every, final=True, history=RANK_HISTORY)
         arrays |= {"label_B": rows.label, "person_B": rows.person}
         arrays |= {f"row_mask/{name}": mask for name, mask in row_masks(world, every, rows).items()}
         facts |= {"ranker_rows": len(rows), "ranker_digest": hashlib.sha256(rows.target.tobytes() + rows.label.tobytes()).hexdigest()[:12]}
@@ -657,8 +658,8 @@ def _ranked(job: Job) -> dict[str, Any]:
     assert isinstance(params, TrainRanker)
     world, settings = job.world, job.page.data[job.cell.data]
     asked = world.asked(job.part, 0, 0)
-    train = rank_rows(job, world.learned(settings.rank_events), final=False, history=20)
-    test = rank_rows(job, asked, final=True, history=20)
+    train = rank_rows(job, world.learned(settings.rank_events), final=False, history=RANK_HISTORY)
+    test = rank_rows(job, asked, final=True, history=RANK_HISTORY)
     has_codes = bool(job.cell.needs)
     data = ranker.RankData(
         train=train,

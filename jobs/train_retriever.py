@@ -354,6 +354,7 @@ def floors(sequences: Sequences, questions: Questions, num_items: int, params: T
         num_items,
         mask_history=params.mask_history,
         ease=num_items <= params.ease_up_to,
+        decay=params.ease_decay,
         fitted_on=evaluation.Packed(sequences.offsets.numpy(), sequences.items.numpy()),
         seen=questions.seen,
     )

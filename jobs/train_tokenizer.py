@@ -154,7 +154,7 @@ def result(tokenizer: Tokenizer, report: FitReport, items: ItemBatch, name: str,
     codes_NL = tokenizer.encode(items).codes_NL
     counts = [metrics.code_counts(codes_N, size).tolist() for codes_N, size in zip(codes_NL.unbind(1), tokenizer.codebook_sizes, strict=True)]
     vocabulary = {"tokenizer": name, "codebook_sizes": list(tokenizer.codebook_sizes), "slots": list(tokenizer.slots), "codebook_digest": digest}
-    figures = {"code_usage": FigureData(kind="code_usage", data={"usage": dict(zip(tokenizer.slots, counts, strict=True))})}
+    figures = {"code_usage": FigureData(kind="code_usage", data={"slots": list(tokenizer.slots), "counts": counts})}
     if losses := {name: values for name, values in report.curves.items() if name.startswith("loss/")}:
         figures["loss_curves"] = FigureData(kind="loss_curves", data={"curves": losses})
     return StageResult(

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import DataFrame
 
-Lake = tuple[Home, Config]
+Place = tuple[Home, Config]
 Row = dict[str, Any]
 REFUSED = "raw.rejected_row"
 EXAMPLE = 200  # characters shown of a refused row
 
 
-def releases(lake: Lake) -> list[Row]:
+def releases(lake: Place) -> list[Row]:
     """Rows of sid.release by date and revision, with `pinned_by` (names that hold it) and `expired` (its rows were swept away)."""
     home, config = lake
     tags = pins.held_tags(home, config)
@@ -38,7 +38,7 @@ def releases(lake: Lake) -> list[Row]:
     ]
 
 
-def item(lake: Lake, item_id: str, tag: str = "") -> Row:
+def item(lake: Place, item_id: str, tag: str = "") -> Row:
     """One item of a release with title, its positions (slot, code, weight) and its neighbours by shared codes."""
     home, config = lake
     release = resolve(lakehouse.read_releases(home, config.lake), tag)
@@ -49,7 +49,7 @@ def item(lake: Lake, item_id: str, tag: str = "") -> Row:
     return {**found, "release": release["tag"], "positions": [{"position": slot, "code": code, "weight": weight} for slot, code, weight in codes]}
 
 
-def diff(lake: Lake, old: str, new: str) -> list[Row]:
+def diff(lake: Place, old: str, new: str) -> list[Row]:
     """Churn between two releases, by scope: all, stratum, position."""
     home, config = lake
     releases = lakehouse.read_releases(home, config.lake)
@@ -57,7 +57,7 @@ def diff(lake: Lake, old: str, new: str) -> list[Row]:
     return diff_rows(lakehouse.read_release(home, config.lake, old), lakehouse.read_release(home, config.lake, new), *sizes)
 
 
-def branch(lake: Lake, name: str) -> list[Row]:
+def branch(lake: Place, name: str) -> list[Row]:
     """Rows of each table that has the branch, on it and on main; each expectation with what the gate observed; refused rows by reason, with an example.
 
     A stage's outcome says what was measured; without one the rows are measured again, and what only the job knew (churn, collisions) is not shown.
@@ -98,7 +98,7 @@ def _measured(home: Home, branch: str) -> dict[str, float]:
     return next((outcome["metrics"] for outcome in outcomes if outcome.get("branch") == branch), {})
 
 
-def _changed_days(lake: Lake, table: str, history: History, branch: str) -> list[date]:
+def _changed_days(lake: Place, table: str, history: History, branch: str) -> list[date]:
     """Days in which the branch has files that main does not have: an ingest also replaces days before its own."""
     home, config = lake
     there, main = (lakehouse.files_at(home, config.lake, table, [history.branches[name]]) for name in (branch, "main"))
@@ -116,14 +116,14 @@ def _refused(frame: DataFrame, main: DataFrame, days: Sequence[date]) -> list[Ro
     ]
 
 
-def repair(lake: Lake, *, dry_run: bool) -> list[Row]:
+def repair(lake: Place, *, dry_run: bool) -> list[Row]:
     """What was derived from sid.release and where it was brought in line; buffered records are flushed too."""
     home, config = lake
     flushed = 0 if dry_run else sum(tracking.flush(home, folder) for folder in sorted(home.folder("staging").iterdir()) if folder.is_dir())
     return [{"model": "(buffered runs)", "alias": "", "points_at": "", "should_be": "", "moved": flushed}, *derived.align(home, config, dry_run=dry_run)]
 
 
-def rollback(lake: Lake, tag: str) -> list[Row]:
+def rollback(lake: Place, tag: str) -> list[Row]:
     """tag, was, becomes of every release that a rollback to `tag` would change.
 
     Raises: ContractError when the release cannot be restored.
@@ -144,7 +144,7 @@ def maintain(ctx: Context) -> list[Row]:
     return survey(spark, ctx.config.maintain, ctx).rows()
 
 
-def generation(lake: Lake, number: int) -> Row:
+def generation(lake: Place, number: int) -> Row:
     """The row of sid.generation.
 
     Raises: UpstreamMissing when there is none.
@@ -156,14 +156,14 @@ def generation(lake: Lake, number: int) -> Row:
     return rows[0]
 
 
-def titles(lake: Lake, day: date, item_ids: Sequence[str] | None = None) -> pa.Table:
+def titles(lake: Place, day: date, item_ids: Sequence[str] | None = None) -> pa.Table:
     """item_id, title, image_uri: the newest catalogue observation up to a day of each item, or of the named ones."""
     home, config = lake
     columns, among = ("item_id", "title", "image_uri", "file_date"), None if item_ids is None else {"item_id": item_ids}
     return newest_observations(lakehouse.read_arrow(home, config.lake, "raw.item", columns=columns, where=f"file_date <= '{day}'", among=among))
 
 
-def lineage(lake: Lake, tag: str) -> list[Row]:
+def lineage(lake: Place, tag: str) -> list[Row]:
     """The release's snapshot, the run that wrote it, and the tables and snapshots that run and its siblings read and wrote."""
     home, config = lake
     release = resolve(lakehouse.read_releases(home, config.lake), tag)

@@ -695,6 +695,7 @@ class TrainRetriever(Section):
     mask_history: bool = Field(True, description="the user's earlier items leave the ranking, for every arm and floor alike, and are not asked for")
     max_questions: int = Field(0, ge=0, description="test questions at most, drawn by the seed; 0 = all")
     ease_up_to: int = Field(6000, ge=0, description="catalogue size up to which the floor EASE is computed; it costs N^3")
+    ease_decay: float = Field(1.0, gt=0, le=1, description="weight of an event in the context that EASE reads, per later event of the user; 1 = all alike")
 
 
 class Maintain(Section):

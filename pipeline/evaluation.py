@@ -27,7 +27,6 @@ Score = Callable[[slice], Tensor]
 CELLS = 4_000_000  # cells of a temporary matrix, so that memory does not grow with the catalogue
 PROBABILITY_FLOOR = 1e-7
 CUTOFFS = (5, 10, 50, 100)  # k of Recall@k and NDCG@k
-THIN_ROWS = 1000  # a slice below this is shown without a verdict
 
 
 @dataclass(frozen=True)
@@ -247,13 +246,14 @@ def retrieval_table(
     arms = {
         arm: {
             name: {metric: float(np.mean([run[metric][mask].mean() for run in runs])) for metric in runs[0]}
-            | {"rows": int(mask.sum()), "thin": bool(mask.sum() < THIN_ROWS)}
+            | {"rows": int(mask.sum()), "thin": bool(mask.sum() < intervals.THIN_ROWS)}
             for name, mask in masks.items()
         }
         for arm, runs in values.items()
     }
     differences = [
-        {"a": a, "b": b, "stratum": name, "metric": metric, "thin": bool(mask.sum() < THIN_ROWS)} | _paired(values[a], values[b], metric, mask, user_B)
+        {"a": a, "b": b, "stratum": name, "metric": metric, "thin": bool(mask.sum() < intervals.THIN_ROWS)}
+        | _paired(values[a], values[b], metric, mask, user_B)
         for a, b in pairs
         if a in values and b in values
         for name, mask in masks.items()

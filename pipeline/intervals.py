@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 POWER = 2.8  # z of a two-sided 5 % level plus z of a power of 80 %
+THIN_ROWS = 1000  # a slice below this is shown in grey, without a verdict
 EXACT_FLIPS, DRAWN_FLIPS = 16, 20_000  # worlds up to which all sign flips are enumerated, else so many are drawn
 
 

@@ -416,7 +416,7 @@ def _stratum_metrics(test: RankRows, runs: Sequence[Floats], mask: npt.NDArray[n
         "gauc": _number(np.mean([evaluation.gauc(label_S, run[mask], person_S)[0] for run in runs])),
         "logloss": _number(np.mean([evaluation.logloss(label_S, _probability(run[mask])) for run in runs])),
         "rows": int(mask.sum()),
-        "thin": bool(mask.sum() < evaluation.THIN_ROWS),
+        "thin": bool(mask.sum() < intervals.THIN_ROWS),
     }
 
 
@@ -425,7 +425,7 @@ def _differences(test: RankRows, runs_a: Sequence[Floats], runs_b: Sequence[Floa
     label_B, person_B = test.label[mask], test.person[mask]
     a_SB, b_SB = (np.stack([run[mask] for run in runs]) for runs in (runs_a, runs_b))
     effects = {"auc": intervals.auc_effect(label_B, a_SB, b_SB, person_B), "gauc": evaluation.gauc_effect(label_B, a_SB, b_SB, person_B)}
-    thin = bool(mask.sum() < evaluation.THIN_ROWS)
+    thin = bool(mask.sum() < intervals.THIN_ROWS)
     return [{"metric": name, **evaluation.difference(effect), "thin": thin} for name, effect in effects.items()]
 
 

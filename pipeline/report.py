@@ -25,6 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from pipeline import evenness
+from pipeline.intervals import THIN_ROWS
+
 logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -32,21 +35,20 @@ INK = "#2b303b"  # in the HTML page this very colour becomes the text colour of 
 COLOURS = ("#4477aa", "#ee7733", "#009988", "#cc3377", "#aa8800", "#66ccee", "#888888")  # told apart with any colour vision
 STRATA = {"head": COLOURS[0], "torso": COLOURS[1], "tail": COLOURS[2]}
 HUES = {"shared": 215, "level": 215, "text": 28, "image": 330, "behavior": 165}  # colour of a slot's chips, by the word its name begins with
-MIN_ROWS = 1000  # thinner strata are shown in grey, without a verdict
 NEAR_LIMIT = 0.1  # a gate this close to its limit is amber
 
 
 # --------------------------------------------------------------------------------------------------------------- figures
 
 
-def code_usage(*, usage: Mapping[str, Sequence[float]] | None = None, slots: Sequence[str] = (), counts: Sequence[Sequence[float]] = ()) -> Figure:
+def code_usage(*, slots: Sequence[str] = (), counts: Sequence[Sequence[float]] = ()) -> Figure:
     """Heat map of how often each code is used, most used first, one row per position, with perplexity and dead codes.
 
     Args:
-        usage: slot name -> items per code, length K of that position.
-        slots / counts: the same as two lists.
+        slots: names of the positions.
+        counts: items per code of each position, length K of that position.
     """
-    usage = dict(zip(slots, counts, strict=True)) if usage is None else usage
+    usage = dict(zip(slots, counts, strict=True))
     widest = max((len(counts) for counts in usage.values()), default=1)
     figure, axes = _canvas(height=1.1 + 0.42 * max(len(usage), 1), width=9.0)
     grid_LK = np.full((max(len(usage), 1), widest), np.nan)
@@ -59,7 +61,8 @@ def code_usage(*, usage: Mapping[str, Sequence[float]] | None = None, slots: Seq
     bar.ax.set_yticklabels([f"{tick:,}" for tick in ticks], color=INK, fontsize=8)
     bar.set_label("items per code", color=INK, fontsize=9)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    axes.set_yticks(range(len(usage)), [f"{slot}: perplexity {perplexity(used):.0f}, dead {dead(used)}" for slot, used in usage.items()])
+    names = [f"{slot}: perplexity {evenness.perplexity(used):.0f}, dead {evenness.dead_codes(used)}" for slot, used in usage.items()]
+    axes.set_yticks(range(len(usage)), names)
     _dress(axes, "codes, most used first", "", grid=False)
     return figure
 
@@ -212,7 +215,7 @@ def _dots(arms: Mapping[str, Mapping[str, float | None]], rows: Mapping[str, int
     axes.set_ylim(max(len(strata), 1) - 0.5, -0.5)
     _dress(axes, label, "", legend=True)
     for text, stratum in zip(axes.get_yticklabels(), strata, strict=True):
-        text.set_alpha(0.45 if rows and rows.get(stratum, MIN_ROWS) < MIN_ROWS else 1.0)
+        text.set_alpha(0.45 if rows and rows.get(stratum, THIN_ROWS) < THIN_ROWS else 1.0)
     return figure
 
 
@@ -279,20 +282,6 @@ def draw(kind: str, data: Mapping[str, Any], *, footer: str = "") -> Figure:
     if footer:
         figure.text(0.995, 0.004, footer, ha="right", va="bottom", fontsize=7, color=INK, alpha=0.7)
     return figure
-
-
-def perplexity(counts: Sequence[float]) -> float:
-    """Perplexity of a position, exp of the entropy of its code usage, between 1 and K; 0 when no item uses it."""
-    used = np.asarray([count for count in counts if count > 0], dtype=float)
-    if not used.size:
-        return 0.0
-    share = used / used.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def dead(counts: Sequence[float]) -> int:
-    """Number of codes that no item uses."""
-    return int(np.sum(np.asarray(counts, dtype=float) == 0))
 
 
 def _canvas(*, width: float = 5.6, height: float = 3.3) -> tuple[Figure, Axes]:
@@ -505,7 +494,7 @@ def _hue(slot: str) -> int:
 def _ranker_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with every optional number present, its thinness, and a verdict only where its interval leaves zero."""
     full = dict.fromkeys(("rows", "auc", "gauc", "logloss", "delta", "delta_low", "delta_high")) | dict(row)
-    thin = full["rows"] is not None and full["rows"] < MIN_ROWS
+    thin = full["rows"] is not None and full["rows"] < THIN_ROWS
     low, high = full["delta_low"], full["delta_high"]
     verdict = ""
     if not thin and low is not None and high is not None:

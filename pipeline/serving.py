@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from mlflow.models import set_model  # noqa: TID253 - MLflow itself runs this file
-from mlflow.pyfunc.model import PythonModel  # noqa: TID253
+from mlflow.pyfunc.model import PythonModel  # noqa: TID253 - the same
 
 Columns = dict[str, np.ndarray]
 

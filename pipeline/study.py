@@ -360,7 +360,7 @@ def grid(page: Page, digests: Mapping[str, str], part: Part = "valid") -> list[C
         floors = {
             **ground,
             "part": part,
-            **page.train_retriever.model_dump(mode="json", include={"mask_history", "ease_up_to"}),
+            **page.train_retriever.model_dump(mode="json", include={"mask_history", "ease_up_to", "ease_decay"}),
             "rankers": JUDGED_ROWS if ranked else False,
             **_judged(page, name),
         }

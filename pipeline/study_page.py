@@ -32,7 +32,7 @@ OPENED = {"valid": "validation part; the test part is shut", "test": "test part"
 def markdown(document: Mapping[str, Any]) -> str:
     """The study as Markdown tables: provenance, verdicts, readers by slice, codes, inputs."""
     lines = [f"**{document['title'] or document['name']}**", "", *_provenance(document), ""]
-    lines += ["### Verdicts", "", *_verdicts(document["claims"]), ""]
+    lines += ["### Verdicts", "", *_verdicts(document["claims"], document["statistics"]["level"]), ""]
     lines += [f"Not run here: {len(document['not_run'])} of {len(document['not_run']) + len(document['claims'])} comparisons of the page.", ""]
     for (data, reader), rows in _groups(document["readings"]).items():
         lines += [f"### {data}, {reader}", "", *_reading_table(rows), ""]
@@ -72,10 +72,10 @@ def _provenance(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _verdicts(claims: Sequence[Mapping[str, Any]]) -> list[str]:
+def _verdicts(claims: Sequence[Mapping[str, Any]], level: float) -> list[str]:
     if not claims:
         return ["No claim could be judged."]
-    lines = ["| claim | data | metric | difference | 95 % interval | seeds | verdict | why |", "|---|---|---|---|---|---|---|---|"]
+    lines = [f"| claim | data | metric | difference | {level:.0%} interval | seeds | verdict | why |", "|---|---|---|---|---|---|---|---|"]
     return lines + [
         f"| {row['title']} | {row['data']} | {claim_metric(row)} | {signed(row['difference'])} | {interval(row)} | {row['seeds']} | "
         f"**{row['verdict']}** | {row['reason']} |"
@@ -197,10 +197,11 @@ def write_page(path: Path, document: Mapping[str, Any]) -> Path:
 
 def _figures(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Section -> cards with a title, a caption and an inline picture."""
-    number = iter(range(10_000))
+    number, level = iter(range(10_000)), document["statistics"]["level"]
     return {
         "claims": [
-            _card(next(number), "differences", data, title, "Dots are paired differences, bars 95 % intervals.") for title, data in _claim_data(document)
+            _card(next(number), "differences", data, title, f"Dots are paired differences, bars {level:.0%} intervals.")
+            for title, data in _claim_data(document)
         ],
         "readings": [_card(next(number), "by_stratum", data, title, "Means over seeds; grey slices are thin.") for title, data in _slice_data(document)],
         "strength": [

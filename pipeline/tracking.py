@@ -565,7 +565,7 @@ def _log_pyfunc(run_id: str, bundle: ModelBundle) -> tuple[str, str]:
 
 def _package_copy(scratch: Path) -> Path:
     """The modules a served model needs, copied, so that it loads where sidmill is not installed."""
-    skip = shutil.ignore_patterns("__pycache__", "templates", "profiles", "datasets", "serving.py")
+    skip = shutil.ignore_patterns("__pycache__", "templates", "profiles", "studies", "datasets", "serving.py")
     return Path(shutil.copytree(Path(__file__).parent, scratch / "pipeline", ignore=skip))
 
 
@@ -706,10 +706,11 @@ def _session(home: Home, *, locked: bool = True) -> Iterator[MlflowClient]:
     _preflight(home.tracking_uri)
     mlflow = _mlflow()
     import sqlalchemy.exc
+    from filelock import FileLock
     from requests.exceptions import RequestException
 
     try:
-        with _lock(home) if locked else nullcontext(), _global_address(mlflow, home.tracking_uri):
+        with FileLock(home.folder("locks") / "mlflow.lock") if locked else nullcontext(), _global_address(mlflow, home.tracking_uri):
             yield mlflow.MlflowClient(home.tracking_uri)
     except (sqlalchemy.exc.OperationalError, RequestException) as error:
         raise _unreachable(home.tracking_uri, str(error)) from error
@@ -749,15 +750,6 @@ def _preflight(uri: str) -> None:
 def _unreachable(uri: str, found: str) -> UpstreamMissing:
     """The error to raise when MLflow does not answer."""
     return UpstreamMissing("MLflow cannot be reached", expected="an answering tracking store", found=found[:500], where=uri, next_command="sid repair")
-
-
-@contextmanager
-def _lock(home: Home) -> Iterator[None]:
-    import fcntl
-
-    with (home.folder("locks") / "mlflow.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Numbers about codes and reconstructions, each defined once: every tokenizer, gate, report and study uses these.
+"""Numbers about codes and reconstructions, each defined once: every tokenizer and study uses these (evenness of use: pipeline/evenness.py).
 
 Not here: anything that needs a reader of the codes (pipeline/evaluation.py). Suffixes: N items, L positions, K codes, D width.
 The reserved code K (masked position) never counts as a code.
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from pipeline import evenness
 
 BLOCK = 1 << 20  # rows looked at in float64 at once
 
@@ -31,18 +33,17 @@ def utilisation(counts_K: Tensor, *, at_least: int = 2) -> float:
 
 def dead_codes(counts_K: Tensor) -> int:
     """Number of codes without any item."""
-    return int((counts_K == 0).sum())
+    return evenness.dead_codes(counts_K.cpu().numpy())
 
 
 def entropy(counts_K: Tensor) -> float:
     """Entropy of code use in nats, in [0, ln K]; 0 without items."""
-    share_K = counts_K.double() / counts_K.sum().clamp(min=1)
-    return float(torch.special.entr(share_K).sum())
+    return evenness.entropy(counts_K.cpu().numpy())
 
 
 def perplexity(counts_K: Tensor) -> float:
     """exp(entropy): the number of equally used codes that would be as uneven; in [1, K]."""
-    return float(torch.tensor(entropy(counts_K), dtype=torch.float64).exp())
+    return evenness.perplexity(counts_K.cpu().numpy())
 
 
 def gini(counts_K: Tensor) -> float:

@@ -123,10 +123,16 @@ class Nights:
         return [reason for (reason,) in self.rows("raw.rejected_row", "reason")]
 
 
+@pytest.fixture(scope="module")
+def never_written(spark, _session_home):
+    """The session's home; the tests that share it publish nothing."""
+    return _session_home
+
+
 @pytest.fixture
-def files(spark, tmp_path):
+def files(spark, never_written, tmp_path):
     """For tests that publish nothing."""
-    return Nights(spark, Home(tmp_path / "home"), tmp_path / "my data [1] {x}")
+    return Nights(spark, never_written, tmp_path / "my data [1] {x}")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from jobs.cli import app
-from pipeline import config
+from pipeline import config, study
 from pipeline.context import ROOT
 
 PAGES = ("README.md", "docs/operations.md", "docs/results.md")  # the log and the decisions tell of what was
@@ -54,3 +54,29 @@ def test_every_setting_of_a_command_is_one(page: str) -> None:
         for option, value in pairwise(words):
             if option == "--set" and words[1] != "study":
                 config.load("tiny", (value,))
+
+
+def alternatives(pattern: str, chosen: frozenset[str] = frozenset()) -> list[tuple[str, frozenset[str]]]:
+    """The pattern once for every choice of its groups, with what was chosen."""
+    group = re.search(r"\(([^()]*)\)", pattern)
+    if group is None:
+        return [(pattern, chosen)]
+    choices = [(pattern[: group.start()] + choice + pattern[group.end() :], choice) for choice in group[1].split("|")]
+    return [each for text, choice in choices for each in alternatives(text, chosen | {choice})]
+
+
+def test_alternatives_are_spelled_out() -> None:
+    assert [text for text, _ in alternatives("a/(b|(c|d)/e)/f")] == ["a/b/f", "a/c/e/f", "a/b/f", "a/d/e/f"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_alternative_of_a_studys_selection_chooses_a_cell(page: str) -> None:
+    for words in typed(page):
+        for option, pattern in pairwise(words):
+            if option == "--only" and pattern != "REGEX":
+                shown = study.load(words[2])
+                names = [cell.name for cell in study.grid(shown, {label: "" for label, _, _ in study.worlds(shown)})]
+                spelled = alternatives(pattern)
+                found = [chosen for text, chosen in spelled if any(re.search(text, name) for name in names)]
+                assert found, words
+                assert frozenset().union(*(chosen for _, chosen in spelled)) == frozenset().union(*found), words

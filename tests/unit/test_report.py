@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from jobs import report_page
 from pipeline import config, lakehouse, report
 from pipeline.context import Home
-from pipeline.report import FIGURES, ReportContent, draw, gate_light, perplexity, to_svg, write_report
+from pipeline.evenness import perplexity
+from pipeline.report import FIGURES, ReportContent, draw, gate_light, to_svg, write_report
 
 SLOTS = ["shared_0", "text_0", "image_0", "behavior_0", "behavior_1", "behavior_2"]
 TITLES = ["Star Wars (1977)", "Fargo (1996)", "Toy Story (1995)", "Pulp Fiction (1994)"]
@@ -42,7 +43,7 @@ def figure_data(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
     auc = {arm: dict(zip(("all", "head", "tail", "0 events"), values, strict=True)) for arm, values in arms.items()}
     epochs = np.arange(60)
     return {
-        "code_usage": {"usage": usage},
+        "code_usage": {"slots": list(usage), "counts": list(usage.values())},
         "collisions_by_decile": {"collision_rate": np.linspace(0.09, 0.01, 10).tolist()},
         "strength_by_stratum": {"edges": edges.tolist(), "counts": counts},
         "weight_by_popularity": {
@@ -313,7 +314,7 @@ def test_keys_that_a_figure_does_not_know_are_left_out_with_a_warning(caplog: py
 @pytest.mark.parametrize(
     ("kind", "data"),
     [
-        ("code_usage", {"usage": {}}),
+        ("code_usage", {}),
         ("code_usage", {"slots": ["a", "b"], "counts": [[0, 0], [1, 2, 3]]}),
         ("collisions_by_decile", {"collision_rate": [0.1, 0.2]}),
         ("churn", {}),
@@ -343,7 +344,7 @@ def test_perplexity_is_that_of_a_slow_loop() -> None:
             entropy -= count / 8 * np.log(count / 8)
     assert perplexity(counts) == pytest.approx(np.exp(entropy))
     assert perplexity([2, 2, 2]) == pytest.approx(3.0)
-    assert perplexity([0, 0]) == 0.0
+    assert perplexity([0, 0]) == 1.0, "as for a tokenizer without items"
 
 
 def test_svg_takes_the_readers_ink_and_is_the_same_twice() -> None:
