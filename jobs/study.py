@@ -74,6 +74,7 @@ def plan(name: str, *, sets: Sequence[str] = (), only: str = "", part: Part = "v
     from jobs.study_data import data_digest
 
     page = study.load(name, sets)
+    only = only or page.only
     labels = {label: (data, world) for label, data, world in study.worlds(page) if part != "confirm" or page.data[data].kind in HAVE_CONFIRM}
     wanted = study.selected(study.grid(page, dict.fromkeys(labels, "")), only)
     used = {(cell.data, cell.world) for cell in wanted}

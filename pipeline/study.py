@@ -144,6 +144,7 @@ class Page(Section):
     """A whole study."""
 
     name: str = Field("unnamed", description="name of the study; the MLflow experiment is sid/study-<name>")
+    only: str = Field("", description="regular expression over the names of cells that run where no other one is given; empty = all")
     title: str = Field("", description="headline of the page")
     about: str = Field("", description="a paragraph under it")
     seed: int = Field(20261120, ge=0, description="the one seed; all others derive from it")
@@ -222,6 +223,8 @@ def _one_a_control(claim: Any) -> list[Any]:
 def load(page: str, overrides: Sequence[str] = ()) -> Page:
     """The page with `key=value` overrides applied; `source.path=FOLDER` is the path of every data set that is the user's own.
 
+    A page with `extends = NAME` is that page of pipeline/studies with what it says itself laid over it; lists are replaced whole.
+
     Args:
         page: a name in pipeline/studies or a path to a TOML file.
     Raises: ConfigError for an unknown page or key, a name that is not there, or a value of the wrong type.
@@ -230,7 +233,12 @@ def load(page: str, overrides: Sequence[str] = ()) -> Page:
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in PAGES.glob("*.toml")))
         raise ConfigError(f"unknown study {page!r}", expected=f"one of {known}, or a path to a .toml file", found=page, where=str(path))
-    return parse(read_toml(path, overrides, what="page"), where=str(path))
+    content = read_toml(path, overrides, what="page")
+    if (base := content.pop("extends", "")) and (PAGES / f"{base}.toml").is_file():
+        content = _merged(read_toml(PAGES / f"{base}.toml", (), what="page"), content)
+    elif base:
+        raise ConfigError("unknown page to extend", expected="a name in pipeline/studies", found=str(base), where=str(path))
+    return parse(content, where=str(path))
 
 
 def parse(content: dict[str, Any], *, where: str) -> Page:

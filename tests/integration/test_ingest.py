@@ -13,7 +13,7 @@ import pytest
 from jobs import images, ingest, item_popularity, plan_night, runner
 from jobs.inputs import Inputs
 from pipeline import config, lakehouse
-from pipeline.context import Context, Home, Plan, write_json
+from pipeline.context import Context, Plan, write_json
 from pipeline.datasets import base, dataset
 from pipeline.errors import ConfigError, ContractError, GateFailed, UpstreamMissing
 from pipeline.stages import BY_NAME
@@ -205,10 +205,9 @@ def test_many_days_are_one_load_and_columns_are_matched_by_name(files):
     assert (metrics["files_loaded"], metrics["files_declared_empty"]) == (3, 5)
 
 
-def test_files_load_all_their_rows_whatever_their_path(spark, tmp_path):
+def test_files_load_all_their_rows_whatever_their_path(spark, never_written, tmp_path):
     odd = "dt={date} (a+b) 100% %20 \u00fcml\u00e4ut @1,&'"
-    home = Home(tmp_path / "home")
-    nights = Nights(spark, home, tmp_path / "M\u00fcller & S\u00f6hne+[1]", events_pattern=f"{odd}/x.csv", items_pattern=f"items {odd}.csv")
+    nights = Nights(spark, never_written, tmp_path / "M\u00fcller & S\u00f6hne+[1]", events_pattern=f"{odd}/x.csv", items_pattern=f"items {odd}.csv")
     write_csv(nights.root / odd.replace("{date}", str(D)) / "x.csv", EVENT_HEADER, [event(), event(user="u2")])
     write_csv(nights.root / f"items {odd.replace('{date}', str(D))}.csv", ITEM_HEADER, [["a", "A", "", "", ""]])
     nights.judge()

@@ -57,12 +57,12 @@ def test_every_setting_of_a_command_is_one(page: str) -> None:
 
 
 def alternatives(pattern: str, chosen: frozenset[str] = frozenset()) -> list[tuple[str, frozenset[str]]]:
-    """The pattern once for every choice of its groups, with what was chosen."""
+    """The pattern once for every choice of its groups, with the names that were chosen."""
     group = re.search(r"\(([^()]*)\)", pattern)
     if group is None:
         return [(pattern, chosen)]
     choices = [(pattern[: group.start()] + choice + pattern[group.end() :], choice) for choice in group[1].split("|")]
-    return [each for text, choice in choices for each in alternatives(text, chosen | {choice})]
+    return [each for text, choice in choices for each in alternatives(text, chosen | {part for part in [choice] if "/" not in part})]
 
 
 def test_alternatives_are_spelled_out() -> None:

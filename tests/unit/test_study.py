@@ -113,6 +113,22 @@ def test_the_path_of_own_data_comes_from_outside_and_names_nothing() -> None:
         study_data.files_of(plain.data["mine"], "mine")
 
 
+def test_a_page_may_lay_changes_over_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "study-smoke"\ntitle = "mine"\nonly = "/plain/"\n[statistics]\nseeds = [7]\n[arms.mine]\ntokenizer = "rq_vae"\n')
+    base, mine = study.load("study-smoke"), study.load(str(path), ["statistics.level=0.9"])
+    assert (mine.title, mine.only, mine.statistics.seeds, mine.statistics.level) == ("mine", "/plain/", [7], 0.9)
+    assert mine.statistics.thin_rows == base.statistics.thin_rows
+    assert {**base.arms, "mine": mine.arms["mine"]} == mine.arms
+    assert mine.claims == base.claims
+    home = Home(tmp_path / "home")
+    assert {cell.arm for cell in command.plan(str(path), home=home).cells} == {"", "plain"}
+    assert "ada_sid" in {cell.arm for cell in command.plan(str(path), only="/ada_sid/", home=home).cells}
+    path.write_text('extends = "study-nowhere"\n')
+    with pytest.raises(ConfigError, match="unknown page to extend"):
+        study.load(str(path))
+
+
 def test_overrides_reach_every_section() -> None:
     changed = study.load("study-smoke", ["statistics.seeds=[5]", "train_tokenizer.ada_sid.codebook_size=7", "data.shop.options.items=99"])
     assert changed.statistics.seeds == [5]
