@@ -90,7 +90,8 @@ def richness(reference: Mapping[str, Any], count: ArrayLike, norm: ArrayLike) ->
 def alignment_strength(richness: ArrayLike, alpha: float, beta: float) -> Floats:
     """Alignment strength w in (0, 1] per item, w = sigmoid(alpha N - beta) / sigmoid(alpha - beta); 1 at N = 1.
 
-    Source: ADC-SID eq. (17).
+    Source: ADC-SID eq. (17); differs: N is the rank of the evidence unless `richness = "norm"`, and beta is fitted so that a given share of the items has w
+    below .05 unless it is set; the paper has the norm and (alpha, beta) = (10, 9), as the profile `paper` does.
     """
     return np.exp(_log_sigmoid(alpha * np.asarray(richness, np.float64) - beta) - _log_sigmoid(np.float64(alpha - beta)))
 

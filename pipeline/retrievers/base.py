@@ -118,8 +118,9 @@ def slot_weights(weights_NL: Tensor, present_NL: Tensor, share: float) -> Tensor
 def weighted_mean(log_prob_BS: Tensor, weight_BS: Tensor) -> Tensor:
     """sum_s a_s log p_s / sum_s a_s, (B,); 0 where all weights are 0. Its negative is the loss, the score of beams, and `parallel`'s where scoring = mean.
 
-    Source: ADA-SID (arXiv 2510.25622), generation loss; differs: divided by the sum of the weights instead of a constant, because sums favour items with
-    few or light slots when items are scored.
+    Source: ADA-SID (arXiv 2510.25622), generation loss; differs: divided by the item's own sum of weights instead of a constant, because sums favour
+    items with few or light slots where items are scored so. As a loss that gives the codes of an item with light gates more weight each than those of an
+    item with heavy ones, which is part of what a router changes.
     """
     return (log_prob_BS * weight_BS).sum(-1) / weight_BS.sum(-1).clamp(min=1e-6)
 

@@ -174,6 +174,10 @@ class Network(nn.Module):
     Args:
         settings: the [train_tokenizer.ada_sid] section.
         raw_widths: modality -> width of its vectors as they come; modalities not named are absent, with their experts and positions.
+
+    Source: ADC-SID eq. (2), (3), (6), (12)-(14), what the modules read and the decoder gives back; differs: text and image are centred, turned to their
+    principal axes and cut (`text_dim`, `image_dim`), every modality is brought to one scale, and a learned vector stands in where an item lacks one; the
+    paper reads raw vectors that all items have. The error of text and image that a fit reports is that of the cut vectors.
     """
 
     codebook_LKD: nn.Parameter
@@ -355,7 +359,12 @@ def _experts(settings: profile.AdaSid, modalities: tuple[str, ...]) -> dict[str,
 
 
 class Training(parallel.CodeBooks):
-    """ADA-SID as the training loop wants it (`fit.Trainable`)."""
+    """ADA-SID as the training loop wants it (`fit.Trainable`).
+
+    Source: ADC-SID section 3, the sum of its losses; differs: the paper prints neither the sum nor its weights; a share of the items hides a modality from
+    the network in every step (`behavior_dropout`, `content_dropout`) and is reconstructed whole; with `behavior_prior = "poor"` behaviour is
+    reconstructed as N e_b + (1 - N) times what content says of it.
+    """
 
     def __init__(self, network: Network) -> None:
         self.network = network

@@ -1,6 +1,6 @@
 """LETTER (arXiv 2405.07314): an RQ-VAE of the content whose quantised latent agrees with behaviour and whose code rows spread evenly.
 
-The terms are those of the authors' program: L = L_sem + alpha L_CF + beta L_Div. differs: levels are added up, the program takes their mean; squared distances
+Source: the authors' program, L = L_sem + alpha L_CF + beta L_Div; differs: levels are added up, the program takes their mean; squared distances
 of code rows are divided by the columns of the input as in rq_vae.py, there each is a mean over its own width, so codebook and commitment weigh columns /
 (levels x width of the latent) times as much; the commitment of every level reaches the latent, there the residual of a straight-through code has no gradient.
 Behaviour is a teacher, never an input: an item gets its codes from its content alone. Colliding items are told apart by assign_sid, not by reassignment here.
