@@ -86,11 +86,12 @@ def planned(spec: SourceSpec, ctx: Context, ledger: Sequence[Row]) -> tuple[Plan
     """Files the night reads: those of its own date, of days the ledger lacks, and of days that were empty and now have a file.
 
     A file that was loaded and is gone (archived) keeps its rows and is not planned: a day is emptied by an empty file.
-    Raises: UpstreamMissing naming every open day without a file.
+    Raises: UpstreamMissing naming every open day without a file, or when no day has one.
     """
     from pipeline.datasets import base
 
-    spec = dataclasses.replace(spec, first_date=min([spec.first_date, *(row["file_date"] for row in ledger)]))  # the first file may be archived, too
+    loaded = {row["file_date"] for row in ledger}
+    spec = dataclasses.replace(spec, first_date=min(loaded | ({spec.first_date} if spec.first_date else set()), default=None))  # files may be archived
     known = {(row["file_date"], row["kind"]): row["status"] for row in ledger}
     wanted = [
         (day, kind) for day in base.days(ctx.config.source, spec, ctx.logical_date) for kind in spec.kinds if _pending(spec, known, day, kind, ctx.logical_date)

@@ -23,7 +23,7 @@ from typing import Literal, Protocol
 
 from pipeline import config
 from pipeline.context import PlannedFile, read_json, write_json
-from pipeline.errors import ConfigError, ContractError
+from pipeline.errors import ConfigError, ContractError, UpstreamMissing
 
 FileFormat = Literal["csv", "jsonl", "parquet"]
 Kind = Literal["events", "items"]
@@ -55,7 +55,7 @@ class SourceSpec:
         event_key: our columns; rows of one file equal on them are duplicates, one is kept.
         image_root: folder or URI that relative image_uri values are joined to, and that complete ones begin with; empty = the set has no images.
         catalogue: snapshot | delta | from_events.
-        first_date: first day with a file.
+        first_date: first day with a file, None while there is none.
         last_date: last regular day known now; None = unknown.
         finished: True = no regular file will ever come after `last_date`.
         holdout_date: day whose file holds only events kept back for evaluation (they arrive late), after `last_date`; None = no such file.
@@ -75,7 +75,7 @@ class SourceSpec:
     event_key: tuple[str, ...] = ("user_id", "item_id", "event_ts")
     image_root: str = ""
     catalogue: Literal["snapshot", "delta", "from_events"] = "delta"
-    first_date: date
+    first_date: date | None
     last_date: date | None = None
     finished: bool = False
     holdout_date: date | None = None
@@ -153,11 +153,13 @@ def day_status(spec: SourceSpec, source: config.Source, day: date, kind: Kind = 
 def days(source: config.Source, spec: SourceSpec, end: date) -> list[date]:
     """Every day of the calendar up to and including `end`, closed days too.
 
-    Raises: ContractError if `end` lies before the data; ConfigError for a weekday that does not exist.
+    Raises: UpstreamMissing without any file; ContractError if `end` lies before the data; ConfigError for a weekday that does not exist.
     """
     unknown = sorted(set(source.closed_weekdays) - set(WEEKDAYS))
     if unknown:
         raise ConfigError("an unknown weekday", expected=", ".join(WEEKDAYS), found=", ".join(unknown), where="source.closed_weekdays")
+    if spec.first_date is None:
+        raise UpstreamMissing("no day file is there", expected=str(spec.path(end, "events")), found="none", where=f"data set {source.dataset}")
     start = max(source.start, spec.first_date)
     if end < start:
         raise ContractError("the date lies before the data", expected=f"{start} or later", found=str(end), where=f"data set {source.dataset}")

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from pipeline import config
 from pipeline.datasets import base
 from pipeline.datasets.base import EVENT_COLUMNS, ITEM_COLUMNS, FileFormat, SourceSpec, quoted, read_options
-from pipeline.errors import ConfigError, UpstreamMissing
+from pipeline.errors import ConfigError
 
 SUFFIXES: Mapping[str, FileFormat] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 REQUIRED_EVENT_COLUMNS = ("user_id", "item_id", "event_ts")
@@ -37,7 +37,7 @@ class Folder:
         """The user's folder as a source; nothing is written and `seed` has no effect.
 
         Options: time_format = iso | epoch_seconds | epoch_milliseconds; event_type = the type of every event where no column says it.
-        Raises: ConfigError naming the key that cannot be used; UpstreamMissing if no day file is there.
+        Raises: ConfigError naming the key that cannot be used.
         """
         root = source_root(source)
         events, from_events = checked_pattern(root, source.events_pattern, "events_pattern"), source.catalogue == "from_events"
@@ -60,8 +60,8 @@ class Folder:
             event_key=("user_id", "item_id", "event_ts", *(name for name in ("event_type", "session_id") if name in event_map)),
             image_root=image_root(root, source.image_root),
             catalogue=source.catalogue,
-            first_date=found[0],
-            last_date=found[-1],
+            first_date=min(found, default=None),
+            last_date=max(found, default=None),
         )
 
 
@@ -111,17 +111,11 @@ def file_format(pattern: str, where: str = "source") -> FileFormat:
 
 
 def dated_files(root: Path, pattern: str) -> list[date]:
-    """The days that have a file now, in order.
-
-    Raises: UpstreamMissing if there is none.
-    """
+    """The days that have a file now, in order; none once all files are archived."""
     head, tail = (re.escape(part) for part in pattern.split("{date}"))
     shape = re.compile(rf"{head}(\d{{4}}-\d{{2}}-\d{{2}}){tail}")
     names = (path.relative_to(root).as_posix() for path in root.glob(glob.escape(pattern).replace("{date}", "*")))
-    found = sorted(date.fromisoformat(match[1]) for match in map(shape.fullmatch, names) if match)
-    if not found:
-        raise UpstreamMissing("no day file is there", expected=pattern.replace("{date}", "<YYYY-MM-DD>"), found="none", where=str(root))
-    return found
+    return sorted(date.fromisoformat(match[1]) for match in map(shape.fullmatch, names) if match)
 
 
 def named_alike(root: Path, pattern: str, known: tuple[str, ...]) -> dict[str, str]:

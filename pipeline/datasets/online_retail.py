@@ -25,7 +25,7 @@ class OnlineRetail:
     def prepare(self, source: config.Source, data_folder: Path, seed: int) -> SourceSpec:
         """The user's folder as a source; nothing is written and `seed` has no effect.
 
-        Raises: ConfigError without a usable path; UpstreamMissing if no day file is there.
+        Raises: ConfigError without a usable path.
         """
         read_options(source, {})
         root = source_root(source)
@@ -60,6 +60,6 @@ class OnlineRetail:
             ),
             event_key=("user_id", "item_id", "session_id"),
             catalogue="from_events",
-            first_date=found[0],
-            last_date=found[-1],
+            first_date=min(found, default=None),
+            last_date=max(found, default=None),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import sys
 import zipfile
 from datetime import date
@@ -386,8 +387,12 @@ def test_online_retail_reads_the_users_folder(tmp_path: Path):
     assert day_status(spec, source, date(2010, 12, 4)) == "declared_empty"
     empty = tmp_path / "empty"
     empty.mkdir()
+    gone = config.Source(dataset="online_retail", path=str(empty), closed_weekdays=["sunday"])
+    nothing = dataset("online_retail").prepare(gone, tmp_path, 1)
     with pytest.raises(UpstreamMissing, match="no day file"):
-        dataset("online_retail").prepare(config.Source(dataset="online_retail", path=str(empty)), tmp_path, 1)
+        base.days(gone, nothing, date(2010, 12, 5))
+    archived = dataclasses.replace(nothing, first_date=date(2010, 12, 4))  # as the ledger knows
+    assert [day_status(archived, gone, day) for day in base.days(gone, archived, date(2010, 12, 5))] == ["missing", "declared_empty"]
 
 
 def test_shop_is_prepared_once_whatever_the_runs_seed(tmp_path: Path):
