@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.evaluation import Packed
 from pipeline.retrievers import trie
+from pipeline.tokenizers import collisions
 
 INIT_STD = 0.05
 
@@ -86,12 +87,7 @@ class Catalogue:
 
 def numbered(codes_NL: Tensor) -> Tensor:
     """Number of each item among those of its tuple, in item order, int64 (N,)."""
-    _, group_N = torch.unique(codes_NL, dim=0, return_inverse=True)
-    order_N = torch.sort(group_N, stable=True).indices
-    sizes_G = torch.bincount(group_N)
-    number_N = torch.empty_like(group_N)
-    number_N[order_N] = torch.arange(len(group_N)) - (sizes_G.cumsum(0) - sizes_G)[group_N[order_N]]
-    return number_N
+    return torch.from_numpy(collisions.numbered(codes_NL.numpy()))
 
 
 def random_codes(catalogue: Catalogue, seed: int) -> Catalogue:

@@ -1,6 +1,6 @@
 """Tokenizers: item vectors in, code tuples out. Tensors only: no file, table, network, MLflow or clock.
 
-`TOKENIZERS` and `from_state` resolve on first use, because a Spark driver imports `collisions` from here and must not load torch.
+`TOKENIZERS` and `from_state` resolve on first use: whoever wants one module of the package loads that module alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Numbers that make shared code tuples unique, and the group ids they rest on.
+"""Which items share a code tuple, and the numbers that tell them apart.
 
-Arrays in, arrays out: sort based, no loop over items. The Spark form of the same rule is jobs/assign_sid.disambiguate_frame; a test compares the two.
+Arrays in, arrays out: sort based, no loop over items. Readers of codes number their catalogues here; a night does it in Spark by the rule of `disambiguate`
+(jobs/assign_sid.disambiguate_frame), and a test compares the two.
 Suffixes: N items, L positions, G groups.
 """
 
@@ -32,6 +33,14 @@ def group_sizes(codes_NL: NDArray[np.integer]) -> NDArray[np.int64]:
     """Items with the same code tuple, the row itself included, shape (N,)."""
     group_N = group_ids(codes_NL)
     return np.bincount(group_N)[group_N] if len(group_N) else group_N
+
+
+def numbered(codes_NL: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Number of each item among those of its tuple, in the order of the rows, shape (N,)."""
+    order_N, begins_N = _in_order(codes_NL)
+    number_N = np.empty(len(order_N), dtype=np.int64)
+    number_N[order_N] = _rank_in_group(np.cumsum(begins_N))
+    return number_N
 
 
 def disambiguate(codes_NL: NDArray[np.integer], first_seen_N: ArrayLike, item_id_N: ArrayLike, existing_N: ArrayLike) -> NDArray[np.int32]:

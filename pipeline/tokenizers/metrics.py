@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import evenness
+from pipeline.tokenizers import collisions
 
 BLOCK = 1 << 20  # rows looked at in float64 at once
 
@@ -58,18 +59,12 @@ def gini(counts_K: Tensor) -> float:
 
 def tuple_ids(codes_NL: Tensor) -> Tensor:
     """One integer in [0, number of distinct tuples) per item, equal exactly where all codes are equal, (N,)."""
-    ids_N = torch.zeros(len(codes_NL), dtype=torch.int64, device=codes_NL.device)
-    for column_N in codes_NL.unbind(1):  # re-ranked at each position, so that the key never outgrows int64
-        ids_N = torch.unique(ids_N * (int(codes_NL.max()) + 1) + column_N, return_inverse=True)[1]
-    return ids_N
+    return torch.from_numpy(collisions.group_ids(codes_NL.cpu().numpy()))
 
 
 def collision_rate(codes_NL: Tensor) -> float:
     """Share of items whose code tuple some other item has too, before disambiguation; 0 without items."""
-    if not len(codes_NL):
-        return 0.0
-    ids_N = tuple_ids(codes_NL)
-    return float((torch.bincount(ids_N)[ids_N] > 1).double().mean())
+    return float((collisions.group_sizes(codes_NL.cpu().numpy()) > 1).mean()) if len(codes_NL) else 0.0
 
 
 def nmse(target_ND: Tensor, estimate_ND: Tensor, mask_N: Tensor | None = None) -> float:

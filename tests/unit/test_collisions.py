@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.tokenizers.collisions import disambiguate, group_ids, group_sizes
+from pipeline.tokenizers.collisions import disambiguate, group_ids, group_sizes, numbered
 
 DAYS = np.array(["2026-01-02", "2026-01-01", "2026-01-01", "2026-01-03"], dtype="datetime64[D]")
 
@@ -72,3 +72,10 @@ def test_half_a_million_rows_take_seconds_not_minutes():
     numbers = disambiguate(codes_NL, np.full(count, 20, dtype=np.int32), items, np.full(count, -1))
     assert time.process_time() - started < 20
     assert len(np.unique(group_ids(codes_NL) * 1000 + numbers)) == count
+
+
+def test_numbers_in_the_order_of_rows_are_those_of_items_without_any() -> None:
+    codes = np.random.default_rng(0).integers(0, 3, (200, 3))
+    names = [f"{number:03d}" for number in range(200)]
+    assert numbered(codes).tolist() == disambiguate(codes, np.zeros(200, np.int64), names, np.full(200, -1)).tolist()
+    assert numbered(codes[:0]).tolist() == []
