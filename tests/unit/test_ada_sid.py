@@ -147,6 +147,17 @@ def test_the_same_seed_gives_the_same_tokenizer(fitted):
     assert codebook_digest(other.codebooks()) != codebook_digest(fitted.codebooks())
 
 
+@pytest.mark.parametrize("known", [1, 5])
+def test_behaviour_that_is_all_alike_stays_as_it_is(known: int):
+    """On a first night one item may have behaviour; scaled to a variance it does not have, it would drown every other term."""
+    items = tiny_items()
+    alike = replace(items, behavior_ND=torch.ones_like(items.behavior_ND), behavior_N=torch.arange(len(items.behavior_N)) < known)
+    torch.manual_seed(0)
+    made = Network(ada_settings(), {"text": 12, "image": 8, "behavior": 6})
+    made.fit_inputs(alike)
+    assert made.get_buffer("scale_behavior") == 1.0
+
+
 def test_inputs_get_one_scale_each_and_keep_behaviour_norms():
     made, prepared = network()
     items = tiny_items()

@@ -129,6 +129,8 @@ def test_equations_as_json_name_source_and_function(monkeypatch: pytest.MonkeyPa
     rows = json.loads(capsys.readouterr().out)
     assert rows
     assert all(row["source"] and row["function"].startswith("pipeline/") for row in rows)
+    assert {"pipeline/tokenizers/letter.py", "pipeline/encoders/alpharec.py"} <= {row["function"] for row in rows}, "a whole module may have one source"
+    assert not any(word in row["differs"] + row["source"] for row in rows for word in ("Args:", "Tensor suffixes"))
 
 
 @pytest.mark.parametrize(

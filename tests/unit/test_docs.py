@@ -56,6 +56,15 @@ def test_every_setting_of_a_command_is_one(page: str) -> None:
                 config.load("tiny", (value,))
 
 
+def test_every_link_to_a_section_leads_to_a_heading() -> None:
+    """Headings as a Git host names them: lower case, without punctuation, dashes for blanks."""
+    for page in PAGES:
+        for path, anchor in re.findall(r"\]\(([\w/.-]*)#([\w-]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            target = (ROOT / page).parent / path if path else ROOT / page
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, f"{page}: {path}#{anchor}"
+
+
 def alternatives(pattern: str, chosen: frozenset[str] = frozenset()) -> list[tuple[str, frozenset[str]]]:
     """The pattern once for every choice of its groups, with the names that were chosen."""
     group = re.search(r"\(([^()]*)\)", pattern)
