@@ -199,6 +199,6 @@ def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _equation(path: Path, name: str, text: str) -> Row:
-    said = re.sub(r"\s+", " ", re.split(r"\n\s*(?:Args|Raises|Legend|Tensor suffixes):|\n\s*\n", text.split("Source:", 1)[1])[0]).strip()
+    said = re.sub(r"\s+", " ", re.split(r"\n\s*\n|\s(?:Args|Raises|Legend|Suffixes|Tensor suffixes):\s", text.split("Source:", 1)[1])[0]).strip()
     source, _, differs = said.partition("differs:")
     return {"source": source.strip(" ;"), "function": f"{path.relative_to(ROOT)}:{name}".removesuffix(":"), "differs": differs.strip()}
