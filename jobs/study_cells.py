@@ -288,7 +288,7 @@ def narrowed(items: ItemBatch, reads: Sequence[str]) -> ItemBatch:
 
     away = [name for name in items.widths() if reads and name not in reads]
     nobody_N = torch.zeros(len(items), dtype=torch.bool)
-    return replace(items, **{f"{name}_ND": None for name in away}, **dict.fromkeys((f"{name}_N" for name in away), nobody_N))  # type: ignore[arg-type]
+    return items.changed({**{f"{name}_ND": None for name in away}, **{f"{name}_N": nobody_N for name in away}})
 
 
 def integrated(tokenizer: Tokenizer, items: ItemBatch) -> tuple[Arrays, dict[str, float]]:
@@ -365,8 +365,7 @@ def _sub_spaces(items: ItemBatch, name: str, count: int, known_N: Tensor) -> lis
     """The modality's vectors in `count` sub-spaces of principal axes with about equal variance."""
     from pipeline.tokenizers.quantize import deal_axes, principal_axes
 
-    vectors_ND, mask_N = items.vectors(name), items.mask(name)
-    assert vectors_ND is not None, f"no {name} vectors"
+    vectors_ND, mask_N = items.known(name), items.mask(name)
     mean_D, axes_DW = principal_axes(vectors_ND[mask_N & known_N].float(), vectors_ND.shape[1])
     turned_NW = (vectors_ND.float() - mean_D) @ axes_DW
     return [turned_NW[:, part].contiguous() for part in deal_axes(turned_NW[mask_N & known_N].var(0, correction=0), count)]
@@ -415,8 +414,7 @@ def readout_nmse(codes_NL: Tensor, sizes: Sequence[int], items: ItemBatch, group
     design_NX = torch.cat([*columns, torch.ones(len(codes_NL), 1, dtype=torch.int64)], 1).double()
     found = {}
     for name in items.widths():
-        vectors, mask_N = items.vectors(name), items.mask(name)
-        assert vectors is not None, f"no {name} vectors"
+        vectors, mask_N = items.known(name), items.mask(name)
         rows_RX, target_RD = design_NX[mask_N], F.normalize(vectors[mask_N].double(), dim=1)
         gram_XX = rows_RX.T @ rows_RX + RIDGE * torch.eye(rows_RX.shape[1], dtype=torch.float64)
         error_R = (target_RD - rows_RX @ torch.linalg.solve(gram_XX, rows_RX.T @ target_RD)).square().sum(1)

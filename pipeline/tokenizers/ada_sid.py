@@ -252,8 +252,7 @@ class Network(nn.Module):
         """
         samples = {name: _sample(items, name) for name in self.modalities}
         for name, sample in samples.items():
-            sample_ND = sample.vectors(name)
-            assert sample_ND is not None, f"no {name} vectors"
+            sample_ND = sample.known(name)
             if name != "behavior":
                 mean_D, axes_DW = principal_axes(sample_ND, self.widths[name])
                 self.get_buffer(f"mean_{name}").copy_(mean_D)
@@ -264,9 +263,7 @@ class Network(nn.Module):
             self.prior.fit(self._turned(samples["behavior"]))
         for name, bank in self.expert.items():
             if name != "shared" and isinstance(bank, ExpertBank):
-                prepared = self.prepare(samples[name]).vectors(name)
-                assert prepared is not None, f"no {name} vectors"
-                bank.start_on(prepared, whole=self.settings.expert_start == "whole")
+                bank.start_on(self.prepare(samples[name]).known(name), whole=self.settings.expert_start == "whole")
         self.controller.fit_buckets(items.richness_N[items.behavior_N].cpu())
 
     def _input(self, vectors_ND: Tensor, name: str) -> Tensor:
@@ -298,11 +295,11 @@ class Network(nn.Module):
                 changed[f"{name}_ND"] = torch.zeros(len(items), self.widths[name], device=nobody.device)
             else:
                 changed[f"{name}_ND"] = torch.where(items.mask(name)[:, None], self._input(vectors.float(), name), 0.0)
-        return replace(items, **changed)  # type: ignore[arg-type]
+        return items.changed(changed)
 
     def forward(self, batch: ItemBatch, *, quantise: bool) -> Pass:
         """One pass; without `quantise` latents stand where their code rows would (the warm-up)."""
-        x = {name: torch.where(batch.mask(name)[:, None], batch.vectors(name), self.missing[name]) for name in self.modalities}  # type: ignore[arg-type]
+        x = {name: torch.where(batch.mask(name)[:, None], batch.known(name), self.missing[name]) for name in self.modalities}
         h = {name: self.project[name](x[name]) for name in self.modalities}
         inputs = {"shared": torch.cat(list(h.values()), 1), **x}
         z_BLD = self._on_sphere(torch.cat([bank(inputs[name]) for name, bank in self.expert.items()], 1))
@@ -432,7 +429,7 @@ class Training(parallel.CodeBooks):
         self.network.train(mode)
         found = metrics.code_use(codes_NL, [self.settings.codebook_size] * codes_NL.shape[1], self.network.slots)
         for name, estimate_ND in estimate.items():
-            found[f"nmse/{name}"] = metrics.nmse(items.vectors(name), estimate_ND, items.mask(name))  # type: ignore[arg-type]
+            found[f"nmse/{name}"] = metrics.nmse(items.known(name), estimate_ND, items.mask(name))
         router = self.by_bucket(items, router_NE)
         gaps = [abs(value - router[name.replace("share", "target")]) for name, value in router.items() if name.startswith("active_share/")]
         measured = [value for name, value in found.items() if name.startswith("nmse/") and value == value]

@@ -9,9 +9,9 @@ Suffixes: N items, B batch, D width, L positions, K codes, M modalities.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +71,16 @@ class ItemBatch:
         vectors: Tensor | None = getattr(self, f"{modality}_ND")
         return vectors
 
+    def known(self, modality: str) -> Tensor:
+        """The vectors of a modality that must be there, (N, D).
+
+        Raises: ValueError if the data set lacks it.
+        """
+        vectors = self.vectors(modality)
+        if vectors is None:
+            raise ValueError(f"no {modality} vectors")
+        return vectors
+
     def mask(self, modality: str) -> Tensor:
         """True where the item has the modality, (N,)."""
         mask: Tensor = getattr(self, f"{modality}_N")
@@ -79,6 +89,10 @@ class ItemBatch:
     def widths(self) -> dict[str, int]:
         """Modality -> width of its vectors, for the modalities that at least one item has."""
         return {name: vectors.shape[1] for name in MODALITIES if (vectors := self.vectors(name)) is not None and bool(self.mask(name).any())}
+
+    def changed(self, fields: Mapping[str, Tensor | None]) -> ItemBatch:
+        """The batch with other tensors in the fields named."""
+        return replace(self, **cast(dict[str, Any], fields))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ItemBatch:
         """The batch with `change` applied to every tensor in it."""

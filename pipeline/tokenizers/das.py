@@ -57,7 +57,7 @@ def pooled(source: ItemBatch, rows_BT: Tensor, shown_BT: Tensor) -> ItemBatch:
         changed[f"{name}_N"] = had_BT.any(1)
         changed[f"{name}_ND"] = None if vectors is None else histories.shown_mean(F.embedding(rows_BT, vectors), had_BT)
     nothing_B = torch.zeros(len(rows_BT), device=rows_BT.device)
-    return replace(source, **changed, richness_N=nothing_B, strength_N=nothing_B)  # type: ignore[arg-type]
+    return source.changed({**changed, "richness_N": nothing_B, "strength_N": nothing_B})
 
 
 def dual_alignment(made: Mapping[str, View], pairs: Mapping[str, Tensor], *, temperature: float, world: World) -> dict[str, Tensor]:
@@ -110,11 +110,11 @@ class Network(nn.Module):
     def source(self, items: ItemBatch) -> ItemBatch:
         """Items as users' means see them: content at unit length, behaviour normalised."""
         units = {f"{name}_ND": F.normalize(vectors.float(), dim=1) for name in CONTENT if (vectors := items.vectors(name)) is not None}
-        return replace(items, **units, **_behavior(self.inputs.prepare(items)))  # type: ignore[arg-type]
+        return items.changed({**units, **_behavior(self.inputs.prepare(items))})
 
     def prepare(self, side: Autoencoder, source: ItemBatch) -> ItemBatch:
         """Items or users of `source` form as that side's autoencoder reads them, behaviour kept beside it."""
-        return replace(side.prepare(source), **_behavior(source))  # type: ignore[arg-type]
+        return side.prepare(source).changed(_behavior(source))
 
     @torch.no_grad()
     def fit_inputs(self, items: ItemBatch, taken: tuple[Tensor, Tensor]) -> None:

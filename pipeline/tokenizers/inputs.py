@@ -6,7 +6,6 @@ Not here: ADA-SID's inputs, which leave behaviour as it is because its norm stee
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +37,8 @@ class Inputs(nn.Module):
     def fit(self, items: ItemBatch) -> None:
         """Freeze axes and scales on the items that have the modality; the mean variance of an input is then 1."""
         for name, width in self.widths.items():
-            vectors = items.vectors(name)
-            assert vectors is not None, f"no {name} vectors"
             rows = torch.nonzero(items.mask(name)).flatten()
-            sample_ND = vectors[rows[:: max(1, -(-len(rows) // AXES_ROWS))]].float()
+            sample_ND = items.known(name)[rows[:: max(1, -(-len(rows) // AXES_ROWS))]].float()
             mean_D, axes_DW = principal_axes(sample_ND, width)
             spread = ((sample_ND.cpu() - mean_D) @ axes_DW).double().var(0, correction=0).mean().clamp(min=1e-12)
             for part, value in (("mean", mean_D), ("axes", axes_DW), ("scale", spread.rsqrt().float())):
@@ -59,7 +56,7 @@ class Inputs(nn.Module):
             vectors = items.vectors(name)
             changed[f"{name}_N"] = items.mask(name) if name in self.widths and vectors is not None else nobody_N
             changed[f"{name}_ND"] = self._normalised(vectors, items.mask(name), name) if name in self.widths else None
-        return replace(items, **changed)  # type: ignore[arg-type]
+        return items.changed(changed)
 
     def _normalised(self, vectors_ND: Tensor | None, mask_N: Tensor, name: str) -> Tensor:
         if vectors_ND is None:

@@ -136,7 +136,7 @@ class Network(nn.Module):
 
     def forward(self, batch: ItemBatch, *, quantise: bool, keep: Keep | None = None) -> Pass:
         """One pass over prepared items; without `quantise` latents stand where their code rows would (the warm-up)."""
-        x = {name: torch.where(batch.mask(name)[:, None], batch.vectors(name), self.missing[name]) for name in self.modalities}  # type: ignore[arg-type]
+        x = {name: torch.where(batch.mask(name)[:, None], batch.known(name), self.missing[name]) for name in self.modalities}
         read = {"shared": torch.cat(list(x.values()), 1), **x}
         z_BLD = self.on_sphere(torch.cat([bank(read[name]) for name, bank in self.expert.items()], 1))
         shown_BL, gate_BL = self._gates(batch, x)
@@ -209,7 +209,7 @@ class Training(parallel.CodeBooks):
         """Terms `reconstruction` and `auxiliary`: mean over modalities of the mean error over the items that have the modality."""
         found = {}
         for term, estimates in (("reconstruction", made.estimate), ("auxiliary", made.own)):
-            errors = [world.mean(reconstruction_error(_vectors(batch, name), value), batch.mask(name)) for name, value in estimates.items()]
+            errors = [world.mean(reconstruction_error(batch.known(name), value), batch.mask(name)) for name, value in estimates.items()]
             found[term] = torch.stack(errors).mean() if errors else made.z_BLD.sum() * 0.0
         return found
 
@@ -237,17 +237,11 @@ class Training(parallel.CodeBooks):
         for kind, estimates in (("nmse", [part.estimate for part in parts]), ("nmse_own", [part.own for part in parts])):
             for name in estimates[0]:
                 estimate_ND = torch.cat([estimate[name] for estimate in estimates]).cpu()
-                found[f"{kind}/{name}"] = metrics.nmse(_vectors(items, name).cpu(), estimate_ND, items.mask(name).cpu())
+                found[f"{kind}/{name}"] = metrics.nmse(items.known(name).cpu(), estimate_ND, items.mask(name).cpu())
         weights = {"nmse": self.settings.reconstruction, "nmse_own": self.settings.auxiliary}
         measured = {kind: [value for name, value in found.items() if name.startswith(f"{kind}/") and value == value] for kind in weights}
         means = [weights[kind] * sum(values) / max(1, len(values)) for kind, values in measured.items()]
         return {**found, "score": sum(means) / (sum(weights.values()) or 1.0)}
-
-
-def _vectors(items: ItemBatch, name: str) -> Tensor:
-    vectors = items.vectors(name)
-    assert vectors is not None, f"no {name} vectors"
-    return vectors
 
 
 class Mmq(Networked[profile.Mmq, Network]):

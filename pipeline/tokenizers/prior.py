@@ -63,8 +63,7 @@ class BehaviorPrior(nn.Module):
         """Content side by side, zero where masked, a column per modality that says whether it is there, a constant, and zeros up to X columns, (N, X)."""
         parts = []
         for name in self.content:
-            vectors_ND, mask_N1 = items.vectors(name), items.mask(name)[:, None]
-            assert vectors_ND is not None, f"no {name} vectors"
+            vectors_ND, mask_N1 = items.known(name), items.mask(name)[:, None]
             parts += [torch.where(mask_N1, vectors_ND.float(), 0.0), mask_N1.float()]
         return aligned(torch.cat([*parts, torch.ones(len(items), 1, device=items.device)], 1))
 

@@ -11,7 +11,7 @@ Suffixes: B batch, N items, D width, L levels, K codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -170,7 +170,7 @@ class Autoencoder(nn.Module):
         points_ND = torch.where(shown_columns(items, self.raw_widths), (concatenate(items, self.raw_widths) - self.mean_D) * self.scale, 0.0)
         blocks = dict(zip(self.raw_widths, points_ND.split(list(self.raw_widths.values()), 1), strict=True))
         known = {f"{name}_N": items.mask(name) & (name in blocks and items.vectors(name) is not None) for name in MODALITIES}
-        return replace(items, **known, **{f"{name}_ND": blocks.get(name) for name in MODALITIES})  # type: ignore[arg-type]
+        return items.changed({**known, **{f"{name}_ND": blocks.get(name) for name in MODALITIES}})
 
     def latent(self, batch: ItemBatch) -> Tensor:
         """Latents of prepared items, (B, D) float32."""
@@ -179,7 +179,7 @@ class Autoencoder(nn.Module):
 
     def columns(self, batch: ItemBatch) -> Tensor:
         """The modalities of prepared items side by side, (B, D)."""
-        return torch.cat([batch.vectors(name) for name in self.raw_widths], 1)  # type: ignore[misc]
+        return torch.cat([batch.known(name) for name in self.raw_widths], 1)
 
     def forward(self, batch: ItemBatch, *, quantise: bool, world: World | None = None) -> Pass:
         """One pass; without `quantise` the latent stands where its code rows would (the warm-up), with `world` the last level is assigned evenly."""

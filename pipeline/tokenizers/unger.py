@@ -257,7 +257,7 @@ class Unger(Networked[profile.Unger, Network]):
         content_ND, behavior_ND = self.integrated(items).chunk(2, 1)
         everyone_N = torch.ones(len(items), dtype=torch.bool)
         halves = {"text_ND": content_ND, "text_N": everyone_N, "behavior_ND": behavior_ND, "behavior_N": everyone_N}
-        return replace(items.to(torch.device("cpu")), **halves, image_ND=None, image_N=~everyone_N)  # type: ignore[arg-type]
+        return items.to(torch.device("cpu")).changed({**halves, "image_ND": None, "image_N": ~everyone_N})
 
     def encode(self, items: ItemBatch, keep: Keep | None = None) -> TokenizerOutput:
         """Codes of the residual walk over E_I, weights of one, and the sum of the code rows; an item with nothing to read is masked everywhere."""
