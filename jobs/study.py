@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,7 @@ def _ended(todo: Plan, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell,
         for cell in log.progress(cells, "study", len(cells)):
             yield cell, run_cell(todo, cell)
         return
-    with ProcessPoolExecutor(min(jobs, len(cells)), mp_context=get_context("spawn"), initializer=_begin) as pool:
+    with ProcessPoolExecutor(min(jobs, len(cells)), mp_context=multiprocessing.get_context("spawn"), initializer=_begin) as pool:
         waiting: dict[Future[float], Cell] = {pool.submit(run_cell, todo, cell): cell for cell in cells}
         try:
             for ended in log.progress(as_completed(waiting), "study", len(cells)):
@@ -168,9 +169,16 @@ def _ended(todo: Plan, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell,
 
 
 def _begin() -> None:
-    """Speak and sleep as the parent does."""
+    """Speak and sleep as the parent does, and end with it: who is killed cannot call its workers back, and one of them may have an hour of work left."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     log.configure()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def run_cell(todo: Plan, cell: Cell) -> float:

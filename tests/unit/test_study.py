@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tokenizer_items import tiny_history, tiny_items, training, unger_settings
@@ -18,7 +22,7 @@ from jobs import study as command
 from jobs import study_cells, study_data
 from jobs.study_data import TEST, TRAIN, VALID, Catalogue, Log, World, prepared
 from pipeline import evaluation, intervals, study, study_page
-from pipeline.context import Home
+from pipeline.context import ROOT, Home
 from pipeline.errors import ConfigError
 from pipeline.retrievers import base
 from pipeline.study import Claim, DataSet, Estimate, Statistics
@@ -373,6 +377,30 @@ def test_ungers_vector_is_measured_against_both_sides_and_teaches() -> None:
     np.testing.assert_array_equal(arrays["teacher_ND"], tokenizer.integrated(items).numpy())
     assert set(found) == {f"overlap/{name}_{side}" for name in ("integrated", "concat") for side in ("behavior", "content")}
     assert all(0 <= value <= 1 for value in found.values())
+
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from jobs import study
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=study._begin) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 300).result()
+"""
+
+
+def test_a_killed_study_leaves_no_worker_at_work(tmp_path: Path) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None
+    worker = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    worker.wait(timeout=60)
 
 
 # ---------------------------------------------------------------- statistics against slow loops
