@@ -14,6 +14,7 @@ from pipeline.tokenizers import ada_sid, alignment, prior, quantize, router
 from pipeline.tokenizers.world import World
 
 MODULES = (ada_sid, alignment, prior, quantize, router)
+WHOLES = {"Network", "Training"}  # what the modules read and how the terms are summed: nothing to loop over
 TESTED: set[str] = set()
 
 
@@ -285,4 +286,4 @@ def test_every_equation_has_its_loop():
         for name, thing in vars(module).items()
         if getattr(thing, "__module__", "") == module.__name__ and (inspect.isfunction(thing) or inspect.isclass(thing)) and "Source:" in (thing.__doc__ or "")
     }
-    assert cited == TESTED
+    assert cited - WHOLES == TESTED

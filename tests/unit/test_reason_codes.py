@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
-from jobs import ingest
+from jobs import images
 from pipeline.context import ROOT
 from pipeline.encoders import image
 
@@ -16,10 +16,10 @@ GIVEN_BY = {"_verdict", "_no_text", "RejectReason"}  # what writes a code that i
 
 def written() -> set[str]:
     """Codes by name in the code: what a verdict is given, a data set's rules (code, expression), and the codes of pictures."""
-    files = [ROOT / "jobs" / "ingest.py", ROOT / "jobs" / "content_embedding.py", ROOT / "pipeline" / "encoders" / "image.py"]
+    files = [ROOT / "jobs" / "ingest.py", ROOT / "jobs" / "images.py", ROOT / "jobs" / "content_embedding.py", ROOT / "pipeline" / "encoders" / "image.py"]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in [*files, *sorted((ROOT / "pipeline" / "datasets").glob("*.py"))]]
     found = {code for tree in trees for node in ast.walk(tree) for code in codes_of(node)}
-    return found | set(get_args(image.Reason)) | set(get_args(ingest.ImageReason))
+    return found | set(get_args(image.Reason)) | set(get_args(images.ImageReason))
 
 
 def codes_of(node: ast.AST) -> Iterator[str]:
