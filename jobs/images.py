@@ -132,6 +132,7 @@ def _client(root: str) -> dict[str, Any]:
     import aiohttp
 
     async def stay(session: aiohttp.ClientSession, context: object, hop: aiohttp.TraceRequestRedirectParams) -> None:
+        """Refuse a redirect out of the folder before it is followed."""
         target = hop.response.headers.get("Location") or hop.response.headers.get("URI") or ""
         _address_below(root, urljoin(str(hop.url), target))
 

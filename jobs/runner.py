@@ -156,9 +156,9 @@ def _with_retries(stage: Stage, ctx: Context, snapshots: dict[str, int | None], 
 def _once(stage: Stage, ctx: Context, snapshots: Mapping[str, int | None], ledger: Ledger) -> StageResult:
     spark = _session(ctx) if stage.engine == "spark" else None
     if stage.name == "publish_release" or stage.engine == "torch":
-        tracking.flush(ctx.home, ctx.staging)  # a release without its runs could not be traced back
-    if stage.engine == "torch":
-        tracking.reach(ctx.home)  # a model that cannot be logged was trained for nothing
+        sent = tracking.flush(ctx.home, ctx.staging)  # a release without its runs could not be traced back
+        if stage.engine == "torch" and not sent:
+            tracking.reach(ctx.home)  # a model that cannot be logged was trained for nothing
     inputs = Inputs(ctx.home, ctx.config.lake, dict(snapshots), spark)
     job: Callable[..., StageResult] = _job(stage).run
     step(ctx, "before_job")

@@ -140,7 +140,7 @@ def test_a_night_is_loaded_traceable_and_the_same_when_main_moves_under_it(spark
     assert digests(home) == before
 
 
-def test_rows_computed_from_a_table_that_moved_meanwhile_are_computed_again(spark: Any, home: Home, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_computed_from_a_table_that_moved_meanwhile_are_computed_again(spark: Any, home: Home, data: Path) -> None:
     """A list that is replaced whole, or holds copies of what it replaces, must not be written over what another run added since."""
     day, table = first_day(data), "raw.source_file"
     run(home, "plan_night", day)

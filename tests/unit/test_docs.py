@@ -71,7 +71,7 @@ def alternatives(pattern: str, chosen: frozenset[str] = frozenset()) -> list[tup
     if group is None:
         return [(pattern, chosen)]
     choices = [(pattern[: group.start()] + choice + pattern[group.end() :], choice) for choice in group[1].split("|")]
-    return [each for text, choice in choices for each in alternatives(text, chosen | {part for part in [choice] if "/" not in part})]
+    return [each for text, choice in choices for each in alternatives(text, chosen if "/" in choice else chosen | {choice})]
 
 
 def test_alternatives_are_spelled_out() -> None:
